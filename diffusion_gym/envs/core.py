@@ -1,0 +1,385 @@
+"""The physics that all environments share: lanes, seeds, prompts, episode ends, rewards, rendering.
+
+The vector environment works on torch tensors on one device. The single environment is one lane of it, seen as numpy.
+"""
+
+import copy
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import ClosedEnvironmentError, InvalidAction, ResetNeeded
+from gymnasium.spaces import Box, Dict, Space
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from ..models.base import DiffusionModel, load_model, to_dtype
+from ..prompts import PromptSet, make_prompts
+from ..rewards import Reward, make_reward, to_uint8
+from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
+
+Observation = dict[str, Tensor]
+ModelSource = str | os.PathLike[str] | DiffusionModel
+PromptSource = str | os.PathLike[str] | Sequence[str] | PromptSet
+
+_OBSERVED_BYTES_LIMIT = 1_000_000
+
+
+def to_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    """Return Gymnasium's autoreset mode of its value ("SameStep"), its name ("SAME_STEP") or itself.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    for known in AutoresetMode:
+        if mode in (known, known.value, known.name):
+            return known
+    raise ValueError(f"autoreset_mode must be one of {[known.name for known in AutoresetMode]}, got {mode!r}")
+
+
+def _resolve_model(
+    model: ModelSource, *, device: str | torch.device | None, dtype: str | torch.dtype | None, image_size: int | None
+) -> DiffusionModel:
+    """Load a model, or check that a loaded one is what the other arguments ask for."""
+    if not isinstance(model, DiffusionModel):
+        return load_model(model, device=device or "cpu", dtype=dtype or "float32", image_size=image_size)
+    wanted = {
+        "device": (None if device is None else torch.device(device), model.device),
+        "dtype": (None if dtype is None else to_dtype(dtype), model.dtype),
+        "image_size": (image_size, model.image_shape[1]),
+    }
+    for name, (asked, loaded) in wanted.items():
+        if asked is not None and asked != loaded:
+            raise ValueError(f"{name}={asked} differs from the loaded model's {loaded}: leave it out, or load_model anew")
+    return model
+
+
+class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
+    """Many lanes of one diffusion MDP on one device.
+
+    A subclass says what an action does (`_advance`), which lanes are through (`_finished`) and what is observed
+    beside the prompt and x_t (`_observe_time`). See the concrete environments for arguments and spaces.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        "render_modes": ["rgb_array"],
+        "render_fps": 10,
+        "torch": True,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+    single_action_space: Box
+
+    def __init__(
+        self,
+        num_envs: int,
+        *,
+        model: ModelSource,
+        reward: str | Reward | Mapping[str, float],
+        prompts: PromptSource,
+        num_steps: int,
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        image_size: int | None,
+        negative_prompt: str,
+        observe_embeds: bool | None,
+        render_mode: str | None,
+        autoreset_mode: AutoresetMode | str,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
+        self.num_envs = num_envs
+        self.num_steps = num_steps
+        self.reward = make_reward(reward)
+        self.prompts = make_prompts(prompts)
+        self.model = _resolve_model(model, device=device, dtype=dtype, image_size=image_size)
+        self.device, self.dtype = self.model.device, self.model.dtype
+        self.negative_prompt = negative_prompt
+        self.render_mode = render_mode
+        self.autoreset_mode = to_autoreset_mode(autoreset_mode)
+        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
+        one_lane = self.model.encode_prompts(self.prompts.texts[:1], negative_prompt)
+        num_bytes = sum(value[0].numel() * 4 for value in one_lane.values())
+        self.observe_embeds = num_bytes < _OBSERVED_BYTES_LIMIT if observe_embeds is None else observe_embeds
+        self._embed_shapes = {key: value.shape[1:] for key, value in one_lane.items()} if self.observe_embeds else {}
+        self.single_observation_space = Dict(self._observation_spaces())
+        self._lanes = Lanes(self.model, self.prompts, num_envs=num_envs, negative_prompt=negative_prompt)
+        self._started = False
+
+    # ------------------------------------------------------------------ what an environment has to provide
+    @abstractmethod
+    def _advance(self, actions: Tensor, active: np.ndarray) -> None:
+        """Apply the actions of the active lanes: change `self._lanes.latents` and count `self._lanes.step`."""
+
+    @abstractmethod
+    def _finished(self) -> np.ndarray:
+        """Return which lanes have reached the end of their episode, [num_envs] bool."""
+
+    @abstractmethod
+    def _time_spaces(self) -> dict[str, Space]:
+        """Return the spaces of what `_observe_time` returns, for one lane."""
+
+    @abstractmethod
+    def _observe_time(self) -> dict[str, np.ndarray]:
+        """Return where each lane stands in time, [num_envs, 1] float32 each."""
+
+    # ------------------------------------------------------------------ spaces
+    def _observation_spaces(self) -> dict[str, Space]:
+        spaces: dict[str, Space] = {
+            "latents": Box(-np.inf, np.inf, self.model.latent_shape, np.float32),
+            **self._time_spaces(),
+            "prompt_id": Box(-1, len(self.prompts) - 1, (1,), np.int64),
+        }
+        return spaces | {key: Box(-np.inf, np.inf, tuple(s), np.float32) for key, s in self._embed_shapes.items()}
+
+    @cached_property
+    def observation_space(self) -> Space:  # type: ignore[override]
+        """The batched space; built when asked for, since its bounds take as much memory as a batch."""
+        return batch_space(self.single_observation_space, self.num_envs)
+
+    @cached_property
+    def action_space(self) -> Space:  # type: ignore[override]
+        """The batched space of the actions."""
+        return batch_space(self.single_action_space, self.num_envs)
+
+    # ------------------------------------------------------------------ the Gymnasium interface
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start new episodes and return their first observations.
+
+        Args:
+            seed: Lane i is seeded with seed + i, or with the i-th of a sequence; None goes on with the streams.
+            options: `prompt` (a text, or one per lane), `prompt_id` (an index, or one per lane), `latents` (x_T,
+                [C, H, W] or [num_envs, C, H, W]), `reset_mask` ([num_envs] bool: only these lanes are reset).
+
+        Raises:
+            ClosedEnvironmentError: the environment was closed.
+            ValueError, TypeError: the seed or an option has the wrong key, type or shape; the message says which.
+        """
+        self._require_open()
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        parsed = ResetOptions.parse(options, num_envs=self.num_envs, prompts=self.prompts, model=self.model)
+        mask = lanes_to_reset(options, num_envs=self.num_envs)
+        if not self._started and not mask.all():
+            raise ResetNeeded("the first reset must be of all lanes: call reset() without reset_mask")
+        self._lanes.start(mask, seeds=lane_seeds(seed, self.num_envs), options=parsed)
+        self._started = True
+        return self._observe(), self._info()
+
+    def step(self, actions: Tensor) -> tuple[Observation, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Take one action in every lane.
+
+        Args:
+            actions: [num_envs, *single_action_space.shape] on the environment's device, in its dtype.
+
+        Returns:
+            Observation, reward [num_envs] float32 (0 until the last step of an episode), terminated and truncated
+            [num_envs] bool: tensors on the device, none of which shares memory with `actions` or an earlier return
+            (the prompts' embeddings excepted: read only); and an info dict whose `ended` [num_envs] is a numpy array,
+            so that a loop over episodes never waits for the device.
+
+        Raises:
+            ClosedEnvironmentError, ResetNeeded: the environment is closed, or no lane is in an episode.
+            InvalidAction: the actions' type, shape, dtype or device is wrong; or, at an episode's end, one of its
+                actions was not finite.
+        """
+        self._require_open()
+        self._require_reset()
+        self._check_actions(actions)
+        waiting = self._lanes.ended.copy()
+        self._lanes.watch_finite(actions, ~waiting)
+        self._advance(actions, ~waiting)
+        ended = self._finished() & ~waiting
+        self._lanes.ended |= ended
+        rewards, scores = self._score(ended)
+        info = self._info() | scores | {"ended": ended}
+        observation = self._observe()
+        terminated = self._lanes.ended.copy()
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            info["ended"] = terminated
+        elif self.autoreset_mode is AutoresetMode.NEXT_STEP and waiting.any():
+            self._lanes.start(waiting)
+            terminated = ended
+            observation, info = self._observe(), self._info() | scores | {"ended": ended}
+        elif self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
+            self._lanes.start(ended)
+            final = {"final_obs": observation, "_final_obs": ended, "final_info": info, "_final_info": ended.copy()}
+            observation, info = self._observe(), self._info() | final | {"ended": ended.copy()}
+        truncated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        return observation, rewards, self._to_device(terminated), truncated, info
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """Return one frame [H, W, 3] uint8 per lane: the decoded x_t; x_0 where the last step ended an episode."""
+        if self.render_mode is None:
+            gym.logger.warn('render() needs render_mode="rgb_array", given to gym.make or gym.make_vec')
+            return None
+        self._require_open()
+        self._require_reset(of_all=False)
+        images = self.model.decode(self._lanes.latents)
+        if self._lanes.final_images is not None:
+            lanes, finals = self._lanes.final_images
+            images[lanes] = finals
+        return tuple(to_uint8(images).numpy())
+
+    def close_extras(self, **kwargs: object) -> None:
+        """Let go of the lanes' tensors."""
+        self._lanes.release()
+
+    # ------------------------------------------------------------------ its parts
+    def _require_open(self) -> None:
+        if self.closed:
+            raise ClosedEnvironmentError(f"{type(self).__name__} was closed: make a new one")
+
+    def _require_reset(self, *, of_all: bool = True) -> None:
+        if not self._started:
+            raise ResetNeeded("call reset() before step() or render()")
+        if of_all and self.autoreset_mode is AutoresetMode.DISABLED and self._lanes.ended.all():
+            raise ResetNeeded("every lane has ended: call reset() (autoreset_mode is DISABLED)")
+
+    def _check_actions(self, actions: Tensor) -> None:
+        shape = (self.num_envs, *self.single_action_space.shape)
+        expected = f"a torch tensor of shape {list(shape)}, {self.dtype}, on {self.device}"
+        if not isinstance(actions, Tensor):
+            raise InvalidAction(f"actions must be {expected}; got {type(actions).__name__}")
+        wrong_device = actions.device.type != self.device.type or self.device.index not in (None, actions.device.index)
+        if actions.shape != shape or actions.dtype != self.dtype or wrong_device:
+            raise InvalidAction(
+                f"actions must be {expected}; got shape {list(actions.shape)}, {actions.dtype}, on {actions.device}"
+            )
+
+    def _score(self, ended: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
+        """Return the rewards of all lanes, and what to report of those that have just ended.
+
+        This is the one place in a step that waits for the device.
+        """
+        rewards = torch.zeros(self.num_envs, device=self.device)
+        self._lanes.final_images = None
+        if not ended.any():
+            return rewards, {}
+        lanes = np.flatnonzero(ended)
+        index = self._to_device(lanes)
+        if not self._read_flag(self._lanes.finite[index].all()):
+            bad = [int(i) for i in lanes if not self._lanes.finite[i]]
+            raise InvalidAction(f"the actions of lanes {bad} were NaN or infinite in the episode that has just ended")
+        images = self.model.decode(self._lanes.latents[index])
+        output = self.reward(
+            images, [self._lanes.texts[i] for i in lanes], [self._lanes.prompt_metadata[i] for i in lanes]
+        )
+        if not self._read_flag(torch.isfinite(output.values).all()):
+            raise ValueError(f"the reward {self.reward.name!r} returned NaN or infinity: {output.values.tolist()}")
+        self._lanes.final_images = (index, images)
+        scores: dict[str, Any] = {}
+        for key, values in {self.reward.name: output.values, **output.extras}.items():
+            scores |= {f"reward/{key}": rewards.index_copy(0, index, values.float()), f"_reward/{key}": ended.copy()}
+        empty = images.new_zeros((self.num_envs, *images.shape[1:]))
+        scores |= {"images": empty.index_copy(0, index, images), "_images": ended.copy()}
+        return rewards.index_copy(0, index, output.values.float()), scores
+
+    def _read_flag(self, flag: Tensor) -> bool:
+        """Read a boolean from the device: waits for it."""
+        return bool(flag)
+
+    def _observe(self) -> Observation:
+        lanes = self._lanes
+        observation = {"latents": lanes.latents.clone()}
+        observation |= {key: self._to_device(value) for key, value in self._observe_time().items()}
+        observation["prompt_id"] = self._to_device(lanes.prompt_id[:, None])
+        return observation | (dict(lanes.conditioning()) if self.observe_embeds else {})
+
+    def _info(self) -> dict[str, Any]:
+        times = {key: value[:, 0] for key, value in self._observe_time().items()}
+        return {
+            "prompt_id": self._lanes.prompt_id.copy(),
+            "nfe": self._lanes.step.copy(),
+            "ended": np.zeros(self.num_envs, dtype=bool),
+            **times,
+        }
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.copy()).to(self.device, non_blocking=True)
+
+
+class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
+    """One lane of a vector environment, as a numpy environment.
+
+    Args:
+        lane: A vector environment with one lane and autoreset disabled.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}  # type: ignore[misc]
+
+    def __init__(self, lane: DiffusionVectorEnv) -> None:
+        self.lane = lane
+        self.render_mode = lane.render_mode
+        self.metadata = {key: lane.metadata[key] for key in lane.metadata if key not in ("torch", "autoreset_mode")}
+        self.observation_space = copy.deepcopy(lane.single_observation_space)
+        self.action_space = copy.deepcopy(lane.single_action_space)
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The diffusion model."""
+        return self.lane.model
+
+    @property
+    def prompts(self) -> PromptSet:
+        """The prompts, in the order of `prompt_id`."""
+        return self.lane.prompts
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start a new episode; `seed` and `options` (but `reset_mask`) as in the vector environment's lane 0."""
+        super().reset(seed=seed)
+        if options is not None and "latents" in options:
+            latents = torch.as_tensor(np.asarray(options["latents"])).to(self.lane.device, self.lane.dtype)
+            options = {**options, "latents": latents}
+        observation, info = self.lane.reset(seed=seed, options=options)
+        return self._single(observation), self._single_info(info)
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Take one action, a float array of the action space's shape.
+
+        Raises:
+            ClosedEnvironmentError, ResetNeeded, InvalidAction: as in the vector environment.
+        """
+        array = np.asarray(action)
+        if array.shape != self.action_space.shape or not np.issubdtype(array.dtype, np.floating):
+            raise InvalidAction(
+                f"the action must be a float array of shape {list(self.action_space.shape or ())}; "
+                f"got shape {list(array.shape)}, {array.dtype}"
+            )
+        batched = torch.from_numpy(array[None].astype(np.float32)).to(self.lane.device, self.lane.dtype)
+        observation, reward, terminated, truncated, info = self.lane.step(batched)
+        return self._single(observation), float(reward), bool(terminated), bool(truncated), self._single_info(info)
+
+    def render(self) -> np.ndarray | None:  # type: ignore[override]
+        """Return the frame [H, W, 3] uint8 of x_t, or of x_0 when the episode has ended."""
+        frames = self.lane.render()
+        return None if frames is None else frames[0]
+
+    def close(self) -> None:
+        """Let go of the model's tensors; closing twice is harmless."""
+        self.lane.close()
+
+    def _single(self, observation: Observation) -> dict[str, np.ndarray]:
+        return {
+            key: (value[0].float() if value.is_floating_point() else value[0]).cpu().numpy().copy()
+            for key, value in observation.items()
+        }
+
+    def _single_info(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Return lane 0 of an info dict, without the masks, as numpy."""
+        single: dict[str, Any] = {}
+        for key, value in info.items():
+            if not key.startswith("_"):
+                lane = value[0].cpu().numpy() if isinstance(value, Tensor) else value[0]
+                single[key] = lane.copy() if lane.ndim else lane.item()
+        return single

@@ -1,0 +1,192 @@
+"""DDPO's MDP: the action is the next latents."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Space
+from gymnasium.utils import EzPickle
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+from ..rewards import Reward
+from .core import DiffusionEnv, DiffusionVectorEnv, ModelSource, PromptSource
+
+
+class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
+    """`gym.make_vec("DenoisingMDP-v0", num_envs=…)`: many lanes of `DenoisingEnv` as torch tensors on one device.
+
+    Observations, actions, rewards and flags are those of `DenoisingEnv` with a leading dimension `num_envs`, as
+    tensors on `device` (latents and actions in `dtype`). All three of Gymnasium's autoreset modes are there, in
+    `metadata["autoreset_mode"]` and as the attribute `autoreset_mode`:
+
+    - SAME_STEP (default): a step that ends an episode returns the next one's first observation; the last one is in
+      `info["final_obs"]`, its info in `info["final_info"]`.
+    - NEXT_STEP: it returns the last observation; the lane's next step ignores its action and resets it.
+    - DISABLED: it returns the last observation and the lane rests (reward 0, `terminated` stays True) until
+      `reset(options={"reset_mask": …})`.
+
+    `info["ended"]`, a numpy array, says on the host which lanes ended. No step waits for the device but the last one
+    of an episode, where the reward is computed.
+
+    Args:
+        num_envs: The number of lanes.
+        model: As `DenoisingEnv`, and so on to `observe_embeds`.
+        reward: …
+        prompts: …
+        num_steps: …
+        device: …
+        dtype: …
+        image_size: …
+        negative_prompt: …
+        observe_embeds: …
+        render_mode: …
+        autoreset_mode: An `AutoresetMode`, its name or its value.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        **DiffusionVectorEnv.metadata,
+        "action_is_next_latents": True,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        model: ModelSource = "emoji",
+        reward: str | Reward | Mapping[str, float] = "incompressibility",
+        prompts: PromptSource = "simple_animals",
+        num_steps: int = 20,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        image_size: int | None = None,
+        negative_prompt: str = "",
+        observe_embeds: bool | None = None,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+    ) -> None:
+        arguments: dict[str, Any] = {
+            "model": model,
+            "reward": reward,
+            "prompts": prompts,
+            "num_steps": num_steps,
+            "device": device,
+            "dtype": dtype,
+            "image_size": image_size,
+            "negative_prompt": negative_prompt,
+            "observe_embeds": observe_embeds,
+            "render_mode": render_mode,
+            "autoreset_mode": autoreset_mode,
+        }
+        EzPickle.__init__(self, num_envs, **arguments)
+        super().__init__(num_envs, **arguments)
+        self.single_action_space = Box(-np.inf, np.inf, self.model.latent_shape, np.float32)
+        self._grid = self.model.schedule.timesteps(num_steps).float().numpy()
+
+    def _time_spaces(self) -> dict[str, Space]:
+        schedule = self.model.schedule
+        low, high = min(schedule.clean, 0.0), schedule.max_time
+        return {key: Box(low, high, (1,), np.float32) for key in ("timestep", "next_timestep")}
+
+    def _observe_time(self) -> dict[str, np.ndarray]:
+        step = self._lanes.step
+        following = np.minimum(step + 1, self.num_steps)
+        return {"timestep": self._grid[step, None], "next_timestep": self._grid[following, None]}
+
+    def _advance(self, actions: Tensor, active: np.ndarray) -> None:
+        moved = self._to_device(active).reshape(-1, *[1] * (actions.ndim - 1))
+        self._lanes.latents = actions.clone() if active.all() else torch.where(moved, actions, self._lanes.latents)
+        self._lanes.step[active] += 1
+
+    def _finished(self) -> np.ndarray:
+        return self._lanes.step == self.num_steps
+
+
+class DenoisingEnv(DiffusionEnv, EzPickle):
+    """`gym.make("DenoisingMDP-v0")`: the denoising of one image as an episode.
+
+    ## Description
+    The agent denoises an image step by step: it sees the prompt, the time t and the noisy latents x_t, and its action
+    *is* the next latents x_s. The environment stores them, and when the last time is reached decodes them to an image
+    and rewards it. It never calls the denoising network: the network is the policy. This is the MDP of DDPO:
+
+        s = (c, t, x_t)    a = x_s    π(a|s) = p_θ(x_s | x_t, c)    ρ_0 = p(c)·N(0, I)    R = r(x_0, c) at the end
+
+    Source: Black et al., 2023, section 4.3, https://arxiv.org/abs/2305.13301.
+
+    ## Action Space
+    `Box(-inf, inf, (C, H, W), float32)`: x_s.
+
+    ## Observation Space
+    A `Dict`; C, H, W are the latents' (4, 16, 16 with the emoji model), P is the number of prompts.
+
+    | Key | Shape | Dtype | Min | Max | Meaning |
+    |---|---|---|---|---|---|
+    | `latents` | (C, H, W) | float32 | −∞ | ∞ | x_t |
+    | `timestep` | (1,) | float32 | −1 or 0 | 999 or 1 | t: an index for discrete models, σ for flow models |
+    | `next_timestep` | (1,) | float32 | −1 or 0 | 999 or 1 | s < t; equal to t at the end |
+    | `prompt_id` | (1,) | int64 | −1 | P − 1 | index into `env.unwrapped.prompts`; −1: a text given to `reset` |
+    | `prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the prompt's embedding (with `observe_embeds`) |
+    | `negative_prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the negative prompt's (with `observe_embeds`) |
+
+    `info` has `prompt_id`, `nfe` (steps taken), `timestep`, `next_timestep` and `ended`; on the last step also
+    `reward/<name>` and `images` [3, H, W] in [0, 1].
+
+    ## Rewards
+    0 until the last step, then the reward of the decoded x_0: an episode's return is `reward_fn(x_0)`.
+
+    ## Starting State
+    A prompt drawn uniformly, and x_T ~ N(0, I), both from the lane's own generator. `reset(options=…)` fixes them:
+    `prompt` (any text), `prompt_id`, `latents`.
+
+    ## Episode End
+    `terminated` after `num_steps` actions. There is no truncation.
+
+    ## Arguments
+    | Argument | Default | Meaning |
+    |---|---|---|
+    | `model` | `"emoji"` | a name, a diffusers folder, a Hub id, or a loaded `DiffusionModel` |
+    | `reward` | `"incompressibility"` | a name, `{name: weight}`, a `Reward`, or `f(images, prompts, metadata)` |
+    | `prompts` | `"simple_animals"` | a name, a file, or a list of texts |
+    | `num_steps` | `20` | actions per episode |
+    | `device` | `"cpu"` | where the model runs |
+    | `dtype` | `"float32"` | precision of latents and frozen denoiser |
+    | `image_size` | the model's | height and width in pixels |
+    | `negative_prompt` | `""` | what guidance moves away from |
+    | `observe_embeds` | below 1 MB a lane | whether embeddings are part of the observation |
+    | `render_mode` | `None` | `"rgb_array"`: the decoded x_t; x_0 once the episode has ended |
+
+    ## Version History
+    - v0: initial version.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelSource = "emoji",
+        reward: str | Reward | Mapping[str, float] = "incompressibility",
+        prompts: str | os.PathLike[str] | Sequence[str] = "simple_animals",
+        num_steps: int = 20,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        image_size: int | None = None,
+        negative_prompt: str = "",
+        observe_embeds: bool | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        arguments: dict[str, Any] = {
+            "model": model,
+            "reward": reward,
+            "prompts": prompts,
+            "num_steps": num_steps,
+            "device": device,
+            "dtype": dtype,
+            "image_size": image_size,
+            "negative_prompt": negative_prompt,
+            "observe_embeds": observe_embeds,
+            "render_mode": render_mode,
+        }
+        EzPickle.__init__(self, **arguments)
+        super().__init__(DenoisingVectorEnv(1, **arguments, autoreset_mode=AutoresetMode.DISABLED))

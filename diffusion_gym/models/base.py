@@ -1,0 +1,258 @@
+"""What an environment or a policy asks of a diffusion model, and the way to load one.
+
+Classifier-free guidance lives here, once, for every family of models.
+"""
+
+import importlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..naming import unknown_name
+from ..predictions import PredictionType, to_x0_and_epsilon
+from ..schedules import NoiseSchedule, as_float
+
+Conditioning = Mapping[str, Tensor]
+
+_NEGATIVE = "negative_"
+_DECODED_PIXELS_PER_CHUNK = 8 * 512 * 512
+_CACHED_PROMPT_SETS = 4
+
+_PACKAGED = {"emoji": 4.0}
+_FAMILIES = {"StableDiffusionPipeline": "stable_diffusion:StableDiffusionModel"}
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a denoiser says of x_t: the clean latents x̂_0 and the noise ε̂, [B, ...] each, at least float32."""
+
+    x0: Tensor
+    epsilon: Tensor
+
+
+class DiffusionModel(ABC):
+    """A text-to-image diffusion model whose text encoder, image decoder and denoiser load on first use.
+
+    One object is shared by an environment and the policies that act in it. Nothing in it is ever trained: a policy
+    owns a copy of what it trains.
+
+    Args:
+        source: What `load_model` was given: a name, a folder or a Hub id.
+        path: The diffusers folder that it was found in.
+        device: Where the networks are and where all results are.
+        dtype: The frozen denoiser's precision. Text encoder and image decoder stay in float32.
+        default_guidance_scale: The guidance scale of policies that name none.
+
+    Attributes:
+        schedule: The noise process.
+        prediction_type: What the denoiser predicts.
+        latent_shape: [C, H, W] of one sample's latents.
+        image_shape: [3, H, W] of one image.
+        denoiser_folder: The denoiser's subfolder in the diffusers layout.
+        lora_targets: Names of the layers that LoRA adapts unless told otherwise.
+    """
+
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    latent_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]
+    denoiser_folder: str
+    lora_targets: tuple[str, ...]
+
+    def __init__(
+        self, source: str, path: Path, *, device: torch.device, dtype: torch.dtype, default_guidance_scale: float
+    ) -> None:
+        self.source = source
+        self.path = path
+        self.device = device
+        self.dtype = dtype
+        self.default_guidance_scale = default_guidance_scale
+        self._encode_cached = lru_cache(maxsize=_CACHED_PROMPT_SETS)(self._encode_with_negative)
+
+    # ------------------------------------------------------------------ what a family of models has to provide
+    @property
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The frozen denoising network, in eval mode, without gradients."""
+
+    @abstractmethod
+    def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the conditioning of the prompts, without negatives: tensors [P, ...] in float32."""
+
+    @abstractmethod
+    def _model_output(self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the network's raw output for one pass over a batch."""
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Return images [B, 3, H, W] in [0, 1] of a batch that is small enough."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the latents [B, C, h, w] of images [B, 3, H, W] in [0, 1]: the mode of the encoder's posterior."""
+
+    @abstractmethod
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Write a denoiser's LoRA layers in the form that the diffusers pipeline's `load_lora_weights` reads."""
+
+    @abstractmethod
+    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:
+        """Read what `save_lora` wrote into a denoiser that has LoRA layers of the same shape."""
+
+    # ------------------------------------------------------------------ what is the same for all
+    def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
+        """Return the conditioning of prompts, for guidance with the negative prompt beside it.
+
+        The last few prompt sets are remembered, so an environment and its policies encode theirs once.
+
+        Args:
+            prompts: The P texts.
+            negative_prompt: What the unconditional half of the guidance is told.
+
+        Returns:
+            A dict of float32 tensors [P, ...] to read only: `prompt_embeds` …, each with `negative_prompt_embeds` …
+            of the same shape (which share the memory of one row).
+        """
+        return self._encode_cached(tuple(prompts), negative_prompt)
+
+    @torch.no_grad()
+    def _encode_with_negative(self, prompts: tuple[str, ...], negative_prompt: str) -> Conditioning:
+        conditioning = self._encode(prompts)
+        negative = self._encode([negative_prompt])
+        return conditioning | {
+            f"{_NEGATIVE}{key}": row.expand_as(conditioning[key]) for key, row in negative.items()
+        }
+
+    def denoise(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        *,
+        guidance_scale: float,
+        denoiser: nn.Module | None = None,
+    ) -> Prediction:
+        """Return what a denoiser says of x_t, with classifier-free guidance.
+
+        output = output(negative) + guidance_scale·(output(prompt) − output(negative)); with a scale of exactly 1 the
+        prompt's own output, at half the cost.
+
+        Source: Ho & Salimans, 2022, eq. 6, https://arxiv.org/abs/2207.12598.
+
+        Args:
+            latents: [B, C, H, W] x_t.
+            t: [B] the time of each sample, in the schedule's own values.
+            conditioning: What `encode_prompts` returns, [B, ...] each.
+            guidance_scale: The scale w.
+            denoiser: The network to ask; None: the frozen one.
+        """
+        network = self.denoiser if denoiser is None else denoiser
+        positive = {key: value for key, value in conditioning.items() if not key.startswith(_NEGATIVE)}
+        if guidance_scale == 1:
+            output = as_float(self._model_output(network, latents, t, positive))
+        else:
+            both = {key: torch.cat([conditioning[_NEGATIVE + key], value]) for key, value in positive.items()}
+            doubled = self._model_output(network, torch.cat([latents, latents]), torch.cat([t, t]), both)
+            negative_output, positive_output = as_float(doubled).chunk(2)
+            output = negative_output + guidance_scale * (positive_output - negative_output)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        pred_x0, pred_epsilon = to_x0_and_epsilon(
+            output, as_float(latents), alpha=alpha, sigma=sigma, prediction_type=self.prediction_type
+        )
+        return Prediction(pred_x0, pred_epsilon)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images [B, 3, H, W] in [0, 1], float32, of latents [B, C, h, w]; in chunks of bounded memory."""
+        chunk = max(1, _DECODED_PIXELS_PER_CHUNK // (self.image_shape[1] * self.image_shape[2]))
+        return torch.cat([self._decode(part) for part in latents.float().split(chunk)])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        arguments = (self.source, str(self.device), str(self.dtype).removeprefix("torch."), self.image_shape[1])
+        return _reload, arguments
+
+
+def _reload(source: str, device: str, dtype: str, image_size: int) -> DiffusionModel:
+    return load_model(source, device=device, dtype=dtype, image_size=image_size)
+
+
+def to_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return a floating-point torch dtype of its name ("float32", "bfloat16" …) or itself.
+
+    Raises:
+        ValueError: it is not the name of a floating-point dtype.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f'dtype must be a floating-point dtype such as "float32" or "bfloat16", got {dtype!r}')
+    return found
+
+
+def _find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
+    """Return the diffusers folder behind a name, a folder or a Hub id; what the Hub has is downloaded to its cache."""
+    if source in _PACKAGED:
+        return Path(str(files(__package__) / str(source)))
+    folder = Path(source)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is not a diffusers folder: it has no model_index.json")
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            unknown_name("model", str(source), _PACKAGED) + " Or give a diffusers folder, or a Hub id owner/name."
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(str(source), revision=revision))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no folder {str(source)!r} here, and the Hugging Face Hub did not give a model of that id ({error}). "
+            f"Give {sorted(_PACKAGED)} for the model that comes with the package, or the path of a diffusers folder."
+        ) from error
+
+
+def load_model(
+    source: str | os.PathLike[str] = "emoji",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    image_size: int | None = None,
+    revision: str | None = None,
+) -> DiffusionModel:
+    """Return a diffusion model; its networks load when they are first needed.
+
+    Args:
+        source: "emoji" (comes with the package: 64×64 emoji, works offline), a folder in diffusers' layout, or a Hub
+            id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from `model_index.json`.
+        device: A torch device.
+        dtype: The frozen denoiser's precision.
+        image_size: Height and width in pixels; None: what the model was trained on.
+        revision: The Hub's branch, tag or commit.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: its family is not supported, or `image_size` or `dtype` do not fit it.
+    """
+    path = _find_folder(source, revision)
+    class_name = json.loads((path / "model_index.json").read_text())["_class_name"]
+    if class_name not in _FAMILIES:
+        raise ValueError(unknown_name("model family", class_name, _FAMILIES) + f" It is named in {path}.")
+    module, _, name = _FAMILIES[class_name].partition(":")
+    family = getattr(importlib.import_module(f".{module}", __package__), name)
+    return family(
+        os.fspath(source),
+        path,
+        device=torch.device(device),
+        dtype=to_dtype(dtype),
+        image_size=image_size,
+        default_guidance_scale=_PACKAGED.get(str(source), family.default_guidance_scale),
+    )

@@ -1,0 +1,145 @@
+"""Stable Diffusion 1.x and 2.x, and every model in their layout: CLIP text encoder, KL autoencoder, UNet."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..schedules import DiscreteVPSchedule
+from .base import Conditioning, DiffusionModel
+
+_LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def discrete_schedule(folder: Path) -> DiscreteVPSchedule:
+    """Return the noise process that a diffusers scheduler folder describes.
+
+    Only its numbers are used (betas, spacing, offset, the last ᾱ), completed by the defaults of the scheduler class
+    that it names; the class's own stepping is not (Stable Diffusion ships PNDM).
+
+    Raises:
+        ValueError: the scheduler is not a discrete variance-preserving one.
+    """
+    class_name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    scheduler = getattr(diffusers, class_name).from_pretrained(folder)
+    config = scheduler.config
+    if "beta_schedule" not in config:
+        raise ValueError(f"{folder}: {class_name} does not describe a discrete variance-preserving process")
+    return DiscreteVPSchedule(
+        scheduler.alphas_cumprod,
+        spacing=config.timestep_spacing,
+        steps_offset=config.get("steps_offset", 0),
+        ends_clean=config.get("set_alpha_to_one", True),
+    )
+
+
+class StableDiffusionModel(DiffusionModel):
+    """A `StableDiffusionPipeline` folder: Stable Diffusion 1.x, 2.x, their fine-tunes, and the embedded emoji model.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of the autoencoder's scale factor, or an epsilon-predicting model
+            is paired with a process whose last step has no signal (α = 0), where x̂_0 is not defined.
+    """
+
+    denoiser_folder = "unet"
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    default_guidance_scale: ClassVar[float] = 5.0  # type: ignore[misc]
+
+    def __init__(
+        self,
+        source: str,
+        path: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        image_size: int | None,
+        default_guidance_scale: float,
+    ) -> None:
+        super().__init__(source, path, device=device, dtype=dtype, default_guidance_scale=default_guidance_scale)
+        unet = json.loads((path / "unet" / "config.json").read_text())
+        vae = json.loads((path / "vae" / "config.json").read_text())
+        scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        image_size = image_size or unet["sample_size"] * scale_factor
+        if image_size % scale_factor:
+            raise ValueError(f"image_size must be a multiple of {scale_factor} for {source!r}, got {image_size}")
+        self.image_shape = (3, image_size, image_size)
+        self.latent_shape = (unet["in_channels"], image_size // scale_factor, image_size // scale_factor)
+        self.schedule = discrete_schedule(path / "scheduler")
+        scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
+        self.prediction_type = scheduler.get("prediction_type", "epsilon")
+        if self.prediction_type == "epsilon" and self.schedule.alphas_cumprod[-1] == 0:
+            raise ValueError(f"{path}: a zero-SNR schedule needs v_prediction or sample prediction, not epsilon")
+
+    @cached_property
+    def denoiser(self) -> nn.Module:  # type: ignore[override]
+        """The frozen UNet."""
+        unet = UNet2DConditionModel.from_pretrained(self.path, subfolder="unet")
+        return nn.Module.to(unet, self.device, self.dtype).eval().requires_grad_(False)
+
+    @cached_property
+    def _vae(self) -> AutoencoderKL:
+        vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae")
+        return nn.Module.to(vae, self.device, torch.float32).eval().requires_grad_(False)
+
+    @cached_property
+    def _tokenizer(self) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.path, subfolder="tokenizer")
+
+    @cached_property
+    def _text_encoder(self) -> CLIPTextModel:
+        encoder = CLIPTextModel.from_pretrained(self.path, subfolder="text_encoder")
+        return encoder.to(self.device, torch.float32).eval().requires_grad_(False)
+
+    def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self._tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        mask = tokens.attention_mask if getattr(self._text_encoder.config, "use_attention_mask", False) else None
+        embeds = [
+            self._text_encoder(ids.to(self.device), attention_mask=None if mask is None else mask_part)[0]
+            for ids, mask_part in zip(tokens.input_ids.split(64), tokens.attention_mask.to(self.device).split(64))
+        ]
+        return {"prompt_embeds": torch.cat(embeds)}
+
+    def _model_output(self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        dtype = next(network.parameters()).dtype
+        embeds = conditioning["prompt_embeds"].to(dtype)
+        return network(latents.to(dtype), t, encoder_hidden_states=embeds, return_dict=False)[0]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        images = self._vae.decode(latents / self._vae.config.scaling_factor, return_dict=False)[0]
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:  # noqa: D102
+        posterior = self._vae.encode(images.float() * 2 - 1).latent_dist
+        return posterior.mode() * self._vae.config.scaling_factor
+
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+        adapter = next(iter(denoiser.peft_config.values())).to_dict()  # type: ignore[union-attr, operator]
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            folder,
+            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser)),
+            unet_lora_adapter_metadata=adapter,
+        )
+
+    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+        layers = {key.removeprefix("unet."): value for key, value in load_file(folder / _LORA_FILE).items()}
+        result = set_peft_model_state_dict(denoiser, convert_unet_state_dict_to_peft(layers))
+        if result.unexpected_keys:
+            raise ValueError(f"{folder / _LORA_FILE} does not fit this denoiser: unexpected {result.unexpected_keys[:3]}")

@@ -1,0 +1,142 @@
+"""The reward's contract, the ways to make one, and the one conversion of images to bytes."""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..naming import unknown_name
+
+Metadata = Mapping[str, object]
+RewardFunction = Callable[[Tensor, Sequence[str], Sequence[Metadata]], Tensor]
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """What a reward says of a batch.
+
+    Args:
+        values: [B] float32, on the images' device.
+        extras: Further numbers [B] to report beside it, by name.
+    """
+
+    values: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Reward(ABC):
+    """A function of images and prompts.
+
+    Attributes:
+        name: What it is called in logs and in `info["reward/<name>"]`.
+        unit: The unit of its values.
+        range: The least and the greatest value it can take.
+    """
+
+    name: str
+    unit: str = "1"
+    range: tuple[float, float] = (-float("inf"), float("inf"))
+
+    @abstractmethod
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        """Return the rewards of a batch.
+
+        Args:
+            images: [B, 3, H, W], RGB in [0, 1].
+            prompts: The B prompts that they were drawn for.
+            metadata: What the prompt set says of each prompt.
+        """
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return images [B, 3, H, W] in [0, 1] as bytes [B, H, W, 3] on the CPU, rounded to the nearest level.
+
+    Source: ddpo-pytorch rewards.py (`(images * 255).round().clamp(0, 255)`); jannerm/ddpo truncates instead.
+    """
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+class CallableReward(Reward):
+    """A user's function `f(images, prompts, metadata) -> [B]` as a reward.
+
+    Raises:
+        ValueError: when called, if the function's output is not one finite-precision number per image.
+    """
+
+    def __init__(self, function: RewardFunction, name: str | None = None) -> None:
+        self.function = function
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        values = self.function(images, prompts, metadata or [{} for _ in prompts])
+        values = torch.as_tensor(values, dtype=torch.float32, device=images.device)
+        if values.shape != (len(images),):
+            raise ValueError(
+                f"the reward {self.name!r} must return one value per image, [{len(images)}], got {tuple(values.shape)}"
+            )
+        return RewardOutput(values)
+
+
+class WeightedSum(Reward):
+    """Σ_i w_i·r_i over named rewards; every r_i is reported as an extra."""
+
+    def __init__(self, weighted: Sequence[tuple[Reward, float]]) -> None:
+        self.weighted = tuple(weighted)
+        self.name = "+".join(f"{weight:g}*{reward.name}" for reward, weight in self.weighted)
+        units = {reward.unit for reward, _ in self.weighted}
+        self.unit = units.pop() if len(units) == 1 else "mixed"
+        bounds = [sorted((weight * low, weight * high)) for (low, high), weight in self._ranges() if weight]
+        self.range = (sum(low for low, _ in bounds), sum(high for _, high in bounds))
+
+    def _ranges(self) -> list[tuple[tuple[float, float], float]]:
+        return [(reward.range, weight) for reward, weight in self.weighted]
+
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        total, extras = torch.zeros(len(images), device=images.device), {}
+        for reward, weight in self.weighted:
+            output = reward(images, prompts, metadata)
+            total = total + weight * output.values
+            extras |= {reward.name: output.values, **output.extras}
+        return RewardOutput(total, extras)
+
+
+_NAMED = {
+    "incompressibility": "jpeg:Incompressibility",
+    "compressibility": "jpeg:Compressibility",
+    "brightness": "pixels:Brightness",
+}
+
+
+def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> Reward:
+    """Return a reward.
+
+    Args:
+        reward: A name ("incompressibility", "compressibility", "brightness"), a `Reward`, a callable
+            `f(images [B, 3, H, W], prompts, metadata) -> [B]`, or {name: weight} for a weighted sum.
+
+    Raises:
+        ValueError: a name is not known, or `reward` is none of these.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, str):
+        if reward not in _NAMED:
+            raise ValueError(unknown_name("reward", reward, _NAMED))
+        module, _, class_name = _NAMED[reward].partition(":")
+        return getattr(importlib.import_module(f".{module}", __package__), class_name)()
+    if isinstance(reward, Mapping):
+        if not reward:
+            raise ValueError("a weighted sum of rewards needs at least one {name: weight}, got an empty mapping")
+        return WeightedSum([(make_reward(name), float(weight)) for name, weight in reward.items()])
+    if callable(reward):
+        return CallableReward(reward)
+    raise ValueError(f"reward must be a name, a Reward, a callable or {{name: weight}}, got {reward!r}")

@@ -1,0 +1,202 @@
+"""Noise schedules: the process `x_t = α_t·x_0 + σ_t·ε` as functions of a time that every sample may choose for itself.
+
+`t` is diffusers' own value: the timestep index for discrete variance-preserving (VP) models, σ for flow and
+variance-exploding (VE) models. All functions are stateless, work in float64 for float64 times and in float32 for every
+other dtype, and return tensors of the shape and on the device of `t`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
+
+
+def as_float(values: Tensor) -> Tensor:
+    """Return `values` in float64 if they are, else in float32: the precision of all maths in this package."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _check_num_steps(num_steps: int, *, maximum: int | None = None) -> None:
+    if num_steps < 1 or (maximum is not None and num_steps > maximum):
+        allowed = "at least 1" if maximum is None else f"between 1 and {maximum}"
+        raise ValueError(f"num_steps must be {allowed}, got {num_steps}")
+
+
+class NoiseSchedule(ABC):
+    """The signal and noise levels of a diffusion process, and the grid of times on which it is sampled.
+
+    Attributes:
+        clean: The time of the clean end, where α = 1 and σ = 0. A step to it returns x̂_0 and needs no network call.
+        max_time: The largest time of the process (its noisy end).
+    """
+
+    clean: float
+    max_time: float
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Return the signal level α_t of each time, shaped like `t`."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Return the noise level σ_t of each time, shaped like `t`."""
+
+    @abstractmethod
+    def timesteps(self, num_steps: int) -> Tensor:
+        """Return the `num_steps + 1` times that a sampler visits, from noise to image: float64, on the CPU.
+
+        Raises:
+            ValueError: `num_steps` is not positive, or more than the process has steps.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVPSchedule(NoiseSchedule):
+    """A discrete variance-preserving process (DDPM, Stable Diffusion 1.x, 2.x, XL): α² + σ² = 1, `t` is an index.
+
+    Between indices log α is linear in t; index −1 is the clean end. In the last interval of a zero-SNR process, where
+    log α is −∞, α itself is linear.
+
+    Source: Ho et al., 2020, "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239.
+
+    Args:
+        alphas_cumprod: [T] ᾱ_t = α_t² of index 0 … T−1, decreasing, in [0, 1).
+        spacing: Which indices a grid of fewer steps takes, as diffusers' `timestep_spacing`.
+        steps_offset: Added to the indices of the "leading" spacing (1 for Stable Diffusion).
+        ends_clean: Whether the grid ends at the clean end (−1) or at index 0, as diffusers' `set_alpha_to_one`. At
+            index 0 some noise is left, so the last step stays stochastic and has a density.
+
+    Raises:
+        ValueError: `alphas_cumprod` is not a decreasing vector in [0, 1).
+    """
+
+    alphas_cumprod: Tensor = field(repr=False)
+    spacing: TimestepSpacing = "leading"
+    steps_offset: int = 0
+    ends_clean: bool = False
+    clean: float = field(default=-1.0, init=False)
+    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        bar = self.alphas_cumprod
+        if bar.ndim != 1 or len(bar) < 2 or not bool((bar.diff() < 0).all()) or not 0 <= bar[-1] or not bar[0] < 1:
+            raise ValueError(
+                f"alphas_cumprod must be a strictly decreasing vector in [0, 1), got shape {tuple(bar.shape)} "
+                f"with first value {bar.flatten()[:1].tolist()} and last {bar.flatten()[-1:].tolist()}"
+            )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """The number of indices T of the process."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def max_time(self) -> float:  # type: ignore[override]
+        """The noisiest index, T − 1."""
+        return float(self.num_train_timesteps - 1)
+
+    def _log_alpha_table(self, t: Tensor) -> Tensor:
+        """Return log α of the indices −1 … T−1 on the device and in the precision of `t`; computed once for each."""
+        key = (t.device, t.dtype)
+        if key not in self._tables:
+            log_alpha = self.alphas_cumprod.double().log() / 2
+            self._tables[key] = torch.cat([log_alpha.new_zeros(1), log_alpha]).to(t.device, t.dtype)
+        return self._tables[key]
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        t = as_float(t)
+        table = self._log_alpha_table(t)
+        position = (t + 1).clamp(0, self.num_train_timesteps)
+        lower = position.floor().clamp(max=self.num_train_timesteps - 1).long()
+        weight = position - lower
+        log_lower, log_upper = table[lower], table[lower + 1]
+        interpolated = torch.lerp(log_lower, log_upper, weight)
+        return torch.where(log_upper.isinf(), log_lower + torch.log1p(-weight), interpolated)
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return self._log_alpha(t).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+
+    def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
+        total = self.num_train_timesteps
+        _check_num_steps(num_steps, maximum=total)
+        if self.spacing == "leading":
+            grid = torch.arange(num_steps - 1, -1, -1, dtype=torch.float64) * (total // num_steps) + self.steps_offset
+        elif self.spacing == "trailing":
+            grid = torch.arange(num_steps, 0, -1, dtype=torch.float64).mul(total / num_steps).round() - 1
+        else:
+            grid = torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round().flip(0)
+        end = self.clean if self.ends_clean else 0.0
+        return torch.cat([grid, grid.new_tensor([end])])
+
+
+@dataclass(frozen=True, eq=False)
+class FlowSchedule(NoiseSchedule):
+    """A rectified flow (Stable Diffusion 3, Flux): α = 1 − t, σ = t, with `t` in [0, 1].
+
+    Source: Liu et al., 2022, "Flow Straight and Fast", https://arxiv.org/abs/2209.03003; the time shift is eq. 23 of
+    Esser et al., 2024, https://arxiv.org/abs/2403.03206.
+
+    Args:
+        shift: The sampling grid's shift, t → shift·t / (1 + (shift − 1)·t); 3 for Stable Diffusion 3.
+        num_train_timesteps: The grid's finest resolution: it starts from 1 and its last noisy time is the shifted
+            1 / num_train_timesteps, as diffusers' `FlowMatchEulerDiscreteScheduler`.
+    """
+
+    shift: float = 1.0
+    num_train_timesteps: int = 1000
+    clean: float = field(default=0.0, init=False)
+    max_time: float = field(default=1.0, init=False)
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return 1 - as_float(t)
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return as_float(t).clone()
+
+    def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
+        _check_num_steps(num_steps)
+        smallest = self._shifted(torch.tensor(1 / self.num_train_timesteps, dtype=torch.float64))
+        grid = self._shifted(torch.linspace(1.0, float(smallest), num_steps, dtype=torch.float64))
+        return torch.cat([grid, grid.new_zeros(1)])
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+@dataclass(frozen=True, eq=False)
+class KarrasSchedule(NoiseSchedule):
+    """A variance-exploding process on Karras' grid: α = 1, σ = t.
+
+    σ_i = (σ_max^(1/ρ) + i/(n−1)·(σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ, i = 0 … n−1, then 0.
+
+    Source: Karras et al., 2022, eq. 5, https://arxiv.org/abs/2206.00364.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    clean: float = field(default=0.0, init=False)
+
+    @property
+    def max_time(self) -> float:  # type: ignore[override]
+        """The largest noise level, σ_max."""
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        return torch.ones_like(as_float(t))
+
+    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        return as_float(t).clone()
+
+    def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
+        _check_num_steps(num_steps)
+        inverse = 1 / self.rho
+        ramp = torch.linspace(self.sigma_max**inverse, self.sigma_min**inverse, num_steps, dtype=torch.float64)
+        return torch.cat([ramp**self.rho, ramp.new_zeros(1)])
