@@ -83,7 +83,7 @@ class DiscreteVPSchedule(NoiseSchedule):
 
     def __post_init__(self) -> None:
         bar = self.alphas_cumprod
-        if bar.ndim != 1 or len(bar) < 2 or not bool((bar.diff() < 0).all()) or not 0 <= bar[-1] or not bar[0] < 1:
+        if bar.ndim != 1 or len(bar) < 2 or not bool((bar.diff() < 0).all()) or bar[-1] < 0 or bar[0] >= 1:
             raise ValueError(
                 f"alphas_cumprod must be a strictly decreasing vector in [0, 1), got shape {tuple(bar.shape)} "
                 f"with first value {bar.flatten()[:1].tolist()} and last {bar.flatten()[-1:].tolist()}"

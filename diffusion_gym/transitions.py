@@ -107,10 +107,17 @@ class GaussianTransition:
         if self.deterministic or other.deterministic:
             raise ValueError("the KL divergence of a deterministic transition (eta = 0) is not defined: use eta > 0")
         std, other_std = broadcast_to(self.std, self.mean), broadcast_to(other.std, self.mean)
-        divergence = (
-            torch.log(other_std / std) + (std**2 + (self.mean - other.mean) ** 2) / (2 * other_std**2) - 0.5
-        )
+        divergence = torch.log(other_std / std) + (std**2 + (self.mean - other.mean) ** 2) / (2 * other_std**2) - 0.5
         return reduce_dimensions(divergence, reduction)
+
+
+def ddim_scales(schedule: NoiseSchedule, t: Tensor, s: Tensor, *, eta: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what multiplies x̂_0, ε̂ and fresh noise in DDIM's step from t to s: [B] each (see `ddim_transition`)."""
+    alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
+    alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
+    q = alpha_t * sigma_s / (alpha_s * sigma_t)
+    std = eta * sigma_s * torch.sqrt((1 - q**2).clamp(min=0))
+    return alpha_s, sigma_s * torch.sqrt(1 - eta**2 + eta**2 * q**2), std
 
 
 def ddim_transition(
@@ -137,11 +144,7 @@ def ddim_transition(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
-    alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
-    alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
-    q = alpha_t * sigma_s / (alpha_s * sigma_t)
-    std = eta * sigma_s * torch.sqrt((1 - q**2).clamp(min=0))
-    epsilon_scale = sigma_s * torch.sqrt(1 - eta**2 + eta**2 * q**2)
+    alpha_s, epsilon_scale, std = ddim_scales(schedule, t, s, eta=eta)
     mean = broadcast_to(alpha_s, pred_x0) * pred_x0 + broadcast_to(epsilon_scale, pred_x0) * pred_epsilon
     return GaussianTransition(mean, std, deterministic=eta == 0)
 

@@ -8,7 +8,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -56,7 +56,9 @@ def _resolve_model(
     }
     for name, (asked, loaded) in wanted.items():
         if asked is not None and asked != loaded:
-            raise ValueError(f"{name}={asked} differs from the loaded model's {loaded}: leave it out, or load_model anew")
+            raise ValueError(
+                f"{name}={asked} differs from the loaded model's {loaded}: leave it out, or load_model anew"
+            )
     return model
 
 
@@ -67,7 +69,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     beside the prompt and x_t (`_observe_time`). See the concrete environments for arguments and spaces.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+    metadata: dict[str, Any] = {  # noqa: RUF012
         "render_modes": ["rgb_array"],
         "render_fps": 10,
         "torch": True,
@@ -314,7 +316,7 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         lane: A vector environment with one lane and autoreset disabled.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}  # type: ignore[misc]
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(self, lane: DiffusionVectorEnv) -> None:
         self.lane = lane
@@ -360,7 +362,7 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         observation, reward, terminated, truncated, info = self.lane.step(batched)
         return self._single(observation), float(reward), bool(terminated), bool(truncated), self._single_info(info)
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """Return the frame [H, W, 3] uint8 of x_t, or of x_0 when the episode has ended."""
         frames = self.lane.render()
         return None if frames is None else frames[0]

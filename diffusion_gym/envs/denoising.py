@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         autoreset_mode: An `AutoresetMode`, its name or its value.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+    metadata: dict[str, Any] = {  # noqa: RUF012
         **DiffusionVectorEnv.metadata,
         "action_is_next_latents": True,
     }

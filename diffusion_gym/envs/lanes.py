@@ -143,9 +143,7 @@ class Lanes:
         self.prompt_metadata: list[Mapping[str, object]] = [{} for _ in range(num_envs)]
         self.final_images: tuple[Tensor, Tensor] | None = None
 
-    def start(
-        self, mask: np.ndarray, *, seeds: Sequence[int | None] = (), options: ResetOptions | None = None
-    ) -> None:
+    def start(self, mask: np.ndarray, *, seeds: Sequence[int | None] = (), options: ResetOptions | None = None) -> None:
         """Begin a new episode in the lanes of `mask`: draw prompt and x_T from each lane's own CPU generator.
 
         Both are drawn even where `options` fix them, so that a lane's stream does not depend on the options.
@@ -153,10 +151,11 @@ class Lanes:
         options = options or ResetOptions()
         lanes = np.flatnonzero(mask)
         noise = []
-        for lane in lanes:
+        for lane in lanes.tolist():
             generator = self._generators[lane]
-            if seeds and seeds[lane] is not None:
-                generator.manual_seed(seeds[lane])  # type: ignore[arg-type]
+            seed = seeds[lane] if seeds else None
+            if seed is not None:
+                generator.manual_seed(seed)
             drawn = int(torch.randint(len(self._prompts), (1,), generator=generator))
             noise.append(torch.randn(self._model.latent_shape, generator=generator))
             self.prompt_id[lane] = drawn if options.prompt_id is None else options.prompt_id[lane]

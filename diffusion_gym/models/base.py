@@ -64,6 +64,7 @@ class DiffusionModel(ABC):
     prediction_type: PredictionType
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int, int]
+    default_guidance_scale: float
     denoiser_folder: str
     lora_targets: tuple[str, ...]
 
@@ -127,9 +128,7 @@ class DiffusionModel(ABC):
     def _encode_with_negative(self, prompts: tuple[str, ...], negative_prompt: str) -> Conditioning:
         conditioning = self._encode(prompts)
         negative = self._encode([negative_prompt])
-        return conditioning | {
-            f"{_NEGATIVE}{key}": row.expand_as(conditioning[key]) for key, row in negative.items()
-        }
+        return conditioning | {f"{_NEGATIVE}{key}": row.expand_as(conditioning[key]) for key, row in negative.items()}
 
     def denoise(
         self,

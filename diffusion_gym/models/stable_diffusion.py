@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
 import diffusers
 import torch
@@ -54,7 +53,7 @@ class StableDiffusionModel(DiffusionModel):
 
     denoiser_folder = "unet"
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
-    default_guidance_scale: ClassVar[float] = 5.0  # type: ignore[misc]
+    default_guidance_scale = 5.0
 
     def __init__(
         self,
@@ -82,7 +81,7 @@ class StableDiffusionModel(DiffusionModel):
             raise ValueError(f"{path}: a zero-SNR schedule needs v_prediction or sample prediction, not epsilon")
 
     @cached_property
-    def denoiser(self) -> nn.Module:  # type: ignore[override]
+    def denoiser(self) -> nn.Module:
         """The frozen UNet."""
         unet = UNet2DConditionModel.from_pretrained(self.path, subfolder="unet")
         return nn.Module.to(unet, self.device, self.dtype).eval().requires_grad_(False)
@@ -109,10 +108,11 @@ class StableDiffusionModel(DiffusionModel):
             truncation=True,
             return_tensors="pt",
         )
-        mask = tokens.attention_mask if getattr(self._text_encoder.config, "use_attention_mask", False) else None
+        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        masked = getattr(self._text_encoder.config, "use_attention_mask", False)
         embeds = [
-            self._text_encoder(ids.to(self.device), attention_mask=None if mask is None else mask_part)[0]
-            for ids, mask_part in zip(tokens.input_ids.split(64), tokens.attention_mask.to(self.device).split(64))
+            self._text_encoder(ids[part], attention_mask=mask[part] if masked else None)[0]
+            for part in (slice(start, start + 64) for start in range(0, len(ids), 64))
         ]
         return {"prompt_embeds": torch.cat(embeds)}
 
@@ -131,7 +131,7 @@ class StableDiffusionModel(DiffusionModel):
         return posterior.mode() * self._vae.config.scaling_factor
 
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
-        adapter = next(iter(denoiser.peft_config.values())).to_dict()  # type: ignore[union-attr, operator]
+        adapter = next(iter(denoiser.peft_config.values())).to_dict()  # type: ignore[operator]
         StableDiffusionLoraLoaderMixin.save_lora_weights(
             folder,
             unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser)),
@@ -142,4 +142,6 @@ class StableDiffusionModel(DiffusionModel):
         layers = {key.removeprefix("unet."): value for key, value in load_file(folder / _LORA_FILE).items()}
         result = set_peft_model_state_dict(denoiser, convert_unet_state_dict_to_peft(layers))
         if result.unexpected_keys:
-            raise ValueError(f"{folder / _LORA_FILE} does not fit this denoiser: unexpected {result.unexpected_keys[:3]}")
+            raise ValueError(
+                f"{folder / _LORA_FILE} does not fit this denoiser: unexpected {result.unexpected_keys[:3]}"
+            )

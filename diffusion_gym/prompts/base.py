@@ -77,7 +77,7 @@ _NAMED = {"simple_animals": _simple_animals, "imagenet_animals": _imagenet_anima
 
 
 def _from_file(path: Path) -> PromptSet:
-    """Read one prompt a line (.txt), or one JSON object a line with the key "prompt" and metadata beside it (.jsonl)."""
+    """Read a prompt a line (.txt), or a JSON object a line with the key "prompt" and metadata beside it (.jsonl)."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix != ".jsonl":
         return PromptSet(tuple(line.strip() for line in lines))

@@ -70,7 +70,7 @@ class CallableReward(Reward):
 
     def __init__(self, function: RewardFunction, name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))
 
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
@@ -101,7 +101,8 @@ class WeightedSum(Reward):
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
-        total, extras = torch.zeros(len(images), device=images.device), {}
+        total = torch.zeros(len(images), device=images.device)
+        extras: dict[str, Tensor] = {}
         for reward, weight in self.weighted:
             output = reward(images, prompts, metadata)
             total = total + weight * output.values

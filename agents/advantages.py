@@ -1,0 +1,68 @@
+"""From rewards to advantages."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def normalise(rewards: Tensor, *, epsilon: float = 1e-6) -> Tensor:
+    """Return (r − mean) / (std + ε) over the batch, [B]; on the rewards' device, without waiting for it.
+
+    Source: ddpo-pytorch (population standard deviation).
+    """
+    return (rewards - rewards.mean()) / (rewards.std(correction=0) + epsilon)
+
+
+class PerPromptStats:
+    """Rewards relative to what the same prompt earned lately.
+
+    A_i = (r_i − mean_p) / (std_p + 1e-6) over the last `buffer_size` rewards of its prompt p, the new ones included;
+    over the whole batch for a prompt with fewer than `min_count` of them.
+
+    Source: Black et al., 2023, section 4.3 and appendix D, https://arxiv.org/abs/2305.13301; ddpo-pytorch
+    stat_tracking.py.
+
+    Note:
+        Prompts are told apart by their index in the prompt set, where the published codes use the detokenised text,
+        in which two prompts that are equal after truncation become one. Prompts outside the set (index −1) are always
+        compared to the whole batch. The statistics are part of a checkpoint.
+
+    Args:
+        buffer_size: Rewards remembered per prompt.
+        min_count: Rewards from which on a prompt is compared to itself.
+    """
+
+    def __init__(self, buffer_size: int = 16, min_count: int = 16) -> None:
+        if not 1 <= min_count <= buffer_size:
+            raise ValueError(f"min_count must be between 1 and buffer_size ({buffer_size}), got {min_count}")
+        self.buffer_size = buffer_size
+        self.min_count = min_count
+        self._rewards: dict[int, deque[float]] = {}
+
+    def update(self, prompt_ids: Sequence[int], rewards: Sequence[float]) -> np.ndarray:
+        """Remember a batch of rewards and return its advantages, [B] float32."""
+        ids, values = np.asarray(prompt_ids), np.asarray(rewards, dtype=np.float64)
+        advantages = np.empty_like(values)
+        for prompt_id in np.unique(ids):
+            mine = ids == prompt_id
+            known = self._rewards.setdefault(int(prompt_id), deque(maxlen=self.buffer_size))
+            known.extend(values[mine])
+            base = values if prompt_id < 0 or len(known) < self.min_count else np.array(known)
+            advantages[mine] = (values[mine] - base.mean()) / (base.std() + 1e-6)
+        return advantages.astype(np.float32)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return what is remembered, as JSON can hold it."""
+        return {str(prompt_id): list(rewards) for prompt_id, rewards in self._rewards.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Remember what `state_dict` returned."""
+        self._rewards = {int(key): deque(rewards, maxlen=self.buffer_size) for key, rewards in state.items()}
+
+
+def clip_advantages(advantages: Tensor, clip: float | None) -> Tensor:
+    """Return the advantages within ±clip; as they are for None."""
+    return advantages if clip is None else torch.clamp(advantages, -clip, clip)

@@ -1,0 +1,357 @@
+"""What all algorithms share, in Stable-Baselines3's manners: learn, predict, save, load, callbacks, logger.
+
+SB3's `BaseAlgorithm` itself wants a numpy VecEnv, finite action bounds and pickle, so it is not subclassed; its
+callbacks, its logger and its scalar names are used as they are.
+"""
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.logger import Image, Logger
+from stable_baselines3.common.utils import configure_logger
+from torch import Tensor
+
+from diffusion_gym.transitions import Reduction
+
+from .files import existing_folder, load_optimizer, replaced_folder, save_optimizer
+from .images import image_grid
+from .policies import DenoisingPolicy, Policy
+from .rollouts import Rollout, collect
+from .seeding import derived_generator, derived_seed, training_seed
+
+Schedule = Callable[[float], float]
+MaybeCallback = BaseCallback | Sequence[BaseCallback] | Callable[[dict[str, Any], dict[str, Any]], bool] | None
+Metrics = Mapping[str, Tensor]
+Self = TypeVar("Self", bound="Algorithm")
+
+_STATE_FILE = "training_state.json"
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_ENV_STREAM, _POLICY_STREAM, _UPDATE_STREAM = range(3)
+_LOGGED_IMAGES = 16
+
+
+class Algorithm(ABC):
+    """A policy-gradient algorithm: collect whole episodes, update, log, repeat.
+
+    Every random number of a run is a function of `seed` and the iteration, so a loaded run goes on exactly where it
+    was saved.
+
+    Attributes:
+        num_timesteps: Environment steps so far, over all lanes.
+        iteration: Rollouts learnt from so far.
+        reward_queries: Images rewarded so far.
+        logger: SB3's logger.
+    """
+
+    logger: Logger
+
+    def __init__(
+        self,
+        policy: Policy,
+        env: VectorEnv,
+        *,
+        learning_rate: float | Schedule,
+        samples_per_epoch: int | None,
+        log_prob_reduction: Reduction,
+        adam_beta1: float,
+        adam_beta2: float,
+        adam_weight_decay: float,
+        adam_epsilon: float,
+        use_8bit_adam: bool,
+        max_grad_norm: float | None,
+        tensorboard_log: str | None,
+        verbose: int,
+        seed: int | None,
+    ) -> None:
+        samples = env.num_envs if samples_per_epoch is None else samples_per_epoch
+        if samples < 1 or samples % env.num_envs:
+            raise ValueError(
+                f"samples_per_epoch must be a multiple of the environment's num_envs ({env.num_envs}), got {samples}"
+            )
+        self.policy = policy
+        self.env = env
+        self.samples_per_epoch = samples
+        self.log_prob_reduction: Reduction = log_prob_reduction
+        self.max_grad_norm = max_grad_norm
+        self.tensorboard_log = tensorboard_log
+        self.verbose = verbose
+        self.seed = derived_seed(time.time_ns()) if seed is None else seed
+        self.num_timesteps = self.iteration = self.reward_queries = self.num_updates = 0
+        self._timesteps_at_boundary = 0
+        self._progress_remaining = 1.0
+        self._learning_rate = learning_rate
+        self.optimizer = _make_adamw(use_8bit_adam)(
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
+            lr=self._current_learning_rate(),
+            betas=(adam_beta1, adam_beta2),
+            weight_decay=adam_weight_decay,
+            eps=adam_epsilon,
+        )
+
+    # ------------------------------------------------------------------ what an algorithm has to provide
+    @abstractmethod
+    def train(self, rollout: Rollout) -> Metrics:
+        """Update the policy from one rollout; return scalars to log, each a tensor on the device."""
+
+    @abstractmethod
+    def _hyperparameters(self) -> dict[str, Any]:
+        """Return the constructor's keywords that JSON can hold, for `save`."""
+
+    def _extra_state(self) -> dict[str, Any]:
+        """Return what else a resumed run needs, as JSON can hold it."""
+        return {}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `_extra_state` returned."""
+
+    # ------------------------------------------------------------------ SB3's interface
+    def get_env(self) -> VectorEnv:
+        """Return the environment (asked for by SB3's callbacks)."""
+        return self.env
+
+    def get_vec_normalize_env(self) -> None:
+        """Return None: there is no SB3 normalisation here (asked for by SB3's callbacks)."""
+
+    def learn(
+        self: Self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Train until `total_timesteps` environment steps have been taken.
+
+        Args:
+            total_timesteps: Steps over all lanes; a rollout has `samples_per_epoch` × (steps per episode) of them, and
+                the last one is finished.
+            callback: SB3 callbacks, or a function of (locals, globals).
+            log_interval: Rollouts between two entries in the log; 0: none.
+            tb_log_name: The run's name in TensorBoard; None: the algorithm's.
+            reset_num_timesteps: Count from 0; False goes on with the counts (after `load`), and `total_timesteps` are
+                taken on top.
+            progress_bar: Show one.
+        """
+        if reset_num_timesteps:
+            self.num_timesteps = self._timesteps_at_boundary = 0
+        else:
+            total_timesteps += self.num_timesteps
+        name = tb_log_name or type(self).__name__
+        self.logger = configure_logger(self.verbose, self.tensorboard_log, name, reset_num_timesteps)
+        callbacks = self._callbacks(callback, progress_bar)
+        callbacks.init_callback(self)  # type: ignore[arg-type]
+        callbacks.on_training_start(locals(), globals())
+        started, timesteps_before = time.monotonic(), self.num_timesteps
+        while self.num_timesteps < total_timesteps:
+            self._progress_remaining = 1 - self.num_timesteps / total_timesteps
+            rollout = self._collect(callbacks)
+            if rollout is None:
+                break
+            collected = time.monotonic()
+            metrics = self.train(rollout)
+            self.iteration += 1
+            self._timesteps_at_boundary = self.num_timesteps
+            if log_interval and self.iteration % log_interval == 0:
+                self._log(rollout, metrics)
+                elapsed = time.monotonic() - started
+                self.logger.record("time/train_seconds", time.monotonic() - collected)
+                self.logger.record("time/fps", (self.num_timesteps - timesteps_before) / elapsed)
+                self.logger.record("time/time_elapsed", int(elapsed))
+                self.logger.dump(step=self.num_timesteps)
+        callbacks.on_training_end()
+        return self
+
+    def predict(
+        self,
+        observation: Mapping[str, np.ndarray | Tensor],
+        state: None = None,
+        episode_start: None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray | Tensor, None]:
+        """Return actions, and None as the (absent) recurrent state.
+
+        Args:
+            observation: Of the vector environment (tensors, [num_envs, …]) or of the single one (numpy).
+            state: Ignored; there for SB3's `evaluate_policy` and the like.
+            episode_start: Ignored, likewise.
+            deterministic: Take the distribution's mode.
+        """
+        if all(isinstance(value, Tensor) for value in observation.values()):
+            return self.policy.act(observation, deterministic=deterministic), None  # type: ignore[arg-type]
+        batch = {key: torch.as_tensor(value)[None].to(self.policy.device) for key, value in observation.items()}
+        return self.policy.act(batch, deterministic=deterministic)[0].float().cpu().numpy(), None
+
+    def save(self, path: str | Path) -> None:
+        """Write the trained weights and all that is needed to go on, into a folder.
+
+        The folder takes the place of an earlier one only when it is whole. `unet/` (or the LoRA file) in it opens in
+        plain diffusers. A ".zip" at the end of `path`, which SB3's CheckpointCallback adds, is dropped.
+        """
+        with replaced_folder(_without_zip(path)) as folder:
+            self.policy.save(folder)
+            save_optimizer(self.optimizer, folder / _OPTIMIZER_FILE)
+            state = {
+                "algorithm": type(self).__name__,
+                "hyperparameters": self._hyperparameters(),
+                "learning_rate": None if callable(self._learning_rate) else self._learning_rate,
+                "seed": self.seed,
+                "num_timesteps": self._timesteps_at_boundary,
+                "iteration": self.iteration,
+                "reward_queries": self.reward_queries,
+                "num_updates": self.num_updates,
+                "extra": self._extra_state(),
+            }
+            (folder / _STATE_FILE).write_text(json.dumps(state, indent=2))
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        path: str | Path,
+        env: VectorEnv,
+        *,
+        policy: Policy | None = None,
+        learning_rate: float | Schedule | None = None,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+    ) -> Self:
+        """Return a saved run; `learn(..., reset_num_timesteps=False)` continues it.
+
+        Args:
+            path: What `save` was given.
+            env: The environment to go on in.
+            policy: A policy of the saved one's shape, to read the weights into; None: one on `env.unwrapped.model`.
+            learning_rate: None: the saved one. A schedule (a callable) cannot be saved and is to be given again.
+            tensorboard_log: As in the constructor.
+            verbose: As in the constructor.
+
+        Raises:
+            FileNotFoundError: there is no saved run.
+            ValueError: it is a run of another algorithm, or its learning rate was a callable and is not given again.
+        """
+        folder = existing_folder(_without_zip(path))
+        state = json.loads((folder / _STATE_FILE).read_text())
+        if state["algorithm"] != cls.__name__:
+            raise ValueError(f"{folder} is a run of {state['algorithm']}, not of {cls.__name__}")
+        rate = state["learning_rate"] if learning_rate is None else learning_rate
+        if rate is None:
+            raise ValueError(f"the learning rate of {folder} was a callable: give it again, load(..., learning_rate=…)")
+        if policy is None:
+            policy = DenoisingPolicy.load(folder, model=env.unwrapped.model)  # type: ignore[attr-defined]
+        else:
+            policy.load_weights(folder)
+        algorithm = cls(
+            policy,
+            env,
+            learning_rate=rate,
+            seed=state["seed"],
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            **state["hyperparameters"],
+        )
+        load_optimizer(algorithm.optimizer, folder / _OPTIMIZER_FILE)
+        algorithm.num_timesteps = algorithm._timesteps_at_boundary = state["num_timesteps"]
+        for counter in ("iteration", "reward_queries", "num_updates"):
+            setattr(algorithm, counter, state[counter])
+        algorithm._load_extra_state(state["extra"])
+        return algorithm
+
+    # ------------------------------------------------------------------ its parts
+    def _callbacks(self, callback: MaybeCallback, progress_bar: bool) -> BaseCallback:
+        if isinstance(callback, Sequence):
+            callback = CallbackList(list(callback))
+        elif callback is None:
+            callback = CallbackList([])
+        elif not isinstance(callback, BaseCallback):
+            callback = ConvertCallback(callback)
+        return CallbackList([callback, ProgressBarCallback()]) if progress_bar else callback
+
+    def _collect(self, callbacks: BaseCallback) -> Rollout | None:
+        """Return the next rollout, or None when a callback ends the training."""
+
+        def after_step() -> bool:
+            self.num_timesteps += self.env.num_envs
+            callbacks.update_locals({"self": self})
+            return callbacks.on_step()
+
+        callbacks.on_rollout_start()
+        num_batches = self.samples_per_epoch // self.env.num_envs
+        rollout = collect(
+            self.env,
+            self.policy,
+            seeds=[training_seed(self.seed, _ENV_STREAM, self.iteration, batch) for batch in range(num_batches)],
+            generators=derived_generator(self.seed, _POLICY_STREAM, self.iteration),
+            reduction=self.log_prob_reduction,
+            after_step=after_step,
+            max_images=_LOGGED_IMAGES,
+        )
+        if rollout is not None:
+            self.reward_queries += rollout.num_episodes
+            callbacks.on_rollout_end()
+        return rollout
+
+    def _update_generator(self) -> np.random.Generator:
+        """Return the generator of this iteration's shuffles."""
+        return np.random.default_rng(derived_seed(self.seed, _UPDATE_STREAM, self.iteration))
+
+    def _current_learning_rate(self) -> float:
+        rate = self._learning_rate
+        return float(rate(self._progress_remaining)) if callable(rate) else float(rate)
+
+    def _optimizer_step(self) -> Tensor:
+        """Apply the accumulated gradient; return its norm before clipping."""
+        parameters = self.optimizer.param_groups[0]["params"]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._current_learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+        return norm
+
+    def _log(self, rollout: Rollout, metrics: Metrics) -> None:
+        """Record what a rollout and its updates were like; waits for the device."""
+        record = self.logger.record
+        record("rollout/ep_rew_mean", self._read(rollout.returns.mean()))
+        record("rollout/ep_rew_std", self._read(rollout.returns.std(correction=0)))
+        record("rollout/ep_len_mean", rollout.num_steps)
+        for name, values in rollout.extras.items():
+            record(f"rollout/{name}", self._read(values.mean()))
+        for name, value in metrics.items():
+            record(f"train/{name}", self._read(value))
+        record("train/learning_rate", self._current_learning_rate())
+        record("train/n_updates", self.num_updates)
+        record("time/iterations", self.iteration)
+        record("time/total_timesteps", self.num_timesteps)
+        record("time/reward_queries", self.reward_queries)
+        if self.tensorboard_log:
+            grid = image_grid(rollout.images.cpu(), columns=8)
+            record("images/samples", Image(grid, "CHW"), exclude=("stdout", "log", "json", "csv"))
+
+    @staticmethod
+    def _read(value: Tensor) -> float:
+        """Read a scalar from the device: waits for it."""
+        return float(value)
+
+
+def _make_adamw(use_8bit_adam: bool) -> type[torch.optim.AdamW]:
+    if not use_8bit_adam:
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError("use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+    return AdamW8bit
+
+
+def _without_zip(path: str | Path) -> Path:
+    path = Path(path)
+    return path.with_suffix("") if path.suffix == ".zip" else path

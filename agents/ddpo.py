@@ -1,0 +1,324 @@
+"""Denoising diffusion policy optimisation (DDPO): the score-function and the importance-sampled estimator.
+
+Source: Black et al., 2023, "Training Diffusion Models with Reinforcement Learning", https://arxiv.org/abs/2305.13301.
+"""
+
+from abc import abstractmethod
+from typing import Any, final
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from diffusion_gym.transitions import Reduction
+
+from .advantages import PerPromptStats, clip_advantages, normalise
+from .algorithm import Algorithm, Metrics, Schedule
+from .losses import approximate_kl, clipped_surrogate_loss, score_function_loss
+from .policies import Policy
+from .rollouts import Rollout
+
+
+class _DDPO(Algorithm):
+    """What the two estimators share: advantages, minibatches of whole trajectories, accumulated gradients."""
+
+    n_epochs: int = 1
+
+    def __init__(
+        self,
+        policy: Policy,
+        env: VectorEnv,
+        *,
+        learning_rate: float | Schedule = 1e-5,
+        samples_per_epoch: int | None = 256,
+        batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        timestep_fraction: float = 1.0,
+        advantage_clip: float | None = 5.0,
+        per_prompt_buffer_size: int | None = 16,
+        per_prompt_min_count: int = 16,
+        log_prob_reduction: Reduction = "mean",
+        max_grad_norm: float | None = 1.0,
+        adam_beta1: float = 0.9,
+        adam_beta2: float = 0.999,
+        adam_weight_decay: float = 1e-4,
+        adam_epsilon: float = 1e-8,
+        use_8bit_adam: bool = False,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            samples_per_epoch=samples_per_epoch,
+            log_prob_reduction=log_prob_reduction,
+            adam_beta1=adam_beta1,
+            adam_beta2=adam_beta2,
+            adam_weight_decay=adam_weight_decay,
+            adam_epsilon=adam_epsilon,
+            use_8bit_adam=use_8bit_adam,
+            max_grad_norm=max_grad_norm,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            seed=seed,
+        )
+        self.batch_size = self.samples_per_epoch if batch_size is None else batch_size
+        if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
+            raise ValueError(
+                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}"
+            )
+        if not 0 < timestep_fraction <= 1:
+            raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
+        self.micro_batch_size = env.num_envs if micro_batch_size is None else micro_batch_size
+        self.timestep_fraction = timestep_fraction
+        self.advantage_clip = advantage_clip
+        self.per_prompt_stats = (
+            None if per_prompt_buffer_size is None else PerPromptStats(per_prompt_buffer_size, per_prompt_min_count)
+        )
+        self._saved_keywords: dict[str, Any] = {
+            "samples_per_epoch": samples_per_epoch,
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "timestep_fraction": timestep_fraction,
+            "advantage_clip": advantage_clip,
+            "per_prompt_buffer_size": per_prompt_buffer_size,
+            "per_prompt_min_count": per_prompt_min_count,
+            "log_prob_reduction": log_prob_reduction,
+            "max_grad_norm": max_grad_norm,
+            "adam_beta1": adam_beta1,
+            "adam_beta2": adam_beta2,
+            "adam_weight_decay": adam_weight_decay,
+            "adam_epsilon": adam_epsilon,
+            "use_8bit_adam": use_8bit_adam,
+        }
+
+    @abstractmethod
+    def _loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
+        """Return the loss of each transition, [M]."""
+
+    def train(self, rollout: Rollout) -> Metrics:
+        """Update the policy from one rollout: `n_epochs` passes, one update per `batch_size` trajectories."""
+        rng = self._update_generator()
+        advantages = clip_advantages(self._advantages(rollout), self.advantage_clip)
+        totals: dict[str, list[Tensor]] = {}
+        for _ in range(self.n_epochs):
+            for lanes in rng.permutation(rollout.num_episodes).reshape(-1, self.batch_size):
+                metrics = self._update(rollout, advantages, lanes, rng)
+                for name, value in metrics.items():
+                    totals.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in totals.items()}
+
+    def _advantages(self, rollout: Rollout) -> Tensor:
+        """Return the advantage of each episode, [B]."""
+        if self.per_prompt_stats is None:
+            return normalise(rollout.returns)
+        advantages = self.per_prompt_stats.update(rollout.prompt_id.tolist(), self._read_rewards(rollout.returns))
+        return torch.from_numpy(advantages).to(rollout.returns.device)
+
+    @staticmethod
+    def _read_rewards(returns: Tensor) -> list[float]:
+        """Read the rewards from the device: waits for it."""
+        return returns.tolist()
+
+    def _update(
+        self, rollout: Rollout, advantages: Tensor, lanes: np.ndarray, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        """Make one optimizer step from whole trajectories; their transitions go through in micro-batches."""
+        steps, columns = self._transitions(rollout.scored, lanes, rng)
+        totals: dict[str, Tensor] = {}
+        for start in range(0, len(steps), self.micro_batch_size):
+            part = slice(start, start + self.micro_batch_size)
+            k = torch.from_numpy(steps[part]).to(advantages.device)
+            b = torch.from_numpy(columns[part]).to(advantages.device)
+            log_prob = self.policy.log_prob(
+                rollout.observation(k, b), rollout.action(k, b), reduction=self.log_prob_reduction
+            )
+            old_log_prob = rollout.log_probs[k, b]
+            loss = self._loss(log_prob, old_log_prob, advantages[b]).sum() / len(steps)
+            loss.backward()
+            for name, value in self._metrics(loss.detach(), log_prob.detach(), old_log_prob).items():
+                share = value if name == "loss" else value * (len(k) / len(steps))
+                totals[name] = totals[name] + share if name in totals else share
+        return totals | {"grad_norm": self._optimizer_step()}
+
+    def _transitions(
+        self, scored: np.ndarray, lanes: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (steps, lanes) of the transitions to learn from, [M] each, shuffled.
+
+        Each trajectory gives the first `timestep_fraction` of its own random order of time, as in ddpo-pytorch.
+
+        Raises:
+            ValueError: no action has a density.
+        """
+        num_steps = len(scored)
+        kept = int(num_steps * self.timestep_fraction)
+        steps = np.stack([rng.permutation(num_steps)[:kept] for _ in lanes], axis=1)
+        columns = np.broadcast_to(lanes, steps.shape)
+        usable = scored[steps, columns]
+        if not usable.any():
+            raise ValueError("no action in the rollout has a density: the policy is deterministic, give it eta > 0")
+        order = rng.permutation(int(usable.sum()))
+        return steps[usable][order], columns[usable][order]
+
+    def _metrics(self, loss: Tensor, log_prob: Tensor, old_log_prob: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss, "approx_kl": approximate_kl(log_prob, old_log_prob).mean()}
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        return dict(self._saved_keywords)
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {} if self.per_prompt_stats is None else {"per_prompt_stats": self.per_prompt_stats.state_dict()}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        if self.per_prompt_stats is not None:
+            self.per_prompt_stats.load_state_dict(state["per_prompt_stats"])
+
+
+@final
+class DDPOSF(_DDPO):
+    """DDPO with the score-function estimator (REINFORCE): strictly on-policy, one update per rollout by default.
+
+    ∇J = E[ Σ_t ∇log p_θ(x_{t−1} | x_t, c)·A ], averaged over trajectories and, as in the published code, over time
+    and (with `log_prob_reduction="mean"`) over dimensions, which is the paper's up to a factor.
+
+    Source: Black et al., 2023, eq. 4, https://arxiv.org/abs/2305.13301. No published code has it as its own loss.
+
+    Args:
+        policy: What is trained, usually a `DenoisingPolicy`.
+        env: A vector environment whose action is the next latents.
+        learning_rate: AdamW's, or a function of the remaining progress (1 … 0). Paper: 1e-5; with LoRA 3e-4.
+        samples_per_epoch: Images per rollout, a multiple of `env.num_envs`; None: `env.num_envs`. Paper: 256.
+            (ddpo-pytorch: `sample.batch_size` × `sample.num_batches_per_epoch`.)
+        batch_size: Trajectories per optimizer step, a divisor of `samples_per_epoch`; None: all of them. More than
+            one update per rollout makes the later ones off-policy, which this estimator does not correct.
+        micro_batch_size: Transitions per forward and backward pass; None: `env.num_envs`. Only memory and speed
+            depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
+        timestep_fraction: Share of each trajectory's steps to learn from, in an order drawn for each.
+        advantage_clip: Advantages are clamped to ±this; None: not at all. The paper does not say; ddpo-pytorch's 5
+            is the default here, the authors' JAX code has 10.
+        per_prompt_buffer_size: Rewards remembered per prompt for its own mean and standard deviation; None: normalise
+            over the batch. ddpo-pytorch: 16 (32 for aesthetics and alignment).
+        per_prompt_min_count: Rewards from which on a prompt is compared to itself.
+        log_prob_reduction: "mean" over a latent's dimensions, as the published codes do, or "sum", as the paper
+            writes: their authors report that it diverges at once at 16,384 dimensions.
+        max_grad_norm: The gradient is clipped to this norm; None: not at all.
+        adam_beta1: AdamW's β₁.
+        adam_beta2: AdamW's β₂.
+        adam_weight_decay: AdamW's weight decay.
+        adam_epsilon: AdamW's ε.
+        use_8bit_adam: bitsandbytes' 8-bit AdamW (needs a GPU and `pip install bitsandbytes`).
+        tensorboard_log: Folder for TensorBoard; None: no such log.
+        verbose: 1 prints the log's table.
+        seed: Of everything that is drawn in training; None: one is drawn.
+
+    Raises:
+        ValueError: an argument is out of its range, or the sizes do not divide each other.
+    """
+
+    def _loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
+        return score_function_loss(log_prob, advantages)
+
+
+@final
+class DDPOIS(_DDPO):
+    """DDPO with the importance-sampled estimator: several updates per rollout, with PPO's clipped ratio.
+
+    L = E[ max(−A·ρ, −A·clip(ρ, 1 ± clip_range)) ], ρ = p_θ(x_{t−1} | x_t, c) / p_old(x_{t−1} | x_t, c).
+
+    Source: Black et al., 2023, eq. 5 and appendix D, https://arxiv.org/abs/2305.13301; ddpo-pytorch train.py.
+
+    Args:
+        policy: As `DDPOSF`, and so on; but
+        env: …
+        learning_rate: …
+        samples_per_epoch: …
+        batch_size: Trajectories per optimizer step. Paper: 64 of 256, so 4 updates per rollout. (ddpo-pytorch:
+            `train.batch_size` × `train.gradient_accumulation_steps`.)
+        n_epochs: Passes over a rollout (ddpo-pytorch: `num_inner_epochs`).
+        clip_range: c; 1e-4 goes with log-probs averaged over dimensions.
+        micro_batch_size: …
+        timestep_fraction: …
+        advantage_clip: …
+        per_prompt_buffer_size: …
+        per_prompt_min_count: …
+        log_prob_reduction: …
+        max_grad_norm: …
+        adam_beta1: …
+        adam_beta2: …
+        adam_weight_decay: …
+        adam_epsilon: …
+        use_8bit_adam: …
+        tensorboard_log: …
+        verbose: …
+        seed: …
+
+    Raises:
+        ValueError: an argument is out of its range, or the sizes do not divide each other.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        env: VectorEnv,
+        *,
+        learning_rate: float | Schedule = 1e-5,
+        samples_per_epoch: int | None = 256,
+        batch_size: int | None = 64,
+        n_epochs: int = 1,
+        clip_range: float = 1e-4,
+        micro_batch_size: int | None = None,
+        timestep_fraction: float = 1.0,
+        advantage_clip: float | None = 5.0,
+        per_prompt_buffer_size: int | None = 16,
+        per_prompt_min_count: int = 16,
+        log_prob_reduction: Reduction = "mean",
+        max_grad_norm: float | None = 1.0,
+        adam_beta1: float = 0.9,
+        adam_beta2: float = 0.999,
+        adam_weight_decay: float = 1e-4,
+        adam_epsilon: float = 1e-8,
+        use_8bit_adam: bool = False,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            samples_per_epoch=samples_per_epoch,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            timestep_fraction=timestep_fraction,
+            advantage_clip=advantage_clip,
+            per_prompt_buffer_size=per_prompt_buffer_size,
+            per_prompt_min_count=per_prompt_min_count,
+            log_prob_reduction=log_prob_reduction,
+            max_grad_norm=max_grad_norm,
+            adam_beta1=adam_beta1,
+            adam_beta2=adam_beta2,
+            adam_weight_decay=adam_weight_decay,
+            adam_epsilon=adam_epsilon,
+            use_8bit_adam=use_8bit_adam,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            seed=seed,
+        )
+        if n_epochs < 1 or clip_range <= 0:
+            raise ValueError(f"n_epochs must be at least 1 and clip_range positive, got {n_epochs} and {clip_range}")
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+
+    def _loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
+        return clipped_surrogate_loss(log_prob, old_log_prob, advantages, clip_range=self.clip_range)
+
+    def _metrics(self, loss: Tensor, log_prob: Tensor, old_log_prob: Tensor) -> dict[str, Tensor]:
+        outside = (torch.exp(log_prob - old_log_prob) - 1).abs() > self.clip_range
+        return super()._metrics(loss, log_prob, old_log_prob) | {"clip_fraction": outside.float().mean()}
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        return super()._hyperparameters() | {"n_epochs": self.n_epochs, "clip_range": self.clip_range}

@@ -1,0 +1,89 @@
+"""How good a policy is on seeds and prompts that are held fixed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from .policies.base import Policy
+from .rollouts import collect
+from .seeding import derived_generator
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One episode per seed.
+
+    Args:
+        rewards: [N] float32 on the host.
+        images: [k, 3, H, W] of the first k ≤ N, on the host.
+        prompts: The N prompts.
+    """
+
+    rewards: np.ndarray
+    images: Tensor
+    prompts: tuple[str, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean reward."""
+        return float(self.rewards.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of the mean."""
+        return float(self.rewards.std(ddof=1) / len(self.rewards) ** 0.5)
+
+    def gain_over(self, before: "Evaluation") -> tuple[float, float]:
+        """Return the mean of the paired differences to an evaluation on the same seeds, and its standard error.
+
+        Raises:
+            ValueError: the other evaluation is of other prompts.
+        """
+        if before.prompts != self.prompts:
+            raise ValueError("paired evaluations need the same seeds and prompts")
+        difference = self.rewards - before.rewards
+        return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5)
+
+
+def evaluate(
+    env: VectorEnv, policy: Policy, *, seeds: Sequence[int], prompts: Sequence[str], max_images: int = 64
+) -> Evaluation:
+    """Return the rewards of one episode per seed, whatever the number of lanes.
+
+    The initial noise and every draw of the policy come from the seed alone, so that two policies are compared on the
+    same noise, pair by pair. The algorithms of this package train on seeds from 2**32 up: smaller ones are held out.
+
+    Args:
+        env: A vector environment whose action is the next latents.
+        policy: The policy.
+        seeds: [N] a multiple of `env.num_envs`.
+        prompts: [N] each episode's prompt.
+        max_images: How many images to keep.
+
+    Raises:
+        ValueError: the numbers of seeds, prompts and lanes do not fit.
+    """
+    if len(seeds) != len(prompts) or len(seeds) % env.num_envs:
+        raise ValueError(
+            f"evaluate needs as many prompts as seeds, a multiple of num_envs={env.num_envs}; "
+            f"got {len(seeds)} seeds and {len(prompts)} prompts"
+        )
+    rewards, images = [], []
+    for start in range(0, len(seeds), env.num_envs):
+        part = slice(start, start + env.num_envs)
+        rollout = collect(
+            env,
+            policy,
+            seeds=[list(seeds[part])],
+            options={"prompt": list(prompts[part])},
+            generators=[derived_generator(int(seed)) for seed in seeds[part]],
+            max_images=max(0, max_images - start),
+        )
+        assert rollout is not None
+        rewards.append(rollout.returns.cpu().numpy())
+        images.append(rollout.images.cpu())
+    return Evaluation(np.concatenate(rewards), torch.cat(images), tuple(prompts))

@@ -1,0 +1,90 @@
+"""Folders that are written whole or not at all, and optimizers without pickle."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_PREVIOUS = ".previous"
+_PARTIAL = ".partial"
+
+
+def _sync(path: Path) -> None:
+    """Make a file or folder durable on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into; it takes the place of `path` when the block ends without an error.
+
+    A crash, a full disk or a kill in between leaves what was at `path` whole: there, or (between the two renames)
+    beside it under a name that `existing_folder` knows.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, previous = path.with_name(path.name + _PARTIAL), path.with_name(path.name + _PREVIOUS)
+    if not path.exists() and previous.exists():
+        previous.rename(path)
+    for leftover in (partial, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for written in [*partial.rglob("*"), partial]:
+            _sync(written)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        path.rename(previous)
+    partial.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the folder that `replaced_folder` wrote at `path`.
+
+    Raises:
+        FileNotFoundError: nothing was ever written there.
+    """
+    for candidate in (path, path.with_name(path.name + _PREVIOUS)):
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(f"there is no saved run at {path}")
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Write an optimizer's state as safetensors: "<parameter>.<name>", with the group settings in the header."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{parameter}.{name}": torch.as_tensor(value).contiguous()
+        for parameter, values in state["state"].items()
+        for name, value in values.items()
+    }
+    save_file(tensors, file, metadata={"param_groups": json.dumps(state["param_groups"])})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Read what `save_optimizer` wrote."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        groups = json.loads(opened.metadata()["param_groups"])
+    state: dict[int, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = load_file(file)
+    for key, value in tensors.items():
+        parameter, _, name = key.partition(".")
+        state.setdefault(int(parameter), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

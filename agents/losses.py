@@ -1,0 +1,50 @@
+"""Policy-gradient losses as pure functions: one value per transition, to be averaged by the caller."""
+
+import torch
+from torch import Tensor
+
+
+def _check_same_shape(**tensors: Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError(f"all arguments must be vectors of one length, got {shapes}")
+
+
+def score_function_loss(log_prob: Tensor, advantages: Tensor) -> Tensor:
+    """Return the REINFORCE loss of each transition, [B]: −A·log π(a|s).
+
+    Source: Williams, 1992; DDPO-SF, Black et al., 2023, eq. 4, https://arxiv.org/abs/2305.13301.
+
+    Args:
+        log_prob: [B] log π(a|s), with gradients.
+        advantages: [B] A, without.
+    """
+    _check_same_shape(log_prob=log_prob, advantages=advantages)
+    return -advantages * log_prob
+
+
+def clipped_surrogate_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, *, clip_range: float) -> Tensor:
+    """Return PPO's clipped loss of each transition, [B]: max(−A·ρ, −A·clip(ρ, 1 − c, 1 + c)), ρ = π / π_old.
+
+    Source: Schulman et al., 2017, eq. 7, https://arxiv.org/abs/1707.06347; DDPO-IS, Black et al., 2023, eq. 5,
+    https://arxiv.org/abs/2305.13301.
+
+    Args:
+        log_prob: [B] log π(a|s), with gradients.
+        old_log_prob: [B] log π_old(a|s) of the policy that sampled, with the same reduction.
+        advantages: [B] A.
+        clip_range: c. 1e-4 goes with log-probs averaged over dimensions, 0.2 with summed ones of few dimensions.
+    """
+    _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
+    ratio = torch.exp(log_prob - old_log_prob)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
+    """Return an unbiased, non-negative estimate of KL(π_old ‖ π) from each transition, [B]: (ρ − 1) − log ρ.
+
+    Source: Schulman, 2020, "Approximating KL divergence" (k3), http://joschu.net/blog/kl-approx.html.
+    """
+    _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob)
+    log_ratio = log_prob - old_log_prob
+    return torch.expm1(log_ratio) - log_ratio

@@ -1,0 +1,6 @@
+"""Policies: what is optimised."""
+
+from .base import Distribution, Policy
+from .denoising import DenoisingPolicy
+
+__all__ = ["DenoisingPolicy", "Distribution", "Policy"]

@@ -1,0 +1,21 @@
+"""Independent random streams, each a function of a few integers: a resumed run needs no generator states."""
+
+import numpy as np
+import torch
+
+_FIRST_TRAINING_SEED = 2**32
+
+
+def derived_seed(*key: int) -> int:
+    """Return a seed that is a hash of the key: streams of different keys are independent."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+def training_seed(*key: int) -> int:
+    """Return a derived seed that is at least 2**32, so that all smaller seeds are held out from training."""
+    return _FIRST_TRAINING_SEED + derived_seed(*key) // 2
+
+
+def derived_generator(*key: int) -> torch.Generator:
+    """Return a CPU generator that starts from the derived seed of the key."""
+    return torch.Generator().manual_seed(derived_seed(*key, 1))
