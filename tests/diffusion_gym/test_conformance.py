@@ -1,0 +1,173 @@
+"""What must hold for every environment that is registered."""
+
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+import diffusion_gym  # noqa: F401
+from diffusion_gym.testing import check_vector_env
+
+IDS = [spec.id for spec in gym.registry.values() if "diffusion_gym" in str(spec.entry_point)]
+ARGUMENTS = {"num_steps": 3}
+
+GYMNASIUM_SAYS = (
+    "A Box observation space minimum value is -infinity",
+    "A Box observation space maximum value is infinity",
+    "A Box action space minimum value is -infinity",
+    "A Box action space maximum value is infinity",
+)
+SB3_SAYS = (
+    "It seems that your observation latents is an image",
+    "It seems that your observation space latents is an image",
+    "The minimal resolution for an image is 36x36",
+    "Your observation latents has an unconventional shape",
+    "Your observation prompt_embeds has an unconventional shape",
+    "Your observation negative_prompt_embeds has an unconventional shape",
+    "We recommend you to use a symmetric and normalized Box action space",
+)
+
+pytestmark = pytest.mark.parametrize("env_id", IDS)
+
+
+def unexpected(caught, expected):
+    return [str(w.message) for w in caught if not any(text in str(w.message) for text in expected)]
+
+
+def test_there_is_something_to_check(env_id):
+    assert env_id in gym.registry
+
+
+@pytest.mark.parametrize("render_mode", [None, "rgb_array"])
+def test_gymnasiums_checker_passes_without_unexpected_warnings(env_id, render_mode):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        env = gym.make(env_id, render_mode=render_mode, **ARGUMENTS)
+        check_env(env.unwrapped)
+    assert unexpected(caught, GYMNASIUM_SAYS) == []
+
+
+def test_stable_baselines3s_checker_passes_behind_finite_bounds(env_id):
+    env = gym.make(env_id, **ARGUMENTS)
+    bounds = Box(-1e3, 1e3, env.action_space.shape)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sb3_check_env(gym.wrappers.TransformAction(env, lambda action: action, bounds))
+    assert unexpected(caught, SB3_SAYS + GYMNASIUM_SAYS) == []
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_our_own_vector_checker_passes(env_id, mode, num_envs):
+    check_vector_env(gym.make_vec(env_id, num_envs=num_envs, autoreset_mode=mode, **ARGUMENTS))
+
+
+def test_seeded_twins_are_equal_to_the_last_bit(env_id):
+    twins = [gym.make(env_id, **ARGUMENTS) for _ in range(2)]
+    for twin in twins:
+        twin.action_space.seed(5)
+    steps = [[twin.reset(seed=5)] for twin in twins]
+    for _ in range(ARGUMENTS["num_steps"]):
+        for twin, log in zip(twins, steps, strict=True):
+            log.append(twin.step(twin.action_space.sample()))
+    for one, other in zip(*steps, strict=True):
+        np.testing.assert_equal(one, other)
+
+
+def test_a_vector_lane_is_the_single_environment(env_id):
+    """Through two episodes: the second starts by autoreset on one side and by an unseeded reset on the other."""
+    singles = [gym.make(env_id, **ARGUMENTS) for _ in range(3)]
+    vector = gym.make_vec(env_id, num_envs=3, **ARGUMENTS)
+    rng = np.random.default_rng(0)
+    batch, _ = vector.reset(seed=11)
+    alone = [env.reset(seed=11 + lane)[0] for lane, env in enumerate(singles)]
+    for _ in range(2):
+        ended = False
+        while not ended:
+            for lane, observation in enumerate(alone):
+                for key, value in observation.items():
+                    np.testing.assert_array_equal(batch[key][lane].numpy(), value, err_msg=key)
+            actions = rng.standard_normal((3, *vector.single_action_space.shape)).astype(np.float32)
+            stepped = [env.step(action) for env, action in zip(singles, actions, strict=True)]
+            batch, rewards, terminated, _, info = vector.step(torch.from_numpy(actions))
+            ended = bool(info["ended"].all())
+            np.testing.assert_allclose(rewards.numpy(), [s[1] for s in stepped], atol=0.01)
+            assert terminated.tolist() == [s[2] for s in stepped]
+            alone = [s[0] for s in stepped]
+        final = info["final_info"]
+        for lane, (observation, _, _, _, single_info) in enumerate(stepped):
+            np.testing.assert_array_equal(info["final_obs"]["latents"][lane].numpy(), observation["latents"])
+            np.testing.assert_allclose(final["images"][lane].numpy(), single_info["images"], atol=1e-5)
+            assert final["prompt_id"][lane] == single_info["prompt_id"]
+        alone = [env.reset()[0] for env in singles]
+
+
+def test_start_does_not_depend_on_the_number_of_lanes(env_id):
+    few, _ = gym.make_vec(env_id, num_envs=2, **ARGUMENTS).reset(seed=4)
+    many, _ = gym.make_vec(env_id, num_envs=5, **ARGUMENTS).reset(seed=4)
+    for key in ("latents", "prompt_id"):
+        assert torch.equal(few[key], many[key][:2])
+
+
+def test_environments_survive_pickling(env_id):
+    for env in (gym.make(env_id, **ARGUMENTS).unwrapped, gym.make_vec(env_id, num_envs=2, **ARGUMENTS)):
+        again = pickle.loads(pickle.dumps(env))
+        one, other = env.reset(seed=3)[0], again.reset(seed=3)[0]
+        for key in one:
+            np.testing.assert_array_equal(np.asarray(one[key]), np.asarray(other[key]))
+
+
+def test_spec_survives_json(env_id):
+    env = gym.make(env_id, reward="brightness", prompts=["a cat"], **ARGUMENTS)
+    again = gym.make(gym.envs.registration.EnvSpec.from_json(env.spec.to_json()))
+    assert again.unwrapped.prompts.texts == ("a cat",)
+    assert again.spec.kwargs["reward"] == "brightness"
+    vector = gym.make_vec(env_id, num_envs=2, autoreset_mode="DISABLED", **ARGUMENTS)
+    json.dumps(vector.spec.kwargs)
+    remade = gym.make_vec(vector.spec)
+    assert remade.num_envs == 2
+    assert remade.unwrapped.autoreset_mode is AutoresetMode.DISABLED
+
+
+def test_closing_twice_is_harmless_and_a_closed_environment_says_so(env_id):
+    for env in (gym.make(env_id, **ARGUMENTS).unwrapped, gym.make_vec(env_id, num_envs=2, **ARGUMENTS)):
+        env.reset()
+        env.close()
+        env.close()
+        with pytest.raises(gym.error.ClosedEnvironmentError, match="was closed"):
+            env.reset()
+
+
+def test_step_before_reset_is_named(env_id):
+    vector = gym.make_vec(env_id, num_envs=2, **ARGUMENTS)
+    with pytest.raises(gym.error.ResetNeeded, match=r"call reset\(\) before step\(\)"):
+        vector.step(torch.zeros(2, *vector.single_action_space.shape))
+    single = gym.make(env_id, **ARGUMENTS).unwrapped
+    with pytest.raises(gym.error.ResetNeeded, match=r"call reset\(\) before step\(\)"):
+        single.step(single.action_space.sample())
+
+
+def test_importing_the_package_is_light_and_makes_the_id_known(env_id):
+    code = (
+        "import sys, diffusion_gym, gymnasium\n"
+        f"assert {env_id!r} in gymnasium.registry\n"
+        "heavy = {'diffusers', 'transformers', 'torch', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_module_prefix_registers_without_an_import(env_id):
+    code = f"import gymnasium; print(gymnasium.make('diffusion_gym:{env_id}', num_steps=2).spec.id)"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == env_id

@@ -1,0 +1,202 @@
+import json
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from diffusion_gym.models import DiffusionModel, load_model
+from diffusion_gym.predictions import to_x0_and_epsilon
+from diffusion_gym.transitions import ddim_transition, draw_noise
+from tests.tiny import EMOJI, make_tiny_stable_diffusion
+
+PROMPTS = ["a cat", "an ant on a pink background"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+def open_pipeline(path):
+    pipeline = StableDiffusionPipeline.from_pretrained(path)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.float()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    return open_pipeline(EMOJI)
+
+
+def sample(model, latents, *, num_steps, eta, guidance_scale, generators):
+    """Ancestral sampling with nothing but the package's own functions."""
+    conditioning = model.encode_prompts(PROMPTS)
+    grid = model.schedule.timesteps(num_steps).float()
+    for t, s in pairwise(grid):
+        t, s = t.expand(len(latents)), s.expand(len(latents))
+        with torch.no_grad():
+            prediction = model.denoise(latents, t, conditioning, guidance_scale=guidance_scale)
+        step = ddim_transition(prediction.x0, prediction.epsilon, schedule=model.schedule, t=t, s=s, eta=eta)
+        latents = step.sample(generators)
+    return model.decode(latents)
+
+
+@pytest.mark.parametrize(("eta", "guidance_scale"), [(0.0, 4.0), (1.0, 4.0), (0.5, 1.0)])
+def test_sampling_equals_the_diffusers_pipeline(emoji, pipeline, eta, guidance_scale):
+    latents = draw_noise(torch.empty(2, *emoji.latent_shape), torch.Generator().manual_seed(0))
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+    expected = pipeline(
+        PROMPTS,
+        num_inference_steps=5,
+        eta=eta,
+        guidance_scale=guidance_scale,
+        latents=latents,
+        generator=generators(),
+        output_type="pt",
+    ).images
+    ours = sample(emoji, latents, num_steps=5, eta=eta, guidance_scale=guidance_scale, generators=generators())
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4)
+    assert (ours - expected).abs().mean() < 1e-5
+
+
+def test_prompt_embeddings_are_the_pipelines_and_are_computed_once(emoji, pipeline):
+    positive, negative = pipeline.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=["dark"] * 2)
+    conditioning = emoji.encode_prompts(PROMPTS, "dark")
+    torch.testing.assert_close(conditioning["prompt_embeds"], positive, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(conditioning["negative_prompt_embeds"], negative, rtol=1e-5, atol=1e-6)
+    assert emoji.encode_prompts(PROMPTS, "dark") is conditioning
+
+
+def test_guidance_scale_one_and_zero_are_the_prompts_own_and_the_negative_prompts_output(emoji):
+    latents, t = (
+        torch.randn(2, *emoji.latent_shape, generator=torch.Generator().manual_seed(0)),
+        torch.full((2,), 500.0),
+    )
+    conditioning = emoji.encode_prompts(PROMPTS)
+    swapped = {"prompt_embeds": conditioning["negative_prompt_embeds"]}
+    with torch.no_grad():
+        zero = emoji.denoise(latents, t, conditioning, guidance_scale=0.0).epsilon
+        one = emoji.denoise(latents, t, conditioning, guidance_scale=1.0).epsilon
+        two = emoji.denoise(latents, t, conditioning, guidance_scale=2.0).epsilon
+        negative = emoji.denoise(latents, t, swapped, guidance_scale=1.0).epsilon
+    torch.testing.assert_close(zero, negative, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two, 2 * one - zero, rtol=1e-3, atol=1e-4)
+
+
+def test_decoding_does_not_depend_on_the_chunks(emoji, monkeypatch):
+    latents = torch.randn(5, *emoji.latent_shape, generator=torch.Generator().manual_seed(0))
+    whole = emoji.decode(latents)
+    monkeypatch.setattr("diffusion_gym.models.base._DECODED_PIXELS_PER_CHUNK", 2 * 64 * 64)
+    seen = []
+    decode = type(emoji)._decode
+    monkeypatch.setattr(type(emoji), "_decode", lambda self, part: seen.append(len(part)) or decode(self, part))
+    torch.testing.assert_close(emoji.decode(latents), whole, rtol=0, atol=1e-5)
+    assert seen == [2, 2, 1]
+    assert whole.shape == (5, 3, 64, 64)
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+
+
+def test_encode_inverts_decode(emoji):
+    images = sample(
+        emoji, torch.randn(2, *emoji.latent_shape, generator=torch.Generator().manual_seed(0)),
+        num_steps=4, eta=0.0, guidance_scale=4.0, generators=None,
+    )  # fmt: skip
+    again = emoji.decode(emoji.encode(images))
+    assert (again - images).abs().mean() < 0.03
+
+
+def test_path_says_where_the_model_came_from(emoji, tiny):
+    assert emoji.path == EMOJI
+    assert emoji.source == "emoji"
+    assert tiny.path.name == "tiny"
+    assert tiny.latent_shape == (4, 8, 8)
+    assert tiny.image_shape == (3, 16, 16)
+    assert (emoji.default_guidance_scale, tiny.default_guidance_scale) == (4.0, 5.0)
+
+
+def test_nothing_is_loaded_before_it_is_needed():
+    model = load_model("emoji")
+    model.encode_prompts(["a cat"])
+    assert "denoiser" not in model.__dict__
+    assert "_vae" not in model.__dict__
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_prediction_type_of_the_folder_is_used(tmp_path, prediction_type):
+    model = load_model(make_tiny_stable_diffusion(tmp_path / "m", prediction_type=prediction_type))
+    latents, t = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0])
+    conditioning = {"prompt_embeds": model.encode_prompts(["a cat"])["prompt_embeds"]}
+    with torch.no_grad():
+        output = model.denoiser(latents, t, conditioning["prompt_embeds"]).sample
+        prediction = model.denoise(latents, t, conditioning, guidance_scale=1.0)
+    alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
+    x0, _ = to_x0_and_epsilon(output, latents, alpha=alpha, sigma=sigma, prediction_type=prediction_type)
+    assert model.prediction_type == prediction_type
+    torch.testing.assert_close(prediction.x0, x0)
+
+
+@pytest.mark.parametrize(
+    ("config", "spacing", "offset", "ends_clean"),
+    [
+        ({"_class_name": "PNDMScheduler", "steps_offset": 1, "skip_prk_steps": True}, "leading", 1, False),
+        ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "steps_offset": 1}, "leading", 1, False),
+        ({"_class_name": "DDIMScheduler"}, "leading", 0, True),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, "trailing", 0, True),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "linspace", 0, True),
+    ],
+)
+def test_schedulers_numbers_are_read_whatever_its_class(tmp_path, config, spacing, offset, ends_clean):
+    schedule = load_model(make_tiny_stable_diffusion(tmp_path / "m", **config)).schedule
+    reference = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    torch.testing.assert_close(schedule.alphas_cumprod, reference)
+    assert (schedule.spacing, schedule.steps_offset, schedule.ends_clean) == (spacing, offset, ends_clean)
+
+
+def test_zero_snr_needs_another_prediction_than_epsilon(tmp_path):
+    folder = make_tiny_stable_diffusion(tmp_path / "m", rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="zero-SNR schedule needs v_prediction"):
+        load_model(folder)
+    good = make_tiny_stable_diffusion(tmp_path / "v", rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    model = load_model(good)
+    conditioning = model.encode_prompts(["a cat"])
+    latents, t = torch.randn(1, *model.latent_shape), torch.tensor([999.0])
+    with torch.no_grad():
+        prediction = model.denoise(latents, t, conditioning, guidance_scale=5.0)
+    assert torch.isfinite(prediction.x0).all()
+
+
+def test_image_size_and_precision(tiny):
+    larger = load_model(tiny.path, image_size=32, dtype="bfloat16")
+    assert larger.latent_shape == (4, 16, 16)
+    assert next(larger.denoiser.parameters()).dtype == torch.bfloat16
+    assert larger.decode(torch.randn(1, 4, 16, 16)).shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"image_size must be a multiple of 2 .*got 33"):
+        load_model(tiny.path, image_size=33)
+    with pytest.raises(ValueError, match=r"floating-point dtype .* got 'int64'"):
+        load_model(tiny.path, dtype="int64")
+
+
+def test_model_survives_pickling_by_its_source(tiny):
+    again = pickle.loads(pickle.dumps(load_model(tiny.path, image_size=32)))
+    assert isinstance(again, DiffusionModel)
+    assert (again.source, again.image_shape) == (tiny.source, (3, 32, 32))
+
+
+def test_models_that_do_not_exist_are_named_with_what_is_allowed(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"unknown model 'emojy': allowed are 'emoji'. Did you mean 'emoji'\?"):
+        load_model("emojy")
+    with pytest.raises(FileNotFoundError, match="no folder 'nobody/nothing' here, and the Hugging Face Hub did not"):
+        load_model("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match=r"it has no model_index\.json"):
+        load_model(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AudioLDMPipeline"}))
+    with pytest.raises(ValueError, match="unknown model family 'AudioLDMPipeline': allowed are 'StableDiffusionPipel"):
+        load_model(tmp_path)

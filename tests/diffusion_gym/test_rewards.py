@@ -1,0 +1,93 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_gym.rewards import make_reward, to_uint8
+from diffusion_gym.rewards.jpeg import jpeg_kilobytes
+
+
+def pictures(num, size=64, seed=0):
+    """Smooth to noisy images."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(num, 3, size, size, generator=generator)
+    flat = torch.rand(num, 3, 1, 1, generator=generator)
+    weight = torch.linspace(0, 1, num).reshape(-1, 1, 1, 1)
+    return (weight * noise + (1 - weight) * flat).clamp(0, 1)
+
+
+def ddpo_pytorch_jpeg_kilobytes(images):
+    """The published function, image by image (its `jpeg_incompressibility`)."""
+    array = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy().transpose(0, 2, 3, 1)
+    sizes = []
+    for pixels in array:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
+        sizes.append(buffer.tell() / 1000)
+    return np.array(sizes)
+
+
+@pytest.mark.parametrize("size", [64, 100])
+def test_jpeg_rewards_are_ddpo_pytorchs_byte_for_byte(size):
+    images = pictures(16, size)
+    expected = ddpo_pytorch_jpeg_kilobytes(images)
+    values = make_reward("incompressibility")(images, [""] * 16).values
+    assert (values.double() * 1000).round().int().tolist() == (expected * 1000).round().astype(int).tolist()
+    assert values.dtype == torch.float32
+    assert torch.equal(make_reward("compressibility")(images, [""] * 16).values, -values)
+    assert values[-1] > 2 * values[0]
+
+
+def test_quality_is_a_parameter():
+    images = pictures(4)
+    assert (jpeg_kilobytes(images, quality=20) < jpeg_kilobytes(images)).all()
+
+
+def test_bytes_are_rounded_to_the_nearest_level():
+    levels = torch.tensor([0.0, 0.49 / 255, 0.51 / 255, 254.6 / 255, 1.0, 1.2, -0.1])
+    image = levels.reshape(1, 1, 1, 7).expand(1, 3, 1, 7)
+    assert to_uint8(image)[0, 0, :, 0].tolist() == [0, 0, 1, 255, 255, 255, 0]
+
+
+def test_brightness_is_the_mean_and_keeps_the_gradient():
+    images = pictures(3).requires_grad_()
+    values = make_reward("brightness")(images, [""] * 3).values
+    torch.testing.assert_close(values, images.mean((1, 2, 3)))
+    values.sum().backward()
+    torch.testing.assert_close(images.grad, torch.full_like(images, 1 / images[0].numel()))
+
+
+def test_callables_and_sums():
+    def red(images, prompts, metadata):
+        return images[:, 0].mean((1, 2))
+
+    images = pictures(3)
+    output = make_reward(red)(images, ["a"] * 3)
+    assert make_reward(red).name == "red"
+    torch.testing.assert_close(output.values, images[:, 0].mean((1, 2)))
+    both = make_reward({"brightness": -2.0, "compressibility": 1})
+    output = both(images, ["a"] * 3)
+    torch.testing.assert_close(output.values, -2 * images.mean((1, 2, 3)) - jpeg_kilobytes(images))
+    assert set(output.extras) == {"brightness", "compressibility"}
+    assert both.range == (-float("inf"), 0.0)
+    assert both.unit == "mixed"
+
+
+def test_every_named_reward_states_unit_and_range_and_keeps_to_it():
+    for name in ("incompressibility", "compressibility", "brightness"):
+        reward = make_reward(name)
+        values = reward(pictures(8), [""] * 8).values
+        assert reward.name == name
+        assert reward.unit in ("kB", "1")
+        assert (values >= reward.range[0]).all()
+        assert (values <= reward.range[1]).all()
+        assert values.shape == (8,)
+
+
+def test_unknown_rewards_are_named():
+    with pytest.raises(ValueError, match=r"unknown reward 'brigthness': .* Did you mean 'brightness'\?"):
+        make_reward("brigthness")
+    with pytest.raises(ValueError, match="unknown reward 'x'"):
+        make_reward({"brightness": 1, "x": 2})

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+
+from diffusion_gym.schedules import DiscreteVPSchedule, FlowSchedule, KarrasSchedule
+
+PROCESSES = {
+    "emoji": {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear"},
+    "stable_diffusion": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    "zero_snr": {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "rescale_betas_zero_snr": True,
+    },
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_alpha_and_sigma_are_those_of_diffusers(process):
+    bar = DDIMScheduler(**PROCESSES[process]).alphas_cumprod.double()
+    schedule = DiscreteVPSchedule(bar)
+    t = torch.arange(1000, dtype=torch.float64)
+    torch.testing.assert_close(schedule.alpha(t), bar.sqrt(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(schedule.sigma(t), (1 - bar).sqrt(), rtol=1e-13, atol=0)
+    assert schedule.alpha(t.int()).dtype == torch.float32
+    torch.testing.assert_close(schedule.alpha(t.int()).double(), bar.sqrt(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_process_between_the_indices_is_variance_preserving_and_monotonic(process):
+    schedule = DiscreteVPSchedule(DDIMScheduler(**PROCESSES[process]).alphas_cumprod)
+    t = torch.linspace(-1, 999, 20_001, dtype=torch.float64)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=1e-14, atol=0)
+    assert (alpha.diff() < 0).all()
+    assert (sigma.diff() > 0).all()
+
+
+def test_log_alpha_is_linear_between_indices():
+    schedule = DiscreteVPSchedule(DDIMScheduler(**PROCESSES["emoji"]).alphas_cumprod)
+    log_alpha = schedule.alpha(torch.tensor([500.0, 500.25, 501.0], dtype=torch.float64)).log().tolist()
+    assert log_alpha[1] == pytest.approx(0.75 * log_alpha[0] + 0.25 * log_alpha[2], rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [DiscreteVPSchedule(torch.linspace(0.99, 0, 50)), FlowSchedule(), KarrasSchedule()],
+    ids=lambda s: type(s).__name__,
+)
+def test_clean_end_has_all_signal_and_no_noise(schedule):
+    end = torch.tensor([schedule.clean])
+    assert schedule.alpha(end) == 1
+    assert schedule.sigma(end) == 0
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("num_steps", [1, 4, 20, 30, 50])
+def test_discrete_grid_is_that_of_ddim_scheduler(spacing, offset, num_steps):
+    scheduler = DDIMScheduler(**PROCESSES["emoji"], timestep_spacing=spacing, steps_offset=offset)
+    scheduler.set_timesteps(num_steps)
+    for ends_clean, end in ((False, 0), (True, -1)):
+        schedule = DiscreteVPSchedule(scheduler.alphas_cumprod, spacing, steps_offset=offset, ends_clean=ends_clean)
+        assert schedule.timesteps(num_steps).tolist() == [*scheduler.timesteps.tolist(), end]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [2, 28])
+def test_flow_grid_is_that_of_flow_match_euler(shift, num_steps):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(num_steps)
+    grid = FlowSchedule(shift=shift).timesteps(num_steps)
+    torch.testing.assert_close(grid.float(), scheduler.sigmas, rtol=1e-6, atol=1e-7)
+
+
+def test_karras_grid_is_that_of_edm():
+    scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, rho=7.0)
+    scheduler.set_timesteps(18)
+    grid = KarrasSchedule(sigma_min=0.002, sigma_max=80.0, rho=7.0).timesteps(18)
+    torch.testing.assert_close(grid.float(), scheduler.sigmas, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("schedule", [FlowSchedule(), KarrasSchedule()], ids=lambda s: type(s).__name__)
+def test_sigma_of_flow_and_ve_is_the_time_itself_in_memory_of_its_own(schedule):
+    t = torch.tensor([0.25, 0.5])
+    assert schedule.sigma(t).tolist() == [0.25, 0.5]
+    assert schedule.sigma(t).data_ptr() != t.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_half_and_integer_times_are_worked_on_in_float32(dtype):
+    schedule = DiscreteVPSchedule(DDIMScheduler(**PROCESSES["emoji"]).alphas_cumprod)
+    t = torch.tensor([1, 64, 128]).to(dtype)
+    assert schedule.sigma(t).dtype == torch.float32
+    assert torch.equal(schedule.sigma(t), schedule.sigma(t.float()))
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(ValueError, match="strictly decreasing"):
+        DiscreteVPSchedule(torch.tensor([0.5, 0.6]))
+    with pytest.raises(ValueError, match="between 1 and 1000, got 0"):
+        DiscreteVPSchedule(torch.from_numpy(np.linspace(0.99, 0.1, 1000))).timesteps(0)
+    with pytest.raises(ValueError, match="at least 1, got -3"):
+        FlowSchedule().timesteps(-3)

@@ -1,0 +1,53 @@
+"""Small models of real classes with random weights, in diffusers' folder layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+EMOJI = Path(__file__).parents[1] / "diffusion_gym" / "models" / "emoji"
+
+
+def make_tiny_stable_diffusion(folder: Path, **scheduler_config) -> Path:
+    """Write a StableDiffusionPipeline folder: 8×8 latents, a UNet of 0.2 M parameters, the emoji text encoder."""
+    for part in ("model_index.json", "text_encoder", "tokenizer"):
+        source = EMOJI / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, folder / part)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+            cross_attention_dim=128,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        ).save_pretrained(folder / "unet")
+        AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            norm_num_groups=4,
+            sample_size=16,
+        ).save_pretrained(folder / "vae")
+    (folder / "scheduler").mkdir()
+    config = {
+        "_class_name": "DDIMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        **scheduler_config,
+    }
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder
