@@ -29,10 +29,9 @@ def check_vector_env(env: VectorEnv, *, max_steps: int = 1000) -> None:
         AssertionError: the contract is broken; the message says where.
     """
     assert "autoreset_mode" in env.metadata, 'metadata["autoreset_mode"] is missing'
-    mode = env.metadata["autoreset_mode"]
+    mode: AutoresetMode = env.metadata["autoreset_mode"]
     assert isinstance(mode, AutoresetMode), f'metadata["autoreset_mode"] must be an AutoresetMode, got {mode!r}'
-    instance_mode = getattr(env.unwrapped, "autoreset_mode", None)
-    assert instance_mode is mode, "env.autoreset_mode must be the one in the metadata"
+    assert mode is getattr(env.unwrapped, "autoreset_mode", None), "env.autoreset_mode must be the metadata's"
     first = _check_seeding(env)
     observation, actions = first, []
     for _ in range(max_steps):

@@ -156,8 +156,8 @@ class Lanes:
             seed = seeds[lane] if seeds else None
             if seed is not None:
                 generator.manual_seed(seed)
-            drawn = int(torch.randint(len(self._prompts), (1,), generator=generator))
-            noise.append(torch.randn(self._model.latent_shape, generator=generator))
+            drawn, lane_noise = self._draw(generator)
+            noise.append(lane_noise)
             self.prompt_id[lane] = drawn if options.prompt_id is None else options.prompt_id[lane]
             known = self.prompt_id[lane] >= 0
             self.texts[lane] = self._prompts[self.prompt_id[lane]] if options.texts is None else options.texts[lane]
@@ -173,6 +173,11 @@ class Lanes:
         self.step[mask] = 0
         self.ended[mask] = False
         self._conditioning = {}
+
+    def _draw(self, generator: torch.Generator) -> tuple[int, Tensor]:
+        """Return a prompt's index and x_T [C, H, W], drawn on the host."""
+        prompt_id = int(torch.randint(len(self._prompts), (1,), generator=generator))
+        return prompt_id, torch.randn(self._model.latent_shape, generator=generator)
 
     def watch_finite(self, actions: Tensor, active: np.ndarray) -> None:
         """Note on the device which active lanes were given an action that is not finite."""

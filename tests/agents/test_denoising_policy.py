@@ -1,0 +1,251 @@
+import warnings
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from agents import DenoisingPolicy, collect
+from diffusion_gym.models import load_model
+from diffusion_gym.transitions import ddim_transition
+from tests.tiny import EMOJI, make_tiny_stable_diffusion
+
+
+def batch(env, seed=0):
+    return env.reset(seed=seed)[0]
+
+
+def perturb(policy, scale=1e-3):
+    """Stand in for training: move every trainable weight."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def test_untrained_policy_is_the_models_own_sampler(emoji, make_env):
+    env = make_env()
+    observation = batch(env)
+    policy = DenoisingPolicy(emoji, eta=0.7)
+    with torch.no_grad():
+        prediction = emoji.denoise(
+            observation["latents"], observation["timestep"][:, 0], emoji_conditioning(observation), guidance_scale=4.0
+        )
+        ours = policy.distribution(observation)
+    t, s = observation["timestep"][:, 0], observation["next_timestep"][:, 0]
+    expected = ddim_transition(prediction.x0, prediction.epsilon, schedule=emoji.schedule, t=t, s=s, eta=0.7)
+    assert torch.equal(ours.mean, expected.mean)
+    assert torch.equal(ours.std, expected.std)
+
+
+def emoji_conditioning(observation):
+    return {key: value for key, value in observation.items() if key.endswith("embeds")}
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_ratio_is_one_before_the_first_update(mixed_precision, dtype, use_lora):
+    import gymnasium as gym
+
+    env = gym.make_vec("diffusion_gym:DenoisingMDP-v0", num_envs=4, num_steps=4, reward="brightness", dtype=dtype)
+    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision=mixed_precision, use_lora=use_lora, seed=0)
+    rollout = collect(env, policy, seeds=[0], reduction="mean")
+    assert rollout.latents.dtype == getattr(torch, dtype)
+    assert rollout.log_probs.dtype == torch.float32
+    assert rollout.scored.all()
+    lanes = torch.arange(4)
+    for step in range(4):
+        steps = torch.full((4,), step)
+        log_prob = policy.log_prob(rollout.observation(steps, lanes), rollout.action(steps, lanes), reduction="mean")
+        assert torch.equal(log_prob.detach(), rollout.log_probs[step])
+    # in other batches, and with times mixed, it is at most 1e-5 in full precision
+    if mixed_precision == "no" and dtype == "float32":
+        steps, lanes = torch.tensor([3, 0, 2]), torch.tensor([1, 2, 0])
+        log_prob = policy.log_prob(rollout.observation(steps, lanes), rollout.action(steps, lanes), reduction="mean")
+        assert (log_prob.detach() - rollout.log_probs[steps, lanes]).abs().max() < 1e-5
+
+
+def test_rounding_comes_before_scoring(make_env):
+    """The stored action has the stored log-prob: scored unrounded, the last step would be off by far more."""
+    env = make_env(model=load_model("emoji", dtype="bfloat16"), num_steps=20)
+    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=0)
+    observation, _ = env.reset(seed=0)
+    observation["timestep"][:], observation["next_timestep"][:] = 1.0, 0.0
+    action, log_prob = policy.sample(observation, reduction="mean")
+    assert action.dtype == torch.bfloat16
+    assert torch.equal(log_prob, policy.log_prob(observation, action, reduction="mean"))
+
+
+def test_log_prob_is_the_sum_unless_asked_for_the_mean(emoji, make_env):
+    observation = batch(make_env())
+    policy = DenoisingPolicy(emoji, seed=0)
+    with torch.no_grad():
+        action, log_prob = policy.sample(observation)
+        torch.testing.assert_close(policy.log_prob(observation, action, "mean") * 1024, log_prob)
+
+
+def test_dropout_is_off_at_all_times(emoji):
+    policy = DenoisingPolicy(emoji)
+    policy.train()
+    assert not any(module.training for module in policy.modules())
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+def test_two_policies_and_the_model_never_see_each_others_updates(emoji, make_env, use_lora):
+    observation = batch(make_env())
+    one, other = (DenoisingPolicy(emoji, use_lora=use_lora, seed=0) for _ in range(2))
+    with torch.no_grad():
+        before = other.distribution(observation).mean
+        frozen = emoji.denoise(
+            observation["latents"], observation["timestep"][:, 0], emoji_conditioning(observation), guidance_scale=4.0
+        ).x0
+        assert torch.equal(one.distribution(observation).mean, before)
+        perturb(one, 0.02)
+        assert not torch.equal(one.distribution(observation).mean, before)
+        assert torch.equal(other.distribution(observation).mean, before)
+        again = emoji.denoise(
+            observation["latents"], observation["timestep"][:, 0], emoji_conditioning(observation), guidance_scale=4.0
+        ).x0
+    assert torch.equal(again, frozen)
+
+
+def test_lora_trains_few_weights_over_shared_frozen_ones(emoji):
+    policy = DenoisingPolicy(emoji, use_lora=True, lora_rank=4)
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    frozen = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
+    assert sum(p.numel() for p in trainable) < 0.02 * sum(p.numel() for p in emoji.denoiser.parameters())
+    assert frozen == {p.data_ptr() for p in emoji.denoiser.parameters()}
+    assert not hasattr(emoji.denoiser, "peft_config")
+    assert all(p.dtype == torch.float32 for p in trainable)
+
+
+def test_half_precision_model_is_trained_in_float32():
+    model = load_model("emoji", dtype="bfloat16")
+    policy = DenoisingPolicy(model, mixed_precision="bf16")
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(emoji, make_env):
+    observation = batch(make_env(num_envs=2))
+    gradients = []
+    for checkpointing in (False, True):
+        policy = DenoisingPolicy(emoji, gradient_checkpointing=checkpointing)
+        policy.log_prob(observation, torch.zeros(2, 4, 16, 16), "mean").sum().backward()
+        gradients.append(policy.denoiser.conv_in.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_gradient_reaches_every_weight(emoji, make_env):
+    policy = DenoisingPolicy(emoji)
+    policy.log_prob(batch(make_env(num_envs=2)), torch.zeros(2, 4, 16, 16), "mean").sum().backward()
+    without = [n for n, p in policy.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_generators_decide_the_draw_lane_by_lane(emoji, make_env):
+    observation = batch(make_env())
+    policy = DenoisingPolicy(emoji)
+
+    def draw(seeds, part=slice(None)):
+        observed = {key: value[part] for key, value in observation.items()}
+        return policy.act(observed, generators=[torch.Generator().manual_seed(seed) for seed in seeds])
+
+    whole = draw([1, 2, 3, 4])
+    assert torch.equal(whole, draw([1, 2, 3, 4]))
+    torch.testing.assert_close(whole[1:3], draw([2, 3], slice(1, 3)), rtol=0, atol=1e-4)
+    assert not torch.equal(draw([5, 2, 3, 4])[0], whole[0])
+    assert torch.equal(draw([5, 2, 3, 4])[1:], whole[1:])
+
+
+def test_deterministic_action_is_the_mean_and_eta_zero_has_no_density(emoji, make_env):
+    observation = batch(make_env())
+    policy = DenoisingPolicy(emoji)
+    with torch.no_grad():
+        assert torch.equal(policy.act(observation, deterministic=True), policy.distribution(observation).mean)
+    silent = DenoisingPolicy(emoji, eta=0.0)
+    silent.act(observation)
+    with pytest.raises(ValueError, match="eta > 0"):
+        silent.log_prob(observation, observation["latents"])
+    with pytest.raises(ValueError, match=r"eta must be in \[0, 1\], got 2"):
+        DenoisingPolicy(emoji, eta=2)
+    with pytest.raises(ValueError, match="mixed_precision must be one of"):
+        DenoisingPolicy(emoji, mixed_precision="fp8")
+
+
+def test_scored_marks_the_steps_that_have_a_density(emoji, tmp_path):
+    clean = load_model(make_tiny_stable_diffusion(tmp_path / "clean", set_alpha_to_one=True))
+    policy = DenoisingPolicy(clean)
+    info = {"timestep": [750.0, 0.0, 0.0], "next_timestep": [500.0, 0.0, -1.0]}
+    assert policy.scored(info).tolist() == [True, False, False]
+    assert DenoisingPolicy(emoji).scored({"timestep": [1.0], "next_timestep": [0.0]}).tolist() == [True]
+    assert not DenoisingPolicy(clean, eta=0.0).scored(info).any()
+
+
+def test_embeddings_are_looked_up_where_they_are_not_observed(emoji, make_env):
+    with_embeds, without = make_env(), make_env(observe_embeds=False)
+    policy = DenoisingPolicy(emoji, prompts=without.unwrapped.prompts)
+    with torch.no_grad():
+        expected = policy.distribution(batch(with_embeds)).mean
+        assert torch.equal(policy.distribution(batch(without)).mean, expected)
+        with pytest.raises(ValueError, match="observe_embeds=True"):
+            DenoisingPolicy(emoji).distribution(batch(without))
+
+
+def test_train_cfg_false_scores_without_guidance(emoji, make_env):
+    observation = batch(make_env())
+    policy, unguided = DenoisingPolicy(emoji, train_cfg=False), DenoisingPolicy(emoji, guidance_scale=1.0)
+    assert torch.equal(policy.distribution(observation).mean, unguided.distribution(observation).mean)
+    with torch.no_grad():
+        assert torch.equal(policy.distribution(observation).mean, DenoisingPolicy(emoji).distribution(observation).mean)
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+def test_saved_policy_comes_back_the_same(emoji, make_env, tmp_path, use_lora):
+    observation = batch(make_env())
+    policy = DenoisingPolicy(emoji, eta=0.5, guidance_scale=3.0, use_lora=use_lora, lora_rank=2, lora_alpha=8.0, seed=0)
+    perturb(policy)
+    policy.save(tmp_path / "p")
+    for model in (emoji, None):
+        again = DenoisingPolicy.load(tmp_path / "p", model=model)
+        assert (again.eta, again.guidance_scale, again.use_lora) == (0.5, 3.0, use_lora)
+        with torch.no_grad():
+            assert torch.equal(again.distribution(observation).mean, policy.distribution(observation).mean)
+    with pytest.raises(FileNotFoundError, match="is not a saved policy"):
+        DenoisingPolicy.load(tmp_path)
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(emoji, make_env, tmp_path, use_lora):
+    policy = DenoisingPolicy(emoji, eta=0.0, use_lora=use_lora, lora_rank=4, lora_alpha=8.0, seed=0)
+    perturb(policy, 0.03 if use_lora else 1e-3)
+    policy.save(tmp_path)
+    if use_lora:
+        pipeline = StableDiffusionPipeline.from_pretrained(EMOJI)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft and diffusers talk about missing text-encoder layers
+            pipeline.load_lora_weights(tmp_path)
+    else:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            EMOJI, unet=UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+        )
+    pipeline.text_encoder.float()
+    pipeline.set_progress_bar_config(disable=True)
+
+    env = make_env(num_envs=2, num_steps=4, autoreset_mode="DISABLED")
+    prompts = ["a cat", "a fox"]
+    observation, info = env.reset(seed=0, options={"prompt": prompts})
+    start = observation["latents"]
+    while not info["ended"].all():
+        observation, *_, info = env.step(policy.act(observation))
+    arguments = {"num_inference_steps": 4, "guidance_scale": 4.0, "eta": 0.0, "latents": start, "output_type": "pt"}
+    images = pipeline(prompts, **arguments).images
+    torch.testing.assert_close(images, info["images"], rtol=0, atol=5e-4)
+    base = StableDiffusionPipeline.from_pretrained(EMOJI)
+    base.text_encoder.float()
+    base.set_progress_bar_config(disable=True)
+    assert (base(prompts, **arguments).images - images).abs().mean() > 0.01

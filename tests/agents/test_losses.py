@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from agents.losses import approximate_kl, clipped_surrogate_loss, score_function_loss
+
+
+def naive_clipped(log_prob, old, advantages, clip):
+    """PPO's loss, one number at a time, in float64."""
+    losses = []
+    for lp, lo, a in zip(log_prob.tolist(), old.tolist(), advantages.tolist(), strict=True):
+        ratio = torch.tensor(lp - lo, dtype=torch.float64).exp().item()
+        clipped = min(max(ratio, 1 - clip), 1 + clip)
+        losses.append(-min(ratio * a, clipped * a))
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def vectors(seed=0, size=200):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, size, generator=generator, dtype=torch.float64) * torch.tensor([[0.3], [0.3], [2.0]])
+
+
+@pytest.mark.parametrize("clip_range", [1e-4, 0.2])
+def test_clipped_surrogate_is_ppos_loss(clip_range):
+    log_prob, old, advantages = vectors()
+    loss = clipped_surrogate_loss(log_prob, old, advantages, clip_range=clip_range)
+    torch.testing.assert_close(loss, naive_clipped(log_prob, old, advantages, clip_range), rtol=1e-12, atol=1e-12)
+
+
+def test_both_losses_have_the_policy_gradient_where_nothing_has_changed_yet():
+    log_prob, _, advantages = vectors()
+    gradients = []
+    for loss in (
+        lambda lp: score_function_loss(lp, advantages),
+        lambda lp: clipped_surrogate_loss(lp, log_prob, advantages, clip_range=1e-4),
+    ):
+        variable = log_prob.clone().requires_grad_()
+        loss(variable).sum().backward()
+        gradients.append(variable.grad)
+    torch.testing.assert_close(gradients[0], -advantages)
+    torch.testing.assert_close(gradients[1], -advantages)
+
+
+def test_clipping_stops_the_gradient_on_the_profitable_side_only():
+    old = torch.zeros(4)
+    log_prob = torch.tensor([0.5, -0.5, 0.5, -0.5]).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    clipped_surrogate_loss(log_prob, old, advantages, clip_range=0.2).sum().backward()
+    assert (log_prob.grad == 0).tolist() == [True, True, False, False]
+
+
+def test_approximate_kl_is_never_negative_and_right_in_the_mean():
+    mean, generator = 0.3, torch.Generator().manual_seed(0)
+    samples = torch.randn(200_000, generator=generator, dtype=torch.float64)
+    old, new = -(samples**2) / 2, -((samples - mean) ** 2) / 2
+    estimate = approximate_kl(new, old)
+    assert (estimate >= 0).all()
+    assert estimate.mean().item() == pytest.approx(mean**2 / 2, rel=0.02)
+
+
+def test_shapes_must_agree():
+    one, two = torch.zeros(3), torch.zeros(4)
+    for call in (
+        lambda: score_function_loss(one, two),
+        lambda: clipped_surrogate_loss(one, one, two, clip_range=0.1),
+        lambda: approximate_kl(one[:, None], one[:, None]),
+    ):
+        with pytest.raises(ValueError, match="vectors of one length"):
+            call()

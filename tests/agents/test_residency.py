@@ -1,0 +1,143 @@
+"""The loop stays on the device: proven on a fake accelerator, where mixing devices or waiting raises.
+
+Under `FakeTensorMode` nothing is computed, `device="lazy"` is a device other than the CPU, and every operation that
+mixes it with CPU tensors or reads a value from it raises.
+"""
+
+import contextlib
+
+import gymnasium as gym
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+
+import diffusion_gym  # noqa: F401
+from agents import DDPOIS, DDPOSF, DenoisingPolicy
+from agents.algorithm import Algorithm
+from agents.ddpo import _DDPO
+from diffusion_gym.envs.core import DiffusionVectorEnv
+from diffusion_gym.envs.lanes import Lanes
+
+DEVICE = "lazy"
+
+
+def move(module):
+    """Put a module's weights on the fake device (`module.to` cannot)."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
+                part._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)
+
+
+def on_the_host(monkeypatch, owner, name):
+    """Let a method that works on host values alone compute really, not in the fake mode."""
+    method = getattr(owner, name)
+
+    def real(*args, **kwargs):
+        with unset_fake_temporarily():
+            return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, real)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Return a function that enters the fake mode and puts an environment (and a policy) on its device."""
+    with contextlib.ExitStack() as stack:
+        on_the_host(monkeypatch, Lanes, "_draw")
+        on_the_host(monkeypatch, DenoisingPolicy, "scored")
+
+        def enter(env, policy=None):
+            model = env.unwrapped.model
+            networks = [model._vae, model._text_encoder, policy.denoiser if policy else model.denoiser]
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            model._encode_cached.cache_clear()
+            model.schedule._tables.clear()
+            for network in networks:
+                move(network)
+            for owner in (model, env.unwrapped, policy):
+                if owner is not None:
+                    owner.device = torch.device(DEVICE)
+
+        yield enter
+
+
+@pytest.fixture
+def named_places(monkeypatch):
+    """Stand in for the places that may wait, the reward and the log, and count the visits."""
+    visits = {"reward": 0, "log": 0}
+
+    def visit(place, value):
+        def read(*_):
+            visits[place] += 1
+            return value
+
+        return read
+
+    monkeypatch.setattr(DiffusionVectorEnv, "_read_flag", visit("reward", True))
+    monkeypatch.setattr(_DDPO, "_read_rewards", staticmethod(visit("reward", [0.1, 0.2, 0.3])))
+    monkeypatch.setattr(Algorithm, "_read", staticmethod(visit("log", 0.0)))
+    return visits
+
+
+def make(reward="brightness", **arguments):
+    return gym.make_vec("DenoisingMDP-v0", num_envs=3, num_steps=2, reward=reward, **arguments)
+
+
+def test_fake_device_catches_what_it_should(on_device):
+    """The proof below is worth something: a mixed device and a wait both raise."""
+    on_device(make())
+    values = torch.empty(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"(?i)device"):
+        _ = values + torch.empty(3)
+    with pytest.raises(DataDependentOutputException):
+        bool(values.sum() > 0)
+
+
+@pytest.mark.parametrize("mode", ["SAME_STEP", "NEXT_STEP", "DISABLED"])
+def test_residency_of_a_random_rollout(on_device, named_places, mode):
+    env = make(autoreset_mode=mode)
+    on_device(env)
+    observation, info = env.reset(seed=0)
+    for _ in range(2):
+        assert not info["ended"].any()
+        assert {value.device.type for value in observation.values()} == {DEVICE}
+        observation, reward, terminated, truncated, info = env.step(torch.empty(3, 4, 16, 16, device=DEVICE))
+        assert {reward.device.type, terminated.device.type, truncated.device.type} == {DEVICE}
+    assert info["ended"].all()
+    assert named_places == {"reward": 2, "log": 0}  # the actions' flag, the reward's flag
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("per_prompt", [None, 16])
+@pytest.mark.parametrize("algorithm", [DDPOIS, DDPOSF])
+def test_residency_of_a_rollout_and_an_update(on_device, named_places, algorithm, per_prompt, use_lora):
+    env = make()
+    policy = DenoisingPolicy(env.unwrapped.model, seed=0, use_lora=use_lora)
+    on_device(env, policy)
+    learner = algorithm(
+        policy, env, samples_per_epoch=3, batch_size=3, micro_batch_size=2, per_prompt_buffer_size=per_prompt, seed=0
+    )
+    learner.learn(6)
+    assert learner.num_updates == 1
+    assert {p.grad is None for p in policy.parameters()} == {True}
+    assert learner.optimizer.state_dict()["state"][0]["exp_avg"].device.type == DEVICE
+    assert named_places["reward"] == (2 if per_prompt is None else 3)
+    assert named_places["log"] > 5
+
+
+def test_a_reward_that_waits_is_caught(on_device, named_places):
+    def impatient(images, prompts, metadata):
+        return images.mean((1, 2, 3)) * float(images.max())
+
+    env = make(impatient)
+    on_device(env)
+    env.reset(seed=0)
+    env.step(torch.empty(3, 4, 16, 16, device=DEVICE))
+    with pytest.raises(DataDependentOutputException):
+        env.step(torch.empty(3, 4, 16, 16, device=DEVICE))
