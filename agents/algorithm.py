@@ -88,6 +88,7 @@ class Algorithm(ABC):
         self._timesteps_at_boundary = 0
         self._progress_remaining = 1.0
         self._learning_rate = learning_rate
+        self._has_own_logger = False
         self.optimizer = _make_adamw(use_8bit_adam)(
             [parameter for parameter in policy.parameters() if parameter.requires_grad],
             lr=self._current_learning_rate(),
@@ -120,6 +121,11 @@ class Algorithm(ABC):
     def get_vec_normalize_env(self) -> None:
         """Return None: there is no SB3 normalisation here (asked for by SB3's callbacks)."""
 
+    def set_logger(self, logger: Logger) -> None:
+        """Log to this SB3 logger instead of the one that `learn` would make."""
+        self.logger = logger
+        self._has_own_logger = True
+
     def learn(
         self: Self,
         total_timesteps: int,
@@ -145,8 +151,9 @@ class Algorithm(ABC):
             self.num_timesteps = self._timesteps_at_boundary = 0
         else:
             total_timesteps += self.num_timesteps
-        name = tb_log_name or type(self).__name__
-        self.logger = configure_logger(self.verbose, self.tensorboard_log, name, reset_num_timesteps)
+        if not self._has_own_logger:
+            name = tb_log_name or type(self).__name__
+            self.logger = configure_logger(self.verbose, self.tensorboard_log, name, reset_num_timesteps)
         callbacks = self._callbacks(callback, progress_bar)
         callbacks.init_callback(self)  # type: ignore[arg-type]
         callbacks.on_training_start(locals(), globals())

@@ -1,0 +1,277 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.logger import configure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents import DDPOIS, DDPOSF, DenoisingPolicy, collect
+from agents.files import replaced_folder
+
+ALGORITHMS = [DDPOSF, DDPOIS]
+SMALL = {"samples_per_epoch": 4, "batch_size": 2, "learning_rate": 1e-4, "seed": 3}
+
+
+def make(algorithm, emoji, env, **arguments):
+    policy = DenoisingPolicy(emoji, use_lora=True, seed=0)
+    return algorithm(policy, env, **{**SMALL, **arguments})
+
+
+def weights(learner):
+    return [p.detach().clone() for p in learner.policy.parameters() if p.requires_grad]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 5])
+def test_first_gradient_is_the_policy_gradient(emoji, make_env, algorithm, micro_batch_size, monkeypatch):
+    """−1/(B·T) Σ_b A_b Σ_t ∇ log π, against a loop over single transitions."""
+    env = make_env(num_envs=4)
+    learner = make(algorithm, emoji, env, batch_size=4, micro_batch_size=micro_batch_size, per_prompt_buffer_size=None)
+    rollout = collect(env, learner.policy, seeds=[0])
+    advantages = (rollout.returns - rollout.returns.mean()) / (rollout.returns.std(correction=0) + 1e-6)
+    parameters = [p for p in learner.policy.parameters() if p.requires_grad]
+    expected = [torch.zeros_like(p) for p in parameters]
+    for step in range(3):
+        for lane in range(4):
+            k, b = torch.tensor([step]), torch.tensor([lane])
+            log_prob = learner.policy.log_prob(rollout.observation(k, b), rollout.action(k, b), "mean")
+            for total, gradient in zip(expected, torch.autograd.grad(log_prob.sum(), parameters), strict=True):
+                total -= advantages[lane] * gradient / 12
+    found = []
+    step = learner._optimizer_step
+    monkeypatch.setattr(learner, "_optimizer_step", lambda: found.extend(p.grad.clone() for p in parameters) or step())
+    learner.train(rollout)
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_ratio_is_one_and_nothing_is_clipped_before_the_first_update(emoji, make_env, algorithm, tmp_path):
+    learner = make(algorithm, emoji, make_env(), learning_rate=0.0, samples_per_epoch=8, batch_size=4)
+    learner.learn(8 * 3, log_interval=0)
+    metrics = learner.train(collect(learner.env, learner.policy, seeds=[1]))
+    assert float(metrics["approx_kl"]) < 1e-9
+    if algorithm is DDPOIS:
+        assert float(metrics["clip_fraction"]) == 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_training_is_deterministic_in_the_seed(emoji, make_env, algorithm):
+    runs = [make(algorithm, emoji, make_env()).learn(24, log_interval=0) for _ in range(2)]
+    other = make(algorithm, emoji, make_env(), seed=4).learn(24, log_interval=0)
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert not same(weights(runs[0]), weights(other))
+    assert runs[0].num_timesteps == 24
+    assert (runs[0].iteration, runs[0].reward_queries, runs[0].num_updates) == (2, 8, 4)
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_loaded_run_goes_on_exactly_where_it_was(emoji, make_env, algorithm, use_lora, tmp_path):
+    def start():
+        policy = DenoisingPolicy(emoji, use_lora=use_lora, seed=0)
+        return algorithm(policy, make_env(), **SMALL, per_prompt_buffer_size=8, per_prompt_min_count=1)
+
+    uninterrupted = start().learn(36, log_interval=0)
+    first = start().learn(12, log_interval=0)
+    first.save(tmp_path / "run")
+    second = algorithm.load(tmp_path / "run", make_env())
+    assert same(weights(first), weights(second))
+    second.learn(24, log_interval=0, reset_num_timesteps=False)
+    assert (second.num_timesteps, second.iteration, second.reward_queries) == (36, 3, 12)
+    assert same(weights(uninterrupted), weights(second))
+
+
+def test_hyperparameters_survive_a_checkpoint(emoji, make_env, tmp_path):
+    learner = make(DDPOIS, emoji, make_env(), clip_range=3e-4, n_epochs=2, timestep_fraction=0.5, advantage_clip=None)
+    learner.save(tmp_path / "run.zip")
+    again = DDPOIS.load(tmp_path / "run.zip", make_env())
+    assert (tmp_path / "run").is_dir()
+    assert (again.clip_range, again.n_epochs, again.timestep_fraction) == (3e-4, 2, 0.5)
+    assert again.advantage_clip is None
+    assert again.seed == 3
+    with pytest.raises(ValueError, match="is a run of DDPOIS, not of DDPOSF"):
+        DDPOSF.load(tmp_path / "run", make_env())
+    with pytest.raises(FileNotFoundError, match="no saved run"):
+        DDPOIS.load(tmp_path / "nothing", make_env())
+
+
+def test_learning_rate_schedule(emoji, make_env, tmp_path):
+    learner = make(DDPOIS, emoji, make_env(), learning_rate=lambda remaining: 1e-4 * remaining)
+    learner.learn(24, log_interval=0)
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
+    learner.save(tmp_path / "run")
+    with pytest.raises(ValueError, match="give it again"):
+        DDPOIS.load(tmp_path / "run", make_env())
+    assert DDPOIS.load(tmp_path / "run", make_env(), learning_rate=1e-5)._current_learning_rate() == 1e-5
+
+
+def test_timestep_fraction_takes_that_share_of_each_trajectory(emoji, make_env):
+    learner = make(DDPOIS, emoji, make_env(), timestep_fraction=0.5)
+    scored = np.ones((10, 4), dtype=bool)
+    scored[9] = False
+    steps, lanes = learner._transitions(scored, np.array([0, 2]), np.random.default_rng(0))
+    for lane in (0, 2):
+        mine = steps[lanes == lane]
+        assert len(set(mine.tolist())) == len(mine)
+        assert len(mine) in (4, 5)
+        assert 9 not in mine
+    assert set(lanes) == {0, 2}
+
+
+def test_a_deterministic_policy_cannot_be_trained(emoji, make_env):
+    learner = DDPOIS(DenoisingPolicy(emoji, eta=0.0), make_env(), **SMALL)
+    with pytest.raises(ValueError, match="give it eta > 0"):
+        learner.learn(12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples_per_epoch": 6}, r"multiple of the environment's num_envs \(4\), got 6"),
+        ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(4\), got 3"),
+        ({"timestep_fraction": 0.0}, r"timestep_fraction must be in \(0, 1\], got 0.0"),
+        ({"clip_range": 0.0}, "clip_range positive"),
+        ({"per_prompt_buffer_size": 4}, r"min_count must be between 1 and buffer_size \(4\), got 16"),
+    ],
+)
+def test_wrong_hyperparameters_are_named(emoji, make_env, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(DDPOIS, emoji, make_env(), **arguments)
+
+
+# ---------------------------------------------------------------------- Stable-Baselines3's manners
+
+
+def test_logs_have_sb3s_names_and_an_image_grid(emoji, make_env, tmp_path):
+    make(DDPOIS, emoji, make_env(), tensorboard_log=str(tmp_path)).learn(24, tb_log_name="run")
+    events = EventAccumulator(str(tmp_path / "run_1"), size_guidance={"images": 0})
+    events.Reload()
+    expected = {
+        "rollout/ep_rew_mean", "rollout/ep_len_mean", "train/approx_kl", "train/clip_fraction", "train/loss",
+        "train/learning_rate", "train/n_updates", "time/fps", "time/reward_queries", "rollout/reward/brightness",
+    }  # fmt: skip
+    assert expected <= set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("time/reward_queries")] == [4, 8]
+    assert [event.step for event in events.Scalars("rollout/ep_rew_mean")] == [12, 24]
+    assert len(events.Images("images/samples")) == 2
+
+
+def test_verbose_prints_the_table(emoji, make_env, capsys):
+    make(DDPOIS, emoji, make_env(), verbose=1).learn(12)
+    assert "ep_rew_mean" in capsys.readouterr().out
+
+
+def test_callbacks_see_every_step_and_can_stop(emoji, make_env):
+    class Spy(BaseCallback):
+        calls = ()
+
+        def _on_rollout_start(self):
+            self.calls += ("start",)
+
+        def _on_rollout_end(self):
+            self.calls += ("end",)
+
+        def _on_step(self):
+            return self.num_timesteps < 20
+
+    spy = Spy()
+    learner = make(DDPOSF, emoji, make_env())
+    learner.learn(1000, callback=spy)
+    assert learner.num_timesteps == 20
+    assert spy.calls == ("start", "end", "start")
+    assert learner.iteration == 1
+    seen = []
+    learner.learn(12, callback=lambda locals_, globals_: seen.append(1) or True)
+    assert len(seen) == 3
+
+
+def test_checkpoint_callback_in_the_middle_of_a_rollout_resumes_exactly(emoji, make_env, tmp_path):
+    callback = CheckpointCallback(save_freq=5, save_path=str(tmp_path))
+    whole = make(DDPOIS, emoji, make_env()).learn(24, callback=[callback], log_interval=0)
+    resumed = DDPOIS.load(tmp_path / "rl_model_20_steps", make_env())  # saved in the second rollout
+    assert (resumed.num_timesteps, resumed.iteration, resumed.reward_queries) == (12, 1, 4)
+    resumed.learn(12, log_interval=0, reset_num_timesteps=False)
+    assert same(weights(whole), weights(resumed))
+
+
+def test_progress_bar(emoji, make_env, capsys):
+    make(DDPOIS, emoji, make_env()).learn(12, progress_bar=True)
+    assert "12/12" in "".join(capsys.readouterr())
+
+
+def test_predict_answers_both_environments(emoji, make_env):
+    import gymnasium as gym
+
+    learner = make(DDPOIS, emoji, make_env())
+    observation, _ = learner.env.reset(seed=0)
+    actions, state = learner.predict(observation, deterministic=True)
+    assert state is None
+    assert actions.shape == (4, 4, 16, 16)
+    single = gym.make("DenoisingMDP-v0", model=emoji, num_steps=3)
+    alone, _ = single.reset(seed=0)
+    action, _ = learner.predict(alone, deterministic=True)
+    assert isinstance(action, np.ndarray)
+    np.testing.assert_allclose(action, actions[0].numpy(), atol=1e-4)
+    single.step(action)
+
+
+def test_own_logger_can_be_read_as_csv(emoji, make_env, tmp_path):
+    learner = make(DDPOIS, emoji, make_env())
+    learner.set_logger(configure(str(tmp_path), ["csv"]))
+    learner.learn(12)
+    header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
+    assert "rollout/ep_rew_mean" in header
+
+
+# ---------------------------------------------------------------------- nothing is lost
+
+
+def test_a_failing_save_leaves_the_last_one_whole(emoji, make_env, tmp_path, monkeypatch):
+    learner = make(DDPOIS, emoji, make_env())
+    learner.save(tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "training_state.json").read_text())
+    learner.learn(12, log_interval=0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("agents.algorithm.save_optimizer", full)
+    with pytest.raises(OSError, match="No space left"):
+        learner.save(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "training_state.json").read_text()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    DDPOIS.load(tmp_path / "run", make_env())
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(emoji, make_env, tmp_path):
+    learner = make(DDPOIS, emoji, make_env())
+    learner.save(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "run.previous")  # where a kill would leave it
+    (tmp_path / "run.partial").mkdir()
+    assert DDPOIS.load(tmp_path / "run", make_env()).iteration == 0
+    learner.learn(12, log_interval=0)
+    learner.save(tmp_path / "run")
+    assert DDPOIS.load(tmp_path / "run", make_env()).iteration == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_folder_is_replaced_only_when_it_is_whole(tmp_path):
+    with replaced_folder(tmp_path / "x") as folder:
+        (folder / "file").write_text("one")
+        assert not (tmp_path / "x").exists()
+
+    def interrupted():
+        with replaced_folder(tmp_path / "x") as folder:
+            (folder / "file").write_text("two")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "x" / "file").read_text() == "one"
