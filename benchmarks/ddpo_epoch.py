@@ -72,7 +72,8 @@ def main() -> None:
     unet = (forward.seconds + backward.seconds) / elapsed
     print(f"{args.samples_per_epoch * args.num_epochs / elapsed:.2f} samples/s")
     print(
-        f"UNet: {unet:.1%} of the time (forward {forward.seconds / elapsed:.1%}, backward {backward.seconds / elapsed:.1%})"
+        f"UNet: {unet:.1%} of the time "
+        f"(forward {forward.seconds / elapsed:.1%}, backward {backward.seconds / elapsed:.1%})"
     )
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
