@@ -1,0 +1,59 @@
+"""Every example runs, shortened, as a user would start it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+SHORT = {
+    "random_policy.py": [],
+    "reinforce.py": ["--iterations", "1", "--num-envs", "4", "--num-steps", "2", "--num-eval", "4"],
+    "ddpo_incompressibility.py": [
+        "--reward-queries", "8", "--num-envs", "4", "--num-steps", "2", "--num-eval", "24", "--output", "OUTPUT",
+    ],
+}  # fmt: skip
+
+
+def run(name, output):
+    arguments = [str(output) if argument == "OUTPUT" else argument for argument in SHORT[name]]
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=output.parent)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_example_is_tried():
+    assert sorted(SHORT) == EXAMPLES
+
+
+def test_random_policy(tmp_path):
+    assert re.search(r"20 steps, return 3\.\d+ kB", run("random_policy.py", tmp_path / "out"))
+
+
+def test_reinforce(tmp_path):
+    assert re.search(r"brightness 0\.\d+ -> 0\.\d+: [+-]0\.\d+ ± 0\.\d+", run("reinforce.py", tmp_path / "out"))
+
+
+def test_ddpo_incompressibility(tmp_path):
+    output = tmp_path / "out"
+    text = run("ddpo_incompressibility.py", output)
+    assert re.search(r"before: \d\.\d+ ± 0\.\d+ kB on 24 held-out seeds", text)
+    assert re.search(r"paired difference: [+-]0\.\d+ ± 0\.\d+ kB", text)
+    with Image.open(output / "before_after.png") as picture:
+        assert picture.size[0] > 1000
+    UNet2DConditionModel.from_pretrained(output / "model" / "unet")
+    assert list((output / "tensorboard").glob("DDPOIS_1/events.*"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_state_their_command_and_their_time(name):
+    text = (ROOT / "examples" / name).read_text()
+    docstring = text.split('"""')[1]
+    assert f"python examples/{name}" in docstring
+    assert re.search(r"\d+ (seconds|minutes)", docstring)
