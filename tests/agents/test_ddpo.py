@@ -125,6 +125,18 @@ def test_timestep_fraction_takes_that_share_of_each_trajectory(emoji, make_env):
     assert set(lanes) == {0, 2}
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_centred_advantages_have_mean_zero(emoji, make_env, center):
+    learner = make(
+        DDPOIS, emoji, make_env(), per_prompt_buffer_size=8, per_prompt_min_count=1, center_advantages=center
+    )
+    rollout = collect(learner.env, learner.policy, seeds=[0])
+    learner.per_prompt_stats.update(rollout.prompt_id.tolist(), [-1.0] * 4)  # the reward was lower before
+    advantages = learner._advantages(rollout)
+    assert (abs(float(advantages.mean())) < 1e-6) is center
+    assert advantages.dtype == torch.float32
+
+
 def test_a_deterministic_policy_cannot_be_trained(emoji, make_env):
     learner = DDPOIS(DenoisingPolicy(emoji, eta=0.0), make_env(), **SMALL)
     with pytest.raises(ValueError, match="give it eta > 0"):
