@@ -12,7 +12,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from ..rewards import Reward
-from .core import DiffusionEnv, DiffusionVectorEnv, ModelSource, PromptSource
+from .core import DiffusionVectorEnv, ModelSource, PromptSource
+from .single import DiffusionEnv
 
 
 class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):

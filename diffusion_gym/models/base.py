@@ -183,6 +183,19 @@ def _reload(source: str, device: str, dtype: str, image_size: int) -> DiffusionM
     return load_model(source, device=device, dtype=dtype, image_size=image_size)
 
 
+def to_device(device: str | torch.device) -> torch.device:
+    """Return the torch device, once it has been tried.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'device {device!r} cannot be used here ({error}): "cpu" always can') from error
+    return torch.device(device)
+
+
 def to_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """Return a floating-point torch dtype of its name ("float32", "bfloat16" …) or itself.
 
@@ -239,7 +252,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: its family is not supported, or `image_size` or `dtype` do not fit it.
+        ValueError: its family is not supported, or `image_size`, `dtype` or `device` cannot be had.
     """
     path = _find_folder(source, revision)
     class_name = json.loads((path / "model_index.json").read_text())["_class_name"]
@@ -250,7 +263,7 @@ def load_model(
     return family(
         os.fspath(source),
         path,
-        device=torch.device(device),
+        device=to_device(device),
         dtype=to_dtype(dtype),
         image_size=image_size,
         default_guidance_scale=_PACKAGED.get(str(source), family.default_guidance_scale),

@@ -238,6 +238,7 @@ def test_own_logger_can_be_read_as_csv(emoji, make_env, tmp_path):
     learner = make(DDPOIS, emoji, make_env())
     learner.set_logger(configure(str(tmp_path), ["csv"]))
     learner.learn(12)
+    learner.logger.close()
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     assert "rollout/ep_rew_mean" in header
 

@@ -190,6 +190,12 @@ def test_model_survives_pickling_by_its_source(tiny):
     assert (again.source, again.image_shape) == (tiny.source, (3, 32, 32))
 
 
+@pytest.mark.parametrize("device", ["warp", "cuda:99"])
+def test_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+        load_model("emoji", device=device)
+
+
 def test_models_that_do_not_exist_are_named_with_what_is_allowed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"unknown model 'emojy': allowed are 'emoji'. Did you mean 'emoji'\?"):
         load_model("emojy")

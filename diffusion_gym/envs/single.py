@@ -1,0 +1,93 @@
+"""One lane of a vector environment, seen as a numpy environment."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import InvalidAction
+from torch import Tensor
+
+from ..models.base import DiffusionModel
+from ..prompts import PromptSet
+from .core import DiffusionVectorEnv, Observation
+
+
+class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
+    """One lane of a vector environment, as a numpy environment.
+
+    Args:
+        lane: A vector environment with one lane and autoreset disabled.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(self, lane: DiffusionVectorEnv) -> None:
+        self.lane = lane
+        self.render_mode = lane.render_mode
+        self.metadata = {key: lane.metadata[key] for key in lane.metadata if key not in ("torch", "autoreset_mode")}
+        self.observation_space = copy.deepcopy(lane.single_observation_space)
+        self.action_space = copy.deepcopy(lane.single_action_space)
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The diffusion model."""
+        return self.lane.model
+
+    @property
+    def prompts(self) -> PromptSet:
+        """The prompts, in the order of `prompt_id`."""
+        return self.lane.prompts
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start a new episode; `seed` and `options` (but `reset_mask`) as in the vector environment's lane 0."""
+        super().reset(seed=seed)
+        if options is not None and "latents" in options:
+            latents = torch.as_tensor(np.asarray(options["latents"])).to(self.lane.device, self.lane.dtype)
+            options = {**options, "latents": latents}
+        observation, info = self.lane.reset(seed=seed, options=options)
+        return self._single(observation), self._single_info(info)
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Take one action, a float array of the action space's shape.
+
+        Raises:
+            ClosedEnvironmentError, ResetNeeded, InvalidAction: as in the vector environment.
+        """
+        array = np.asarray(action)
+        if array.shape != self.action_space.shape or not np.issubdtype(array.dtype, np.floating):
+            raise InvalidAction(
+                f"the action must be a float array of shape {list(self.action_space.shape or ())}; "
+                f"got shape {list(array.shape)}, {array.dtype}"
+            )
+        batched = torch.from_numpy(array[None].astype(np.float32)).to(self.lane.device, self.lane.dtype)
+        observation, reward, terminated, truncated, info = self.lane.step(batched)
+        return self._single(observation), float(reward), bool(terminated), bool(truncated), self._single_info(info)
+
+    def render(self) -> np.ndarray | None:
+        """Return the frame [H, W, 3] uint8 of x_t, or of x_0 when the episode has ended."""
+        frames = self.lane.render()
+        return None if frames is None else frames[0]
+
+    def close(self) -> None:
+        """Let go of the model's tensors; closing twice is harmless."""
+        self.lane.close()
+
+    def _single(self, observation: Observation) -> dict[str, np.ndarray]:
+        return {
+            key: (value[0].float() if value.is_floating_point() else value[0]).cpu().numpy().copy()
+            for key, value in observation.items()
+        }
+
+    def _single_info(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Return lane 0 of an info dict, without the masks, as numpy."""
+        single: dict[str, Any] = {}
+        for key, value in info.items():
+            if not key.startswith("_"):
+                lane = value[0].cpu().numpy() if isinstance(value, Tensor) else value[0]
+                single[key] = lane.copy() if lane.ndim else lane.item()
+        return single
