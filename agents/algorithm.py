@@ -140,7 +140,8 @@ class Algorithm(ABC):
         Args:
             total_timesteps: Steps over all lanes; a rollout has `samples_per_epoch` × (steps per episode) of them, and
                 the last one is finished.
-            callback: SB3 callbacks, or a function of (locals, globals).
+            callback: SB3 callbacks, or a function of (locals, globals). From `on_rollout_end` on, `locals["returns"]`
+                are the rollout's rewards, [B].
             log_interval: Rollouts between two entries in the log; 0: none.
             tb_log_name: The run's name in TensorBoard; None: the algorithm's.
             reset_num_timesteps: Count from 0; False goes on with the counts (after `load`), and `total_timesteps` are
@@ -302,6 +303,7 @@ class Algorithm(ABC):
         )
         if rollout is not None:
             self.reward_queries += rollout.num_episodes
+            callbacks.update_locals({"returns": rollout.returns})
             callbacks.on_rollout_end()
         return rollout
 

@@ -188,6 +188,7 @@ def test_callbacks_see_every_step_and_can_stop(emoji, make_env):
             self.calls += ("start",)
 
         def _on_rollout_end(self):
+            assert self.locals["returns"].shape == (4,)
             self.calls += ("end",)
 
         def _on_step(self):
