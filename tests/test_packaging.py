@@ -1,0 +1,35 @@
+"""What a user gets when the package is installed."""
+
+import sys
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def packaged_files():
+    for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items():
+        for pattern in patterns:
+            yield from (path for path in (ROOT / package).glob(pattern) if path.is_file())
+
+
+def test_every_data_file_is_package_data():
+    data = {
+        path
+        for package in ("diffusion_gym", "agents")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert data == set(packaged_files())
+
+
+def test_embedded_model_is_small():
+    model = sum(
+        path.stat().st_size for path in (ROOT / "diffusion_gym" / "models" / "emoji").rglob("*") if path.is_file()
+    )
+    assert model < 30e6
