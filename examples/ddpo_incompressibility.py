@@ -41,7 +41,7 @@ class Args:
     """A reward's name."""
     prompts: str = "simple_animals"
     """A prompt set's name, or a file."""
-    reward_queries: int = 1280
+    reward_queries: int = 1600
     """Images to learn from, at most."""
     target_gain: float = 0.15
     """Stop when the last three rollouts' mean reward is this share above the pretrained model's: a reward that is
