@@ -114,6 +114,11 @@ class Algorithm(ABC):
         """Take back what `_extra_state` returned."""
 
     # ------------------------------------------------------------------ SB3's interface
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        return self.policy.device
+
     def get_env(self) -> VectorEnv:
         """Return the environment (asked for by SB3's callbacks)."""
         return self.env

@@ -53,7 +53,8 @@ class DenoisingPolicy(Policy):
         lora_alpha: LoRA's scale; None: the rank.
         lora_targets: Names of the layers that LoRA adapts; None: the model's attention projections.
         mixed_precision: Precision of the denoiser's arithmetic: "no" (that of its weights), "fp16" or "bf16"
-            (autocast). Trained weights, distributions and log-probs are float32 in any case.
+            (autocast). Trained weights, distributions and log-probs are float32 in any case. "fp16" has no loss
+            scaling yet: small gradients of a fully trained denoiser may vanish; "bf16" has no such limit.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         train_cfg: ddpo-pytorch's switch. False scores without guidance, when gradients are on, what was sampled with
             guidance. The ratio is then not 1 before the first update; to sample and train without guidance use

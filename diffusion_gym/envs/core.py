@@ -195,6 +195,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._require_open()
         self._require_reset()
         self._check_actions(actions)
+        actions = actions.detach()
         waiting = self._lanes.ended.copy()
         self._lanes.watch_finite(actions, ~waiting)
         self._advance(actions, ~waiting)

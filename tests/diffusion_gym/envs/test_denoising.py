@@ -271,6 +271,15 @@ def test_embeddings_can_be_left_out(emoji):
     assert set(env.reset()[0]) == {"latents", "timestep", "next_timestep", "prompt_id"}
 
 
+def test_environment_keeps_no_graph_of_the_action(emoji):
+    env = make_vec(model=emoji, num_steps=2)
+    env.reset()
+    observation, *_ = env.step(actions().requires_grad_())
+    assert not observation["latents"].requires_grad
+    _, reward, *_ = env.step(actions().requires_grad_())
+    assert not reward.requires_grad
+
+
 # ---------------------------------------------------------------------- errors
 
 
