@@ -172,6 +172,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         if not self._started and not mask.all():
             raise ResetNeeded("the first reset must be of all lanes: call reset() without reset_mask")
         self._lanes.start(mask, seeds=lane_seeds(seed, self.num_envs), options=parsed)
+        self._lanes.final_images = None
         self._started = True
         return self._observe(), self._info()
 
@@ -202,19 +203,20 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         ended = self._finished() & ~waiting
         self._lanes.ended |= ended
         rewards, scores = self._score(ended)
-        info = self._info() | scores | {"ended": ended}
-        observation = self._observe()
-        terminated = self._lanes.ended.copy()
-        if self.autoreset_mode is AutoresetMode.DISABLED:
-            info["ended"] = terminated
-        elif self.autoreset_mode is AutoresetMode.NEXT_STEP and waiting.any():
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP and waiting.any():
             self._lanes.start(waiting)
-            terminated = ended
-            observation, info = self._observe(), self._info() | scores | {"ended": ended}
-        elif self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
+        observation, info = self._observe(), self._info() | scores | {"ended": ended}
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
             self._lanes.start(ended)
-            final = {"final_obs": observation, "_final_obs": ended, "final_info": info, "_final_info": ended.copy()}
-            observation, info = self._observe(), self._info() | final | {"ended": ended.copy()}
+            final = {
+                "final_obs": observation,
+                "_final_obs": ended.copy(),
+                "final_info": info,
+                "_final_info": ended.copy(),
+            }
+            observation, info = self._observe(), self._info() | final
+        terminated = self._lanes.ended if self.autoreset_mode is AutoresetMode.DISABLED else ended
+        info["ended"] = terminated.copy()
         truncated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         return observation, rewards, self._to_device(terminated), truncated, info
 

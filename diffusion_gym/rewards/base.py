@@ -92,11 +92,8 @@ class WeightedSum(Reward):
         self.name = "+".join(f"{weight:g}*{reward.name}" for reward, weight in self.weighted)
         units = {reward.unit for reward, _ in self.weighted}
         self.unit = units.pop() if len(units) == 1 else "mixed"
-        bounds = [sorted((weight * low, weight * high)) for (low, high), weight in self._ranges() if weight]
+        bounds = [sorted(weight * bound for bound in reward.range) for reward, weight in self.weighted if weight]
         self.range = (sum(low for low, _ in bounds), sum(high for _, high in bounds))
-
-    def _ranges(self) -> list[tuple[tuple[float, float], float]]:
-        return [(reward.range, weight) for reward, weight in self.weighted]
 
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None

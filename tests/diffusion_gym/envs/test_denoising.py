@@ -216,6 +216,8 @@ def test_render_shows_x_t_and_on_a_done_step_x_0(emoji, mode):
     action = actions(seed=1)
     env.step(action)
     np.testing.assert_array_equal(np.stack(env.render()), to_uint8(emoji.decode(action)).numpy())
+    observation, _ = env.reset(seed=1)
+    np.testing.assert_array_equal(np.stack(env.render()), to_uint8(emoji.decode(observation["latents"])).numpy())
 
 
 def test_single_environment_renders_one_frame_and_records_video_frames(emoji):
