@@ -2,7 +2,8 @@
 
     make demo            or            python examples/ddpo_incompressibility.py
 
-DEMO_MINUTES on 2 cores. Prints the reward before and after on held-out seeds, DEMO_RESULT, and writes to
+6 minutes on 2 cores. Prints the reward before and after on held-out seeds, 2.31 to 2.59 kB (+11.9 %, 11 standard errors
+of the paired difference), and writes to
 `runs/ddpo_incompressibility`:
 
 - `before_after.png`: the same prompts and seeds, before and after, side by side;
@@ -10,9 +11,10 @@ DEMO_MINUTES on 2 cores. Prints the reward before and after on held-out seeds, D
 - `tensorboard/`: `tensorboard --logdir runs`.
 
 The whole UNet is trained, at 10 denoising steps, with one update per 64 images: at this learning rate a second update
-from the same images is nearly all outside the clip range (`train/clip_fraction` says so with `batch_size=32`). The
-training stops at +15 %, since at +20 to +30 % the images turn into stripes: the reward can be pressed further than it
-means anything. Watch the picture, not the number alone.
+from the same images is nearly all outside the clip range (`train/clip_fraction` says so with `batch_size=32`). Seeds
+differ in speed and in what they find: seed 1 has +12.7 % after half as many images, by texture all over the background.
+The training stops early when the reward has risen enough: by +20 to +30 % the images have turned into stripes, the
+reward can be pressed further than it means anything. Watch the picture, not the number alone.
 """
 
 import time
@@ -41,12 +43,12 @@ class Args:
     """A reward's name."""
     prompts: str = "simple_animals"
     """A prompt set's name, or a file."""
-    reward_queries: int = 1600
+    reward_queries: int = 1280
     """Images to learn from, at most."""
-    target_gain: float = 0.15
-    """Stop when the last three rollouts' mean reward is this share above the pretrained model's: a reward that is
-    pressed further is paid for with the animals."""
-    max_minutes: float = 7.0
+    target_gain: float = 0.12
+    """Stop when the last three rollouts' mean reward, which lags behind the policy's, is this share above the
+    pretrained model's: a reward that is pressed further is paid for with the animals."""
+    max_minutes: float = 8.0
     """Stop training after this time too."""
     num_envs: int = 64
     """Images drawn together; one update each time."""
@@ -62,7 +64,7 @@ class Args:
     """A torch device."""
     num_eval: int = 128
     """Held-out images before and after; a multiple of num_envs."""
-    seed: int = 1
+    seed: int = 0
     """Of the training; the held-out seeds are 0, 1, 2 …"""
     output: Path = Path("runs/ddpo_incompressibility")
     """Where to write."""
