@@ -71,6 +71,10 @@ class Algorithm(ABC):
         verbose: int,
         seed: int | None,
     ) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be a Policy, such as DenoisingPolicy(env.unwrapped.model); got {policy!r}")
+        if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
+            raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
         samples = env.num_envs if samples_per_epoch is None else samples_per_epoch
         if samples < 1 or samples % env.num_envs:
             raise ValueError(

@@ -75,6 +75,8 @@ class _DDPO(Algorithm):
             raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
         self.micro_batch_size = env.num_envs if micro_batch_size is None else micro_batch_size
         self.timestep_fraction = timestep_fraction
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
         self.advantage_clip = advantage_clip
         self.center_advantages = center_advantages
         self.per_prompt_stats = (
@@ -160,12 +162,15 @@ class _DDPO(Algorithm):
             ValueError: no action has a density.
         """
         num_steps = len(scored)
-        kept = int(num_steps * self.timestep_fraction)
+        kept = max(1, int(num_steps * self.timestep_fraction))
         steps = np.stack([rng.permutation(num_steps)[:kept] for _ in lanes], axis=1)
         columns = np.broadcast_to(lanes, steps.shape)
         usable = scored[steps, columns]
         if not usable.any():
-            raise ValueError("no action in the rollout has a density: the policy is deterministic, give it eta > 0")
+            raise ValueError(
+                f"none of the {usable.size} actions to learn from has a density: give the policy eta > 0 "
+                "(or learn from more steps: timestep_fraction)"
+            )
         order = rng.permutation(int(usable.sum()))
         return steps[usable][order], columns[usable][order]
 

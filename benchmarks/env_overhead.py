@@ -69,7 +69,6 @@ def main() -> None:
     model = env.unwrapped.model
     policy = DenoisingPolicy(model, eta=args.eta, guidance_scale=args.guidance_scale, seed=0)
     pipeline = StableDiffusionPipeline.from_pretrained(model.path)
-    pipeline.text_encoder.float()
     pipeline.set_progress_bar_config(disable=True)
     prompts = list(env.unwrapped.prompts)[: args.num_envs]
 

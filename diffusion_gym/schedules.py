@@ -21,9 +21,9 @@ def as_float(values: Tensor) -> Tensor:
 
 
 def _check_num_steps(num_steps: int, *, maximum: int | None = None) -> None:
-    if num_steps < 1 or (maximum is not None and num_steps > maximum):
+    if not isinstance(num_steps, int) or num_steps < 1 or (maximum is not None and num_steps > maximum):
         allowed = "at least 1" if maximum is None else f"between 1 and {maximum}"
-        raise ValueError(f"num_steps must be {allowed}, got {num_steps}")
+        raise ValueError(f"num_steps must be {allowed}, got {num_steps!r}")
 
 
 class NoiseSchedule(ABC):
@@ -132,6 +132,8 @@ class DiscreteVPSchedule(NoiseSchedule):
             grid = torch.arange(num_steps, 0, -1, dtype=torch.float64).mul(total / num_steps).round() - 1
         else:
             grid = torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round().flip(0)
+        if grid[0] > total - 1:
+            raise ValueError(f"num_steps={num_steps} with steps_offset={self.steps_offset} starts beyond {total - 1}")
         end = self.clean if self.ends_clean else 0.0
         return torch.cat([grid, grid.new_tensor([end])])
 

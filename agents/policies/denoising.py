@@ -5,7 +5,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,13 @@ MixedPrecision = Literal["no", "fp16", "bf16"]
 
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _CONFIG_FILE = "policy.json"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / _CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a saved policy: it has no {_CONFIG_FILE}")
+    return json.loads(file.read_text())
 
 
 def _own_copy(denoiser: nn.Module, lora: LoraConfig | None) -> nn.Module:
@@ -64,7 +71,7 @@ class DenoisingPolicy(Policy):
         seed: Seeds the policy's own generator, and LoRA's first layer.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError, TypeError: an argument is out of its range or of the wrong kind.
     """
 
     def __init__(
@@ -85,6 +92,10 @@ class DenoisingPolicy(Policy):
         seed: int | None = None,
     ) -> None:
         super().__init__(seed=seed)
+        if not isinstance(model, DiffusionModel):
+            raise TypeError(f"model must be a DiffusionModel, such as env.unwrapped.model; got {type(model).__name__}")
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts must be a sequence of texts, such as env.unwrapped.prompts; got {prompts!r}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
         if mixed_precision not in get_args(MixedPrecision):
@@ -168,6 +179,7 @@ class DenoisingPolicy(Policy):
                 "source": self.model.source,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "image_size": self.model.image_shape[1],
+                "revision": self.model.revision,
             },
             "eta": self.eta,
             "guidance_scale": self.guidance_scale,
@@ -187,9 +199,15 @@ class DenoisingPolicy(Policy):
         """Read what `save` wrote into this policy's denoiser.
 
         Raises:
-            FileNotFoundError: the folder holds no such weights.
+            FileNotFoundError: the folder is not a saved policy.
+            ValueError: what it holds is of another shape.
         """
         folder = Path(folder)
+        config = _read_config(folder)
+        for key in ("use_lora", "lora_rank", "lora_alpha", "lora_targets") if self.use_lora else ("use_lora",):
+            own = getattr(self, key)
+            if config[key] != (list(own) if isinstance(own, tuple) else own):
+                raise ValueError(f"{folder} was saved with {key}={config[key]!r}, this policy has {own!r}")
         if self.use_lora:
             self.model.load_lora(self.denoiser, folder)
             return
@@ -210,10 +228,7 @@ class DenoisingPolicy(Policy):
         Raises:
             FileNotFoundError: the folder is not a saved policy.
         """
-        file = Path(folder) / _CONFIG_FILE
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} is not a saved policy: it has no {_CONFIG_FILE}")
-        config = json.loads(file.read_text())
+        config = _read_config(Path(folder))
         source = config.pop("model")
         del config["policy"]
         policy = cls(model or load_model(source.pop("source"), device=device, **source), **config)

@@ -92,8 +92,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         render_mode: str | None,
         autoreset_mode: AutoresetMode | str,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if not isinstance(num_envs, int) or num_envs < 1:
+            raise ValueError(f"num_envs must be an integer of at least 1, got {num_envs!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
         self.num_envs = num_envs
@@ -169,13 +169,19 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         super().reset(seed=seed if isinstance(seed, int) else None)
         parsed = ResetOptions.parse(options, num_envs=self.num_envs, prompts=self.prompts, model=self.model)
         mask = lanes_to_reset(options, num_envs=self.num_envs)
+        if not self.observe_embeds and parsed.prompt_id is not None and (parsed.prompt_id < 0).any():
+            raise ValueError(
+                "a prompt outside the prompt set can only be given where its embedding is observed: "
+                "make the environment with observe_embeds=True, or with the prompt in prompts="
+            )
         if not self._started and not mask.all():
             raise ResetNeeded("the first reset must be of all lanes: call reset() without reset_mask")
         self._lanes.start(mask, seeds=lane_seeds(seed, self.num_envs), options=parsed)
         self._lanes.final_images = None
         self._started = True
-        return self._observe(), self._info()
+        return self._observe(), self._info() | {"ended": self._lanes.ended.copy()}
 
+    @torch.no_grad()
     def step(self, actions: Tensor) -> tuple[Observation, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Take one action in every lane.
 
@@ -247,6 +253,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             raise ResetNeeded("call reset() before step() or render()")
         if of_all and self.autoreset_mode is AutoresetMode.DISABLED and self._lanes.ended.all():
             raise ResetNeeded("every lane has ended: call reset() (autoreset_mode is DISABLED)")
+        if of_all and self.autoreset_mode is AutoresetMode.SAME_STEP and self._lanes.ended.any():
+            raise ResetNeeded("the last step ended in an error: call reset()")
 
     def _check_actions(self, actions: Tensor) -> None:
         shape = (self.num_envs, *self.single_action_space.shape)

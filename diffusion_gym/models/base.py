@@ -52,6 +52,7 @@ class DiffusionModel(ABC):
         default_guidance_scale: The guidance scale of policies that name none.
 
     Attributes:
+        revision: The Hub's branch, tag or commit that was asked for.
         schedule: The noise process.
         prediction_type: What the denoiser predicts.
         latent_shape: [C, H, W] of one sample's latents.
@@ -60,6 +61,7 @@ class DiffusionModel(ABC):
         lora_targets: Names of the layers that LoRA adapts unless told otherwise.
     """
 
+    revision: str | None = None
     schedule: NoiseSchedule
     prediction_type: PredictionType
     latent_shape: tuple[int, int, int]
@@ -176,11 +178,11 @@ class DiffusionModel(ABC):
 
     def __reduce__(self) -> tuple[object, ...]:
         arguments = (self.source, str(self.device), str(self.dtype).removeprefix("torch."), self.image_shape[1])
-        return _reload, arguments
+        return _reload, (*arguments, self.revision)
 
 
-def _reload(source: str, device: str, dtype: str, image_size: int) -> DiffusionModel:
-    return load_model(source, device=device, dtype=dtype, image_size=image_size)
+def _reload(source: str, device: str, dtype: str, image_size: int, revision: str | None) -> DiffusionModel:
+    return load_model(source, device=device, dtype=dtype, image_size=image_size, revision=revision)
 
 
 def to_device(device: str | torch.device) -> torch.device:
@@ -260,7 +262,7 @@ def load_model(
         raise ValueError(unknown_name("model family", class_name, _FAMILIES) + f" It is named in {path}.")
     module, _, name = _FAMILIES[class_name].partition(":")
     family = getattr(importlib.import_module(f".{module}", __package__), name)
-    return family(
+    model = family(
         os.fspath(source),
         path,
         device=to_device(device),
@@ -268,3 +270,5 @@ def load_model(
         image_size=image_size,
         default_guidance_scale=_PACKAGED.get(str(source), family.default_guidance_scale),
     )
+    model.revision = revision
+    return model

@@ -139,7 +139,7 @@ def test_centred_advantages_have_mean_zero(emoji, make_env, center):
 
 def test_a_deterministic_policy_cannot_be_trained(emoji, make_env):
     learner = DDPOIS(DenoisingPolicy(emoji, eta=0.0), make_env(), **SMALL)
-    with pytest.raises(ValueError, match="give it eta > 0"):
+    with pytest.raises(ValueError, match="give the policy eta > 0"):
         learner.learn(12)
 
 
@@ -148,6 +148,7 @@ def test_a_deterministic_policy_cannot_be_trained(emoji, make_env):
     [
         ({"samples_per_epoch": 6}, r"multiple of the environment's num_envs \(4\), got 6"),
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(4\), got 3"),
+        ({"micro_batch_size": -1}, "micro_batch_size must be at least 1, got -1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must be in \(0, 1\], got 0.0"),
         ({"clip_range": 0.0}, "clip_range positive"),
         ({"per_prompt_buffer_size": 4}, r"min_count must be between 1 and buffer_size \(4\), got 16"),
@@ -156,6 +157,25 @@ def test_a_deterministic_policy_cannot_be_trained(emoji, make_env):
 def test_wrong_hyperparameters_are_named(emoji, make_env, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(DDPOIS, emoji, make_env(), **arguments)
+
+
+def test_a_small_timestep_fraction_keeps_one_step(emoji, make_env):
+    learner = make(DDPOIS, emoji, make_env(), timestep_fraction=0.01)
+    steps, _ = learner._transitions(np.ones((3, 4), dtype=bool), np.array([0, 2]), np.random.default_rng(0))
+    assert len(steps) == 2
+
+
+def test_objects_of_the_wrong_kind_are_named(emoji, make_env):
+    import gymnasium as gym
+
+    with pytest.raises(TypeError, match="policy must be a Policy"):
+        DDPOIS("MlpPolicy", make_env(), **SMALL)
+    with pytest.raises(TypeError, match="env must be a torch vector environment"):
+        DDPOIS(DenoisingPolicy(emoji, use_lora=True), gym.make("DenoisingMDP-v0", model=emoji), **SMALL)
+    with pytest.raises(TypeError, match="model must be a DiffusionModel"):
+        DenoisingPolicy(make_env())
+    with pytest.raises(TypeError, match="sequence of texts"):
+        DenoisingPolicy(emoji, prompts="simple_animals")
 
 
 # ---------------------------------------------------------------------- Stable-Baselines3's manners

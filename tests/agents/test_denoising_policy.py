@@ -219,6 +219,15 @@ def test_saved_policy_comes_back_the_same(emoji, make_env, tmp_path, use_lora):
         DenoisingPolicy.load(tmp_path)
 
 
+def test_weights_of_another_shape_are_refused(emoji, tmp_path):
+    DenoisingPolicy(emoji, use_lora=True, lora_alpha=16.0).save(tmp_path)
+    for arguments in ({"lora_alpha": 4.0}, {"lora_alpha": 16.0, "lora_targets": ["to_q"]}):
+        with pytest.raises(ValueError, match="was saved with lora_"):
+            DenoisingPolicy(emoji, use_lora=True, **arguments).load_weights(tmp_path)
+    with pytest.raises(ValueError, match="was saved with use_lora=True"):
+        DenoisingPolicy(emoji).load_weights(tmp_path)
+
+
 @pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
 def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(emoji, make_env, tmp_path, use_lora):
     policy = DenoisingPolicy(emoji, eta=0.0, use_lora=use_lora, lora_rank=4, lora_alpha=8.0, seed=0)
@@ -233,7 +242,6 @@ def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(em
         pipeline = StableDiffusionPipeline.from_pretrained(
             EMOJI, unet=UNet2DConditionModel.from_pretrained(tmp_path / "unet")
         )
-    pipeline.text_encoder.float()
     pipeline.set_progress_bar_config(disable=True)
 
     env = make_env(num_envs=2, num_steps=4, autoreset_mode="DISABLED")
@@ -246,6 +254,5 @@ def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(em
     images = pipeline(prompts, **arguments).images
     torch.testing.assert_close(images, info["images"], rtol=0, atol=5e-4)
     base = StableDiffusionPipeline.from_pretrained(EMOJI)
-    base.text_encoder.float()
     base.set_progress_bar_config(disable=True)
     assert (base(prompts, **arguments).images - images).abs().mean() > 0.01

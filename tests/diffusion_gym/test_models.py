@@ -21,8 +21,6 @@ def tiny(tmp_path_factory):
 
 def open_pipeline(path):
     pipeline = StableDiffusionPipeline.from_pretrained(path)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.float()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

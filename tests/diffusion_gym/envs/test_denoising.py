@@ -185,6 +185,7 @@ def test_disabled_lanes_rest_until_they_are_reset():
         env.step(actions(seed=3))
     observation, info = env.reset(options={"reset_mask": np.array([True, False])})
     assert observation["timestep"].flatten().tolist() == [501, 0]
+    assert info["ended"].tolist() == [False, True]
     _, _, terminated, _, info = env.step(actions(seed=4))
     assert terminated.tolist() == [False, True]
 
@@ -295,7 +296,7 @@ def test_environment_keeps_no_graph_of_the_action(emoji):
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": ["a", "a"]}, "repeated"),
         ({"num_steps": 0}, "num_steps must be between 1 and 1000, got 0"),
-        ({"num_envs": 0}, "num_envs must be at least 1"),
+        ({"num_envs": 0}, "num_envs must be an integer of at least 1"),
         ({"render_mode": "human"}, "render_mode must be None or one of"),
         ({"autoreset_mode": "sometimes"}, "autoreset_mode must be one of"),
         ({"image_size": 65}, "image_size must be a multiple of 4"),
@@ -395,6 +396,39 @@ def test_single_environment_says_when_its_episode_is_over(emoji):
     env.step(env.action_space.sample())
     with pytest.raises(gym.error.ResetNeeded, match="ended"):
         env.step(env.action_space.sample())
+
+
+def test_an_error_at_the_end_of_an_episode_asks_for_a_reset(emoji):
+    broken = [True]
+
+    def flaky(images, prompts, metadata):
+        if broken.pop():
+            raise ConnectionError("the reward is away")
+        return images.mean((1, 2, 3))
+
+    env = make_vec(model=emoji, reward=flaky, num_steps=1)
+    env.reset()
+    with pytest.raises(ConnectionError):
+        env.step(actions())
+    with pytest.raises(gym.error.ResetNeeded, match="the last step ended in an error"):
+        env.step(actions())
+    broken.append(False)
+    env.reset()
+    assert env.step(actions())[4]["ended"].all()
+
+
+def test_a_reward_with_gradients_is_detached(emoji):
+    weight = torch.ones(1, requires_grad=True)
+    env = make_vec(model=emoji, reward=lambda images, p, m: weight * images.mean((1, 2, 3)), num_steps=1)
+    env.reset()
+    assert not env.step(actions())[1].requires_grad
+
+
+def test_prompts_outside_the_set_need_observed_embeddings(emoji):
+    env = make_vec(model=emoji, observe_embeds=False)
+    env.reset(options={"prompt": "a cat"})
+    with pytest.raises(ValueError, match="observe_embeds=True"):
+        env.reset(options={"prompt": "a red car"})
 
 
 def test_rewards_as_objects(emoji):
