@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # training of the embedded model 1.2 to 1.9 times as fast on 2 cores.
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format clean emoji-quick
 
 demo: $(VENV)/.installed  ## train the embedded model with DDPO-IS and show before and after
 	$(MALLOC) $(BIN)/python examples/ddpo_incompressibility.py
@@ -24,12 +24,15 @@ check: $(VENV)/.installed  ## run all that CI runs: formatting, linting, types, 
 	$(BIN)/mypy
 	$(MAKE) test
 
+emoji-quick: $(VENV)/.installed  ## run the whole chain that makes the embedded model, for moments only
+	$(MALLOC) $(BIN)/python -m tools.emoji.chain --quick --work build/emoji-quick
+
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build/lib build/bdist* dist *.egg-info runs
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -10,11 +10,12 @@ FILES = sorted(path for package in ("diffusion_gym", "agents") for path in (ROOT
 
 BELOW = {
     "naming": set(),
+    "loading": set(),
     "schedules": set(),
     "predictions": set(),
     "transitions": {"schedules", "predictions"},
-    "models": {"naming", "schedules", "predictions", "transitions"},
-    "rewards": {"naming"},
+    "models": {"naming", "loading", "schedules", "predictions", "transitions"},
+    "rewards": {"naming", "loading"},
     "prompts": {"naming"},
     "envs": {"naming", "transitions", "schedules", "models", "rewards", "prompts"},
     "testing": set(),
@@ -23,7 +24,7 @@ BELOW = {
 OF_DIFFUSION_GYM = {"schedules", "predictions", "transitions", "models"}
 HEAVY = {
     "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py"},
-    "transformers": {"diffusion_gym/models"},
+    "transformers": {"diffusion_gym/models", "diffusion_gym/loading.py", "diffusion_gym/rewards/emoji_alignment.py"},
     "peft": {"diffusion_gym/models", "agents/policies"},
     "stable_baselines3": {"agents/algorithm.py", "agents/adapters"},
 }

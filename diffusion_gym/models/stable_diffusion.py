@@ -1,8 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and every model in their layout: CLIP text encoder, KL autoencoder, UNet."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,24 +14,12 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
+from ..loading import no_progress_bar
 from ..schedules import DiscreteVPSchedule
 from .base import Conditioning, DiffusionModel
 
 _LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Load a small network without transformers' progress bar."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def discrete_schedule(folder: Path) -> DiscreteVPSchedule:
@@ -111,7 +98,7 @@ class StableDiffusionModel(DiffusionModel):
 
     @cached_property
     def _text_encoder(self) -> CLIPTextModel:
-        with _no_progress_bar():
+        with no_progress_bar():
             encoder = CLIPTextModel.from_pretrained(self.path, subfolder="text_encoder")
         return encoder.to(self.device, torch.float32).eval().requires_grad_(False)
 

@@ -111,6 +111,7 @@ _NAMED = {
     "incompressibility": "jpeg:Incompressibility",
     "compressibility": "jpeg:Compressibility",
     "brightness": "pixels:Brightness",
+    "emoji_alignment": "emoji_alignment:EmojiAlignment",
 }
 
 
@@ -118,7 +119,7 @@ def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> 
     """Return a reward.
 
     Args:
-        reward: A name ("incompressibility", "compressibility", "brightness"), a `Reward`, a callable
+        reward: A name ("incompressibility", "compressibility", "brightness", "emoji_alignment"), a `Reward`, a callable
             `f(images [B, 3, H, W], prompts, metadata) -> [B]`, or {name: weight} for a weighted sum.
 
     Raises:

@@ -1,0 +1,1 @@
+"""From nothing to the embedded model: every command is in README.md."""

@@ -1,0 +1,132 @@
+"""Put the trained weights into the package, in the form in which they ship.
+
+    python -m tools.emoji.export
+
+UNet and autoencoder in float16, the text encoder in float32 (transformers 5 would open a float16 one in float16, beside
+a float32 UNet) with the `text_model.` prefix that transformers 4 needs, the tokenizer with the `vocab.json` and
+`merges.txt` that transformers 5 no longer writes; the scorer's encoders in float16. The model card stays as it is.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from agents.files import replaced_folder
+
+from .sources import WORK
+
+PACKAGE = Path(__file__).parents[2] / "diffusion_gym"
+PARTS = {
+    "scheduler": ("scheduler_config.json",),
+    "text_encoder": ("config.json", "model.safetensors"),
+    "tokenizer": ("merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
+}
+HALF = ("unet", "vae")
+
+
+def write_vocabulary(tokenizer: Path) -> None:
+    """Write `vocab.json` and `merges.txt` beside a `tokenizer.json`."""
+    model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
+    (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
+
+
+def rewrite_weights(file: Path, *, dtype: torch.dtype, prefix: str = "") -> None:
+    """Write a file's floating-point tensors in another precision, and all names with a prefix if they lack it."""
+
+    def renamed(name: str) -> str:
+        return name if name.startswith((prefix, "text_projection")) else prefix + name
+
+    def converted(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    weights = {renamed(name): converted(tensor).contiguous() for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def drop_origin(config: Path) -> None:
+    """Take out of a config where on this machine its weights came from."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def make_readable(folder: Path) -> None:
+    """Let everybody read what safetensors writes for its owner alone."""
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    folder.chmod(0o755)
+
+
+def export_pipeline(pipeline: Path, target: Path) -> None:
+    """Replace a packaged pipeline by a trained one; its README.md stays."""
+    with replaced_folder(target) as folder:
+        for part, names in PARTS.items():
+            shutil.copytree(pipeline / part, folder / part)
+            if part == "tokenizer":
+                write_vocabulary(folder / part)
+            for extra in {path.name for path in (folder / part).iterdir()} - set(names):
+                (folder / part / extra).unlink()
+            for file in (folder / part).glob("*.safetensors"):
+                is_text = part == "text_encoder"
+                dtype = torch.float16 if part in HALF else torch.float32
+                rewrite_weights(file, dtype=dtype, prefix="text_model." if is_text else "")
+            if "config.json" in names:
+                drop_origin(folder / part / "config.json")
+        shutil.copy(pipeline / "model_index.json", folder)
+        if (target / "README.md").is_file():
+            shutil.copy(target / "README.md", folder)
+        make_readable(folder)
+
+
+def export_scorer(scorer: Path, target: Path) -> None:
+    """Replace the packaged scorer by a trained one, without its tokenizer, which is the pipeline's."""
+    with replaced_folder(target) as folder:
+        shutil.copy(scorer / "scorer.json", folder)
+        for part, prefix in (("image_encoder", ""), ("text_encoder", "text_model.")):
+            (folder / part).mkdir()
+            for name in ("config.json", "model.safetensors"):
+                shutil.copy(scorer / part / name, folder / part)
+            rewrite_weights(folder / part / "model.safetensors", dtype=torch.float16, prefix=prefix)
+        make_readable(folder)
+
+
+def megabytes(folder: Path) -> float:
+    """Return what a folder takes on the disk."""
+    return sum(os.path.getsize(path) for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+@dataclass
+class Args:
+    """Put the trained weights into the package."""
+
+    work: Path = WORK
+    """Where the trained weights are."""
+    package: Path = PACKAGE
+    """The package's folder."""
+
+
+def main(args: Args) -> None:
+    for trained, target, export in (
+        (args.work / "unet" / "pipeline", args.package / "models" / "emoji", export_pipeline),
+        (args.work / "scorer" / "scorer", args.package / "rewards" / "emoji_scorer", export_scorer),
+    ):
+        if not trained.is_dir():
+            print(f"{trained} is not there: {target} stays as it is")
+            continue
+        export(trained, target)
+        print(f"{target}: {megabytes(target):.1f} MB")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
