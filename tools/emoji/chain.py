@@ -7,61 +7,76 @@ A stage that was cut off goes on where it was; each can be run alone (README.md)
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from . import (
-    evaluate,
-    export,
-    icons,
-    sources,
-    tokenizer,
-    train_classifier,
-    train_scorer,
-    train_unet,
-    train_vae,
-)
+from . import evaluate, export, tokenizer, train_classifier, train_scorer, train_unet, train_vae
+from .icons import build
+from .sources import ICONS, NAMES, REGISTRY, WORK, IconSource
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many images each stage sees."""
+
+    vae: int
+    unet: int
+    pool: int
+    classifier: int
+    scorer: int
+    spoilt: int
+    batch_size: int
+
+
+QUICK = Sizes(vae=960, unet=960, pool=512, classifier=1_920, scorer=960, spoilt=160, batch_size=32)
 
 
 @dataclass
 class Args:
     """Run every stage."""
 
-    work: Path = sources.WORK
+    work: Path = WORK
     """Where everything is written."""
     package: Path = export.PACKAGE
     """The package's folder, into which the weights are put."""
+    registry: str = REGISTRY
+    """The npm registry, or a mirror of it."""
     quick: bool = False
     """Train every network for moments only; the weights go to `<work>/package` instead of the package."""
 
 
-def train(work: Path, *, quick: bool) -> None:
-    """Train all networks."""
-    short = {"batch_size": 32, "save_every": 10_000}
-    train_vae.main(train_vae.Args(work, images=1_600, **short) if quick else train_vae.Args(work))
-    train_unet.main(
-        train_unet.Args(work, images=1_600, pool=1_024, **short) if quick else train_unet.Args(work, images=900_000)
-    )
-    train_classifier.main(train_classifier.Args(work, images=3_200, **short) if quick else train_classifier.Args(work))
+def train(work: Path) -> None:
+    """Train all networks, for as long as their own commands do."""
+    train_vae.main(train_vae.Args(work))
+    train_unet.main(train_unet.Args(work))
+    train_classifier.main(train_classifier.Args(work))
+    train_scorer.main(train_scorer.Args(work, work / "unet" / "pipeline"))
+
+
+def train_quickly(work: Path, sizes: Sizes) -> None:
+    """Train all networks for moments."""
+    batch = {"batch_size": sizes.batch_size, "save_every": 1_000_000}
+    train_vae.main(train_vae.Args(work, images=sizes.vae, **batch))
+    train_unet.main(train_unet.Args(work, images=sizes.unet, pool=sizes.pool, per_prompt=1, **batch))
+    train_classifier.main(train_classifier.Args(work, images=sizes.classifier, **batch))
     pipeline = work / "unet" / "pipeline"
-    train_scorer.main(
-        train_scorer.Args(work, pipeline, images=1_600, spoilt=320, **short)
-        if quick
-        else train_scorer.Args(work, pipeline)
-    )
+    train_scorer.main(train_scorer.Args(work, pipeline, images=sizes.scorer, spoilt=sizes.spoilt, **batch))
 
 
-def main(args: Args) -> None:
-    sources.main(sources.Args(args.work))
-    icons.main(icons.Args(args.work))
+def main(args: Args, *, icons: Sequence[IconSource] = ICONS, names: IconSource = NAMES) -> None:
+    build(args.work, icons, names, args.registry)
     tokenizer.main(tokenizer.Args(args.work))
-    train(args.work, quick=args.quick)
-    export.main(export.Args(args.work, args.work / "package" if args.quick else args.package))
-    judged = evaluate.Args(args.work / "unet" / "pipeline", "chain", args.work, scorer=args.work / "scorer" / "scorer")
     if args.quick:
-        judged.steps, judged.per_animal = (2, 20), 2
+        train_quickly(args.work, QUICK)
+    else:
+        train(args.work)
+    export.main(export.Args(args.work, args.work / "package" if args.quick else args.package))
+    judged = evaluate.Args(args.work / "unet" / "pipeline", "chain", args.work, args.work / "scorer" / "scorer")
+    if args.quick:
+        judged = replace(judged, steps=(2, 20), per_animal=2, per_prompt=1)
     evaluate.main(judged)
 
 

@@ -131,14 +131,14 @@ def classified(classifier: Classifier, images: Tensor, names: Sequence[str]) -> 
 
 
 def scorer_report(
-    scorer: EmojiScorer, pipeline: Path, held_out: IconData, every_name: Sequence[str]
+    scorer: EmojiScorer, pipeline: Path, held_out: IconData, every_name: Sequence[str], per_prompt: int
 ) -> dict[str, float]:
     """Return retrieval on the held-out style, and the rank correlation of score and number of steps.
 
     The correlation is Spearman's, of one prompt's and one noise's scores at 1 to 20 steps, averaged over the 45
-    animals with four noises each.
+    animals with `per_prompt` noises each.
     """
-    names = [animal for animal in ANIMALS for _ in range(4)]
+    names = [animal for animal in ANIMALS for _ in range(per_prompt)]
     prompts = [with_article(name) for name in names]
     seeds = list(range(20_000, 20_000 + len(names)))
     texts = scorer.embed_texts(prompts)
@@ -173,6 +173,8 @@ class Args:
     """A scorer's folder, to judge too."""
     steps: tuple[int, ...] = (5, 10, 20, 50)
     """The numbers of DDIM steps; the grids and the classification use 20."""
+    per_prompt: int = 4
+    """Samples of each prompt in the grids and in the scorer's rank correlation."""
     per_animal: int = 45
     """Samples of each animal and number of steps."""
 
@@ -182,9 +184,9 @@ def main(args: Args) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data, held_out = IconData(args.work / "icons"), IconData(args.work / "icons", held_out=True)
     classifier = Classifier(args.work / "classifier" / "classifier")
-    draw_grid(args.pipeline).save(folder / "animals.png")
+    draw_grid(args.pipeline, per_prompt=args.per_prompt).save(folder / "animals.png")
     things = [with_article(name) for name in THINGS if name in data.by_name]
-    draw_grid(args.pipeline, things).save(folder / "things.png")
+    draw_grid(args.pipeline, things, per_prompt=args.per_prompt).save(folder / "things.png")
 
     names, seeds = evaluation_set(args.per_animal)
     drawn = {num_steps: samples(args.pipeline, folder, names, seeds, num_steps) for num_steps in args.steps}
@@ -209,7 +211,7 @@ def main(args: Args) -> None:
     }
     if args.scorer:
         scorer = EmojiScorer.load(args.scorer, args.pipeline / "tokenizer")
-        report["scorer"] = scorer_report(scorer, args.pipeline, held_out, NameSampler(data).names)
+        report["scorer"] = scorer_report(scorer, args.pipeline, held_out, NameSampler(data).names, args.per_prompt)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from diffusion_gym.prompts import make_prompts
 
-from .sources import ICONS, NAMES, WORK, IconSource, fetch
+from .sources import ICONS, NAMES, REGISTRY, WORK, IconSource, fetch
 
 ICON_SIZE = 60
 RASTER_SIZE = 96
@@ -184,13 +184,15 @@ class Args:
     """Where everything is read and written."""
 
 
-def build(work: Path, sources: Sequence[IconSource] = ICONS, names: IconSource = NAMES) -> Mapping[str, int]:
+def build(
+    work: Path, sources: Sequence[IconSource] = ICONS, names: IconSource = NAMES, registry: str = REGISTRY
+) -> Mapping[str, int]:
     """Write the rows of all sets; return how many each style has."""
-    concepts = read_concepts(fetch(names, work))
+    concepts = read_concepts(fetch(names, work, registry))
     found = [
         (Icon(source.style, concept.captions, concept.group, source.held_out), drawing)
         for source in sources
-        for concept, drawing in drawings(source, fetch(source, work), concepts)
+        for concept, drawing in drawings(source, fetch(source, work, registry), concepts)
     ]
     with ProcessPoolExecutor() as pool:
         rasters = list(pool.map(rasterise, [drawing for _, drawing in found], chunksize=64))

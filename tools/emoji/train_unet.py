@@ -169,6 +169,8 @@ class Args:
     """AdamW's, at its peak."""
     save_every: int = 50_000
     """Images between two checkpoints."""
+    per_prompt: int = 4
+    """Samples of each animal in the grid."""
     seed: int = 0
     """Of pictures, captions, times and noises."""
 
@@ -207,7 +209,7 @@ def main(args: Args) -> None:
     def save(run: TrainingRun) -> None:
         pipeline = as_pipeline(network, vae, tokenizer)
         pipeline.save_pretrained(run.folder / "pipeline")
-        draw_grid(run.folder / "pipeline").save(run.folder / f"grid_{run.images_seen}.png")
+        draw_grid(run.folder / "pipeline", per_prompt=args.per_prompt).save(run.folder / f"grid_{run.images_seen}.png")
 
     run = TrainingRun(
         network,
