@@ -76,7 +76,7 @@ def test_callables_and_sums():
 
 
 def test_every_named_reward_states_unit_and_range_and_keeps_to_it():
-    for name in ("incompressibility", "compressibility", "brightness"):
+    for name in ("incompressibility", "compressibility", "brightness", "emoji_alignment"):
         reward = make_reward(name)
         values = reward(pictures(8), [""] * 8).values
         assert reward.name == name

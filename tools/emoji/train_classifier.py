@@ -130,6 +130,8 @@ class Args:
 
     work: Path = WORK
     """Where everything is read and written."""
+    init: Path | None = None
+    """A classifier's folder to go on from; none: random weights."""
     images: int = 200_000
     """How many images to train for."""
     batch_size: int = 64
@@ -152,7 +154,14 @@ def main(args: Args) -> None:
             rows_of[label(icon)].append(row)
     animal = torch.tensor([name in ANIMALS for name in names])
     weights = torch.where(animal, ANIMAL_SHARE / animal.sum(), (1 - ANIMAL_SHARE) / (~animal).sum())
-    network: nn.Module = new_classifier(names).to(memory_format=torch.channels_last).train()
+    network: nn.Module = new_classifier(names)
+    if args.init:
+        network = ResNetForImageClassification.from_pretrained(args.init, dtype=torch.float32)
+        if list(network.config.id2label.values()) != names:
+            raise ValueError(
+                f"the classes of {args.init} are not those of the icons in {args.work}: train from the start"
+            )
+    network.to(memory_format=torch.channels_last).train()
 
     def loss(run: TrainingRun) -> tuple[Tensor, dict[str, Tensor]]:
         generator = run.generator(args.seed)

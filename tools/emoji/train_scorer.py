@@ -178,6 +178,8 @@ class Args:
     """Where everything is read and written."""
     pipeline: Path = Path("diffusion_gym/models/emoji")
     """The pipeline that draws the spoilt pictures and whose tokenizer is used."""
+    init: Path | None = None
+    """A scorer's folder to go on from; none: random weights."""
     images: int = 400_000
     """How many pictures to train for."""
     batch_size: int = 192
@@ -195,7 +197,11 @@ class Args:
 def main(args: Args) -> None:
     data, held_out = IconData(args.work / "icons"), IconData(args.work / "icons", held_out=True)
     torch.manual_seed(args.seed)
-    scorer = new_scorer(CLIPTokenizer.from_pretrained(args.pipeline / "tokenizer"))
+    tokenizer = args.pipeline / "tokenizer"
+    scorer = (
+        EmojiScorer.load(args.init, tokenizer) if args.init else new_scorer(CLIPTokenizer.from_pretrained(tokenizer))
+    )
+    scorer.requires_grad_(True)
     log_scale = nn.Parameter(torch.tensor(scorer.scale).log())
     network = nn.ModuleDict({"image": scorer.image_encoder, "text": scorer.text_encoder})
     network.register_parameter("log_scale", log_scale)
