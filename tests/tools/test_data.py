@@ -168,11 +168,15 @@ def test_strong_augmentation_stays_an_image_and_keeps_most_of_it(data):
 def test_outlines_are_dark_and_outside_the_drawing():
     drawn = torch.zeros(1, 4, 60, 60)
     drawn[:, :, 20:40, 20:40] = 1
-    outlined = outline(drawn, 2)
+    red = torch.tensor([1.0, 0, 0])[None, :, None, None]
+    outlined = outline(drawn, 2, red, torch.zeros(1, 1, 1, 1))
     assert outlined[0, 3, 19, 30] == 1
     assert outlined[0, :3, 19, 30].max() == 0
     assert outlined[0, 3, 10, 10] == 0
     assert outlined[0, :3, 30, 30].min() == 1
+    washed = outline(drawn, 2, red, torch.ones(1, 1, 1, 1))
+    assert washed[0, :, 30, 30].tolist() == [1, 0, 0, 1]
+    assert torch.equal(washed[:, 3], outlined[:, 3])
 
 
 def test_choices_have_their_probability():

@@ -27,15 +27,23 @@ class Randomness:
         return torch.rand(self.count, 1, 1, 1, generator=self.generator) < probability
 
 
-def outline(rgba: Tensor, width: int) -> Tensor:
-    """Return premultiplied icons [B, 4, h, w] in [0, 1] with dark lines around and inside the drawing."""
+def outline(rgba: Tensor, width: int, tint: Tensor, wash: Tensor) -> Tensor:
+    """Return premultiplied icons [B, 4, h, w] in [0, 1] with dark lines around and inside the drawing.
+
+    Args:
+        rgba: The icons.
+        width: The lines' width in pixels, outside the drawing.
+        tint: [B, 3, 1, 1] the colour that the areas between the lines fade to.
+        wash: [B, 1, 1, 1] how far they fade.
+    """
     colour, alpha = rgba[:, :3], rgba[:, 3:]
     around = F.max_pool2d(alpha, 2 * width + 1, 1, width)
     blurred = F.avg_pool2d(colour, 3, 1, 1)
     contrast = (F.max_pool2d(blurred, 3, 1, 1) + F.max_pool2d(-blurred, 3, 1, 1)).amax(1, keepdim=True)
     edges = F.max_pool2d(((contrast - 0.25) * 6).clamp(0, 1), width // 2 * 2 + 1, 1, width // 2) * alpha
     ink = torch.maximum(edges, (around - alpha).clamp(0, 1))
-    return torch.cat([colour * (1 - ink), torch.maximum(alpha, ink)], 1)
+    faded = colour + wash * (tint * alpha - colour)
+    return torch.cat([faded * (1 - ink), torch.maximum(alpha, ink)], 1)
 
 
 def jitter_colours(images: Tensor, random: Randomness) -> Tensor:
@@ -72,14 +80,16 @@ def hide(images: Tensor, random: Randomness) -> Tensor:
 def distort(rgba: Tensor, generator: torch.Generator) -> Tensor:
     """Return icons [B, 60, 60, 4] as strongly augmented images [B, 3, 64, 64] in [0, 1].
 
-    A third are outlined; all are turned (±20°), scaled (.6 to 1), shifted, mirrored, put on plain colours, recoloured,
-    softened and partly hidden.
+    Two fifths are outlined, some of these with washed-out areas; all are turned (±20°), scaled (.6 to 1), shifted,
+    mirrored, put on plain colours, recoloured, softened and partly hidden.
     """
     random = Randomness(len(rgba), generator)
     drawn = rgba.permute(0, 3, 1, 2).float() / 255
     for width in (1, 2):
-        outlined = random.chosen(0.18).flatten()
-        drawn[outlined] = outline(drawn[outlined], width)
+        outlined = random.chosen(0.2).flatten()
+        tint = torch.where(random.chosen(0.5), torch.ones(()), random.uniform(0.2, 1, 3, 1, 1))
+        wash = random.uniform(0.3, 1, 1, 1, 1) * random.chosen(0.4)
+        drawn[outlined] = outline(drawn[outlined], width, tint[outlined], wash[outlined])
     index = torch.randint(0, len(COLOURS), (len(rgba),), generator=generator)
     named = torch.tensor([BACKGROUNDS[COLOURS[k]] for k in index.tolist()]) / 255
     background = torch.where(random.uniform(0, 1, 1) < 0.3, random.uniform(0, 1, 3), named)

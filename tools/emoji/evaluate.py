@@ -5,7 +5,7 @@
 draws 45 samples of each of the 45 animals at 5, 10, 20 and 50 steps from the same noises (an hour on one core) and
 writes to `build/emoji/evaluation/<tag>/`:
 
-- `samples_<steps>.npy`, which are not drawn again;
+- `samples_<steps>_<weights>.npy`, which are not drawn again;
 - `animals.png`, `things.png`: grids at 20 steps;
 - `report.json`: the share of samples that the classifier names as their prompt, per animal too; the FID-like distance
   to real icons at each number of steps, with bootstrap errors; JPEG sizes; and, with `--scorer`, how the scorer's
@@ -14,6 +14,7 @@ writes to `build/emoji/evaluation/<tag>/`:
 The model before this one: `git archive 8ffeeb3 diffusion_gym/models/emoji | tar x -C build/emoji/prototype`.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,9 +108,17 @@ def evaluation_set(per_animal: int) -> tuple[list[str], list[int]]:
     return names, list(range(10_000, 10_000 + len(names)))
 
 
+def fingerprint(pipeline: Path) -> str:
+    """Return a name for a pipeline's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(pipeline.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def samples(pipeline: Path, folder: Path, names: Sequence[str], seeds: Sequence[int], num_steps: int) -> Tensor:
     """Return the samples [N, 3, 64, 64] in [0, 1]: drawn, or as they were drawn before."""
-    file = folder / f"samples_{num_steps}.npy"
+    file = folder / f"samples_{num_steps}_{fingerprint(pipeline)}.npy"
     if not file.is_file() or len(np.load(file, mmap_mode="r")) != len(names):
         prompts = [with_article(name) for name in names]
         images = draw_samples(pipeline, prompts, seeds, num_steps=num_steps)

@@ -171,6 +171,8 @@ class Args:
     """Images between two checkpoints."""
     per_prompt: int = 4
     """Samples of each animal in the grid."""
+    compile: bool = False
+    """Compile the UNet first (torch.compile; some minutes, a C++ compiler): twice as many images a second."""
     seed: int = 0
     """Of pictures, captions, times and noises."""
 
@@ -186,6 +188,8 @@ def main(args: Args) -> None:
     # In bfloat16 on a CPU the plain processor's training step takes 20 % less than the fused attention's.
     network.unet.set_attn_processor(AttnProcessor())
     logger.info("%.2f M parameters", sum(parameter.numel() for parameter in network.parameters()) / 1e6)
+    if args.compile:
+        network.unet.compile(dynamic=False)
     pool = encode_pool(vae, data, args.pool, seed=args.seed)
     logger.info("%d latents, standard deviation %.3f", len(pool.latents), pool.latents.float().std())
     alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
