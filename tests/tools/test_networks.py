@@ -138,7 +138,8 @@ def test_spoilt_pictures_and_wrong_captions_are_told_apart_and_the_same_are_not(
 
 
 def test_pairs_say_what_they_show_and_wrong_colours_are_wrong(data):
-    spoilt = SpoiltPictures(torch.zeros(5, 3, 64, 64, dtype=torch.uint8), ["cat"] * 5)
+    pictures = torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None, None].expand(3, 3, 64, 64)
+    spoilt = SpoiltPictures(pictures, ["cat", "dog", "never drawn"])
     sampler = PairSampler(data, spoilt)
     images, captions, wrong, same = sampler.draw(64, 8, torch.Generator().manual_seed(0))
     assert images.shape == (72, 3, 64, 64)

@@ -105,6 +105,9 @@ class PairSampler:
         self.data = data
         self.spoilt = spoilt
         self.sampler = NameSampler(data)
+        self._spoilt_of: dict[str, list[int]] = {}
+        for row, name in enumerate(spoilt.names):
+            self._spoilt_of.setdefault(name, []).append(row)
 
     def draw(self, pairs: int, spoilt: int, generator: torch.Generator) -> tuple[Tensor, list[str], list[str], Tensor]:
         """Return pictures, captions, other captions that are wrong only in the colour, and what may not be compared.
@@ -127,7 +130,9 @@ class PairSampler:
             if caption.endswith("background"):
                 other = COLOURS[(COLOURS.index(colour) + 1 + int(torch.randint(0, 11, (), generator=generator))) % 12]
                 wrong.append(f"{with_article(name)} on {with_article(other)} background")
-        chosen = torch.randint(0, len(self.spoilt), (spoilt,), generator=generator)
+        # A spoilt cat is a choice beside a good cat.
+        similar = [row for name in names for row in self._spoilt_of.get(name, ())] or list(range(len(self.spoilt)))
+        chosen = torch.tensor(similar)[torch.randint(0, len(similar), (spoilt,), generator=generator)]
         images = torch.cat([mild, strong, self.spoilt.images[chosen] / 255])
         known = [set(self.data.icons[row].captions) for row in rows.tolist()]
         same = torch.tensor([[name in captions_of for captions_of in known] for name in names])
