@@ -73,8 +73,18 @@ def main(args: Args, *, icons: Sequence[IconSource] = ICONS, names: IconSource =
         train_quickly(args.work, QUICK)
     else:
         train(args.work)
-    export.main(export.Args(args.work, args.work / "package" if args.quick else args.package))
-    judged = evaluate.Args(args.work / "unet" / "pipeline", "chain", args.work, args.work / "scorer" / "scorer")
+    aside = args.work / "package"
+    weights = (
+        export.Args(args.work, aside, aside / "classifier") if args.quick else export.Args(args.work, args.package)
+    )
+    export.main(weights)
+    judged = evaluate.Args(
+        args.work / "unet" / "pipeline",
+        "chain",
+        args.work,
+        classifier=weights.classifier,
+        scorer=args.work / "scorer" / "scorer",
+    )
     if args.quick:
         judged = replace(judged, steps=(2, 20), per_animal=2, per_prompt=1)
     evaluate.main(judged)

@@ -31,6 +31,7 @@ from diffusion_gym.rewards.emoji_alignment import EmojiScorer
 from diffusion_gym.rewards.jpeg import jpeg_kilobytes
 
 from .dataset import IconData, NameSampler
+from .export import CLASSIFIER
 from .icons import ANIMALS
 from .samples import draw_grid, draw_samples
 from .sources import WORK
@@ -177,7 +178,9 @@ class Args:
     tag: str
     """What the judgement is called."""
     work: Path = WORK
-    """Where the icons and the classifier are, and where the judgement is written."""
+    """Where the icons are, and where the judgement is written."""
+    classifier: Path = CLASSIFIER
+    """The classifier's folder."""
     scorer: Path | None = None
     """A scorer's folder, to judge too."""
     steps: tuple[int, ...] = (5, 10, 20, 50)
@@ -192,7 +195,7 @@ def main(args: Args) -> None:
     folder = args.work / "evaluation" / args.tag
     folder.mkdir(parents=True, exist_ok=True)
     data, held_out = IconData(args.work / "icons"), IconData(args.work / "icons", held_out=True)
-    classifier = Classifier(args.work / "classifier" / "classifier")
+    classifier = Classifier(args.classifier)
     draw_grid(args.pipeline, per_prompt=args.per_prompt).save(folder / "animals.png")
     things = [with_article(name) for name in THINGS if name in data.by_name]
     draw_grid(args.pipeline, things, per_prompt=args.per_prompt).save(folder / "things.png")

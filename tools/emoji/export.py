@@ -1,10 +1,11 @@
-"""Put the trained weights into the package, in the form in which they ship.
+"""Put the trained weights where they are committed, in the form in which they ship.
 
     python -m tools.emoji.export
 
 UNet and autoencoder in float16, the text encoder in float32 (transformers 5 would open a float16 one in float16, beside
 a float32 UNet) with the `text_model.` prefix that transformers 4 needs, the tokenizer with the `vocab.json` and
-`merges.txt` that transformers 5 no longer writes; the scorer's encoders in float16. The model card stays as it is.
+`merges.txt` that transformers 5 no longer writes; the scorer's encoders and the classifier in float16. The model card
+stays as it is.
 """
 
 import json
@@ -23,6 +24,7 @@ from agents.files import replaced_folder
 from .sources import WORK
 
 PACKAGE = Path(__file__).parents[2] / "diffusion_gym"
+CLASSIFIER = Path(__file__).parent / "classifier"
 PARTS = {
     "scheduler": ("scheduler_config.json",),
     "text_encoder": ("config.json", "model.safetensors"),
@@ -101,6 +103,15 @@ def export_scorer(scorer: Path, target: Path) -> None:
         make_readable(folder)
 
 
+def export_classifier(classifier: Path, target: Path) -> None:
+    """Replace the committed classifier, which does not ship, by a trained one."""
+    with replaced_folder(target) as folder:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(classifier / name, folder)
+        rewrite_weights(folder / "model.safetensors", dtype=torch.float16)
+        make_readable(folder)
+
+
 def megabytes(folder: Path) -> float:
     """Return what a folder takes on the disk."""
     return sum(os.path.getsize(path) for path in folder.rglob("*") if path.is_file()) / 1e6
@@ -114,12 +125,15 @@ class Args:
     """Where the trained weights are."""
     package: Path = PACKAGE
     """The package's folder."""
+    classifier: Path = CLASSIFIER
+    """Where the classifier that judges is committed."""
 
 
 def main(args: Args) -> None:
     for trained, target, export in (
         (args.work / "unet" / "pipeline", args.package / "models" / "emoji", export_pipeline),
         (args.work / "scorer" / "scorer", args.package / "rewards" / "emoji_scorer", export_scorer),
+        (args.work / "classifier" / "classifier", args.classifier, export_classifier),
     ):
         if not trained.is_dir():
             print(f"{trained} is not there: {target} stays as it is")

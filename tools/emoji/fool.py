@@ -27,6 +27,7 @@ from diffusion_gym.models import load_model
 from diffusion_gym.prompts.base import with_article
 from diffusion_gym.rewards.emoji_alignment import EmojiAlignment
 
+from .export import CLASSIFIER
 from .icons import ANIMALS
 from .samples import draw_samples, lay_out
 from .sources import WORK
@@ -120,7 +121,9 @@ class Args:
     pipeline: Path = Path("diffusion_gym/models/emoji")
     """What draws."""
     work: Path = WORK
-    """Where the classifier is, and where the pictures are written."""
+    """Where the pictures are written."""
+    classifier: Path = CLASSIFIER
+    """The classifier's folder."""
     counts: tuple[int, ...] = (1, 4, 16)
     """The Ns of best of N."""
     queries: int = 1440
@@ -130,7 +133,7 @@ class Args:
 def main(args: Args) -> None:
     folder = args.work / "fool"
     folder.mkdir(parents=True, exist_ok=True)
-    judge = Judge(Classifier(args.work / "classifier" / "classifier"))
+    judge = Judge(Classifier(args.classifier))
     choose_best(judge, args.pipeline, args.counts, per_animal=1)
     follow_gradient(judge, args.pipeline, folder)
     train_policy(judge, args.pipeline, folder, queries=args.queries)
