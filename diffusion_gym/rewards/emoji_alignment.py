@@ -17,6 +17,12 @@ from .base import Metadata, Reward, RewardOutput
 IMAGE_SIZE = 64
 
 
+def prepare(images: Tensor) -> Tensor:
+    """Return images [B, 3, 64, 64] in [0, 1] as a ResNet wants them: twice the size, for its stem divides by 4."""
+    doubled = F.interpolate(images * 2 - 1, scale_factor=2.0, mode="bilinear", align_corners=False)
+    return doubled.contiguous(memory_format=torch.channels_last)
+
+
 class EmojiScorer(nn.Module):
     """Two encoders whose embeddings of a picture and of its caption point the same way.
 
@@ -72,10 +78,7 @@ class EmojiScorer(nn.Module):
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             size = (IMAGE_SIZE, IMAGE_SIZE)
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
-        # Twice the size, for the ResNet's stem divides it by 4.
-        pixels = F.interpolate(images * 2 - 1, scale_factor=2.0, mode="bilinear", align_corners=False)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return F.normalize(self.image_encoder(pixels).pooler_output.flatten(1), dim=-1)
+        return F.normalize(self.image_encoder(prepare(images)).pooler_output.flatten(1), dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings [P, E], of length 1, of texts."""

@@ -1,7 +1,7 @@
 """Run every stage, from nothing to a judged model.
 
-    python -m tools.emoji.chain            # a day on one core
-    python -m tools.emoji.chain --quick    # five minutes: a test of the tools, not a model
+    python -m tools.emoji.chain            # many hours on one core
+    python -m tools.emoji.chain --quick    # minutes: a test of the tools, not a model
 
 A stage that was cut off goes on where it was; each can be run alone (README.md).
 """

@@ -2,7 +2,7 @@
 
     python -m tools.emoji.evaluate --pipeline diffusion_gym/models/emoji --tag final
 
-draws 45 samples of each of the 45 animals at 5, 10, 20 and 50 steps from the same noises (an hour on one core) and
+draws 45 samples of each of the 45 animals at 5, 10, 20 and 50 steps from the same noises and
 writes to `build/emoji/evaluation/<tag>/`:
 
 - `samples_<steps>_<weights>.npy`, which are not drawn again;

@@ -2,7 +2,7 @@
 
     python -m tools.emoji.fool
 
-prints (20 minutes on one core), with the classifier, which nothing was optimised for, as the second opinion:
+prints, with the classifier, which nothing was optimised for, as the second opinion:
 
 - best of N samples by the score: what is chosen, for N = 1, 4, 16;
 - the gradient of the score followed in the latents of finished samples: `gradient.png`;
@@ -32,8 +32,6 @@ from .icons import ANIMALS
 from .samples import draw_samples, lay_out
 from .sources import WORK
 from .train_classifier import Classifier
-
-logger = logging.getLogger(__name__)
 
 
 class Judge:

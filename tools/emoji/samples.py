@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion_gym.models import load_model
 from diffusion_gym.prompts import make_prompts
+from diffusion_gym.rewards import to_uint8
 from diffusion_gym.transitions import ddim_transition
 
 GUIDANCE_SCALE = 4.0
@@ -53,14 +54,10 @@ def draw_samples(
     return torch.cat(images)
 
 
-def to_image(image: Tensor) -> Image.Image:
-    """Return an image [3, H, W] in [0, 1] as a picture."""
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def lay_out(images: Tensor, labels: Sequence[str], *, per_label: int, columns: int = 5, scale: int = 1) -> Image.Image:
+def lay_out(images: Tensor, labels: Sequence[str], *, per_label: int, columns: int = 5) -> Image.Image:
     """Return labelled groups of images as one picture, read row by row."""
-    side = images.shape[-1] * scale
+    side = images.shape[-1]
+    pixels = to_uint8(images).numpy()
     width, height = per_label * side + 6, side + 14
     rows = -(-len(labels) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
@@ -69,17 +66,15 @@ def lay_out(images: Tensor, labels: Sequence[str], *, per_label: int, columns: i
         x, y = index % columns * width, index // columns * height
         draw.text((x + 2, y), label, fill="black")
         for k in range(per_label):
-            picture = to_image(images[index * per_label + k]).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x + k * side, y + 13))
+            sheet.paste(Image.fromarray(pixels[index * per_label + k]), (x + k * side, y + 13))
     return sheet
 
 
 def draw_grid(
     folder: Path | str, prompts: Sequence[str] | None = None, *, per_prompt: int = 4, num_steps: int = 20
 ) -> Image.Image:
-    """Return a labelled grid of samples, of the 45 animals unless told otherwise; seeds 0, 1, … in every group."""
+    """Return a labelled grid of samples, of the 45 animals unless told otherwise; seeds 0, 1, … on and on."""
     prompts = list(prompts or make_prompts("simple_animals"))
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
-    seeds = [index % per_prompt + per_prompt * (index // per_prompt) for index in range(len(repeated))]
-    images = draw_samples(folder, repeated, seeds, num_steps=num_steps)
+    images = draw_samples(folder, repeated, list(range(len(repeated))), num_steps=num_steps)
     return lay_out(images, prompts, per_label=per_prompt)

@@ -19,6 +19,8 @@ import tyro
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from diffusion_gym.rewards.emoji_alignment import prepare
+
 from .dataset import BACKGROUNDS, IconData, composite
 from .distort import distort
 from .icons import ANIMALS, PEOPLE, Icon
@@ -41,23 +43,15 @@ def labels_of(data: IconData) -> list[str]:
     return [*ANIMALS, *sorted(others)]
 
 
-def new_classifier(labels: Sequence[str], widths: Sequence[int] = (24, 48, 96, 192)) -> ResNetForImageClassification:
-    """Return a small ResNet with random weights."""
-    config = ResNetConfig(
-        embedding_size=widths[0],
-        hidden_sizes=list(widths),
-        depths=[2] * len(widths),
-        layer_type="basic",
-        id2label=dict(enumerate(labels)),
-        label2id={name: index for index, name in enumerate(labels)},
-    )
-    return ResNetForImageClassification(config)
+def resnet_config(**labels: dict[int, str] | dict[str, int]) -> ResNetConfig:
+    """Return the small ResNet that classifier and scorer see with, 192 features."""
+    return ResNetConfig(embedding_size=24, hidden_sizes=[24, 48, 96, 192], depths=[2] * 4, layer_type="basic", **labels)
 
 
-def prepare(images: Tensor) -> Tensor:
-    """Return images [B, 3, 64, 64] in [0, 1] as a ResNet wants them: twice the size, for its stem divides by 4."""
-    doubled = F.interpolate(images * 2 - 1, scale_factor=2.0, mode="bilinear", align_corners=False)
-    return doubled.contiguous(memory_format=torch.channels_last)
+def new_classifier(labels: Sequence[str]) -> ResNetForImageClassification:
+    """Return a classifier with random weights."""
+    names = dict(enumerate(labels))
+    return ResNetForImageClassification(resnet_config(id2label=names, label2id={v: k for k, v in names.items()}))
 
 
 class Classifier:
@@ -69,7 +63,6 @@ class Classifier:
 
     def __init__(self, folder: Path) -> None:
         self.network = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
-        self.labels = [self.network.config.id2label[index] for index in range(self.network.config.num_labels)]
 
     @torch.no_grad()
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfig, ResNetModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, ResNetModel
 
 from diffusion_gym.models import load_model
 from diffusion_gym.prompts.base import with_article
@@ -29,7 +29,7 @@ from .dataset import COLOURS, IconData, NameSampler, augment, draw_captions, dra
 from .distort import distort
 from .samples import draw_samples
 from .sources import WORK
-from .train_classifier import plain
+from .train_classifier import plain, resnet_config
 from .training import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,9 @@ SPOILT_STEPS = (1, 2, 3, 5, 8)
 NOISE_LEVELS = (0.3, 1.0)
 
 
-def new_scorer(tokenizer: CLIPTokenizer, widths: Sequence[int] = (24, 48, 96, 192)) -> EmojiScorer:
+def new_scorer(tokenizer: CLIPTokenizer) -> EmojiScorer:
     """Return a scorer with random weights, 2.4 M parameters."""
+    image = resnet_config()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -48,13 +49,10 @@ def new_scorer(tokenizer: CLIPTokenizer, widths: Sequence[int] = (24, 48, 96, 19
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=widths[-1],
+        projection_dim=image.hidden_sizes[-1],
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )
-    image = ResNetConfig(
-        embedding_size=widths[0], hidden_sizes=list(widths), depths=[2] * len(widths), layer_type="basic"
     )
     return EmojiScorer(ResNetModel(image), CLIPTextModelWithProjection(text), tokenizer, scale=1 / 0.07)
 

@@ -2,10 +2,10 @@
 
     python -m tools.emoji.train_unet --init diffusion_gym/models/emoji --images 600000
 
-takes some 2.5 hours on one core. Every `save_every` images it writes a checkpoint to go on from, the pipeline with the
-averaged weights (`build/emoji/unet/pipeline`, a folder for `--init` or for `tools.emoji.export`) and a sample grid.
-Killed and started again with the same command it goes on; without its checkpoint it goes on from the pipeline's
-weights with `--init`.
+takes 3.5 to 5 hours on one core (35 to 50 images/s). Every `save_every` images it writes a checkpoint to go on from,
+the pipeline with the averaged weights (`build/emoji/unet/pipeline`, a folder for `--init` or for `tools.emoji.export`)
+and a sample grid. Killed and started again with the same command it goes on; without its checkpoint it goes on from the
+pipeline's weights with `--init`.
 """
 
 import logging
@@ -24,11 +24,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .dataset import IconData, NameSampler, draw_captions
 from .samples import draw_grid
 from .sources import WORK
+from .tokenizer import CONTEXT
 from .training import TrainingRun
 
 logger = logging.getLogger(__name__)
 
-CONTEXT = 16
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
@@ -102,7 +102,7 @@ class LatentPool:
 
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKL, data: IconData, size: int, *, seed: int) -> LatentPool:
-    """Return latents of `size` random pictures, drawn as the UNet is to see them (500 a second on one core)."""
+    """Return latents of `size` random pictures, drawn as the UNet is to see them."""
     sampler, generator = NameSampler(data), torch.Generator().manual_seed(seed)
     latents, names, colours = [], [], []
     for start in range(0, size, 128):
@@ -172,7 +172,7 @@ class Args:
     per_prompt: int = 4
     """Samples of each animal in the grid."""
     compile: bool = False
-    """Compile the UNet first (torch.compile; some minutes, a C++ compiler): twice as many images a second."""
+    """Compile the UNet first (torch.compile; some minutes, a C++ compiler): a step took .5 to .8 of the time."""
     seed: int = 0
     """Of pictures, captions, times and noises."""
 
