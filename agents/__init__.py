@@ -2,7 +2,21 @@
 
 from .ddpo import DDPOIS, DDPOSF
 from .evaluation import Evaluation, evaluate
-from .policies import DenoisingPolicy, Policy
+from .policies import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Policy, TimePredictor
+from .rloo import RLOO
 from .rollouts import Rollout, collect
 
-__all__ = ["DDPOIS", "DDPOSF", "DenoisingPolicy", "Evaluation", "Policy", "Rollout", "collect", "evaluate"]
+__all__ = [
+    "DDPOIS",
+    "DDPOSF",
+    "RLOO",
+    "ContextFreeSchedule",
+    "DenoisingPolicy",
+    "Evaluation",
+    "FixedSchedule",
+    "Policy",
+    "Rollout",
+    "TimePredictor",
+    "collect",
+    "evaluate",
+]

@@ -16,6 +16,23 @@ def normalise(rewards: Tensor, *, epsilon: float = 1e-6) -> Tensor:
     return (rewards - rewards.mean()) / (rewards.std(correction=0) + epsilon)
 
 
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Return A_ik = r_ik − mean of the group's other rewards, [P, K]; every group's advantages sum to 0.
+
+    Source: Ahmadian et al., 2024, "Back to Basics", eq. 8, https://arxiv.org/abs/2402.14740.
+
+    Args:
+        rewards: [P, K] of K ≥ 2 samples of each of P prompts.
+
+    Raises:
+        ValueError: there are no groups of at least 2.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"leave_one_out needs rewards [P, K] with K of at least 2, got {list(rewards.shape)}")
+    size = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdim=True)) * (size / (size - 1))
+
+
 class PerPromptStats:
     """Rewards relative to what the same prompt earned lately.
 

@@ -23,7 +23,7 @@ from diffusion_gym.transitions import Reduction
 
 from .files import existing_folder, load_optimizer, replaced_folder, save_optimizer
 from .images import image_grid
-from .policies import DenoisingPolicy, Policy
+from .policies import Policy, load_policy
 from .rollouts import Rollout, collect
 from .seeding import derived_generator, derived_seed, training_seed
 
@@ -34,7 +34,7 @@ Self = TypeVar("Self", bound="Algorithm")
 
 _STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
-_ENV_STREAM, _POLICY_STREAM, _UPDATE_STREAM = range(3)
+ENV_STREAM, _POLICY_STREAM, _UPDATE_STREAM = range(3)
 _LOGGED_IMAGES = 16
 
 
@@ -93,8 +93,11 @@ class Algorithm(ABC):
         self._progress_remaining = 1.0
         self._learning_rate = learning_rate
         self._has_own_logger = False
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError(f"{type(policy).__name__} has nothing to train")
         self.optimizer = _make_adamw(use_8bit_adam)(
-            [parameter for parameter in policy.parameters() if parameter.requires_grad],
+            trained,
             lr=self._current_learning_rate(),
             betas=(adam_beta1, adam_beta2),
             weight_decay=adam_weight_decay,
@@ -147,8 +150,7 @@ class Algorithm(ABC):
         """Train until `total_timesteps` environment steps have been taken.
 
         Args:
-            total_timesteps: Steps over all lanes; a rollout has `samples_per_epoch` × (steps per episode) of them, and
-                the last one is finished.
+            total_timesteps: Steps of all episodes together; the last rollout is finished.
             callback: SB3 callbacks, or a function of (locals, globals). From `on_rollout_end` on, `locals["returns"]`
                 are the rollout's rewards, [B].
             log_interval: Rollouts between two entries in the log; 0: none.
@@ -236,6 +238,7 @@ class Algorithm(ABC):
         env: VectorEnv,
         *,
         policy: Policy | None = None,
+        reference: Policy | None = None,
         learning_rate: float | Schedule | None = None,
         tensorboard_log: str | None = None,
         verbose: int = 0,
@@ -246,6 +249,7 @@ class Algorithm(ABC):
             path: What `save` was given.
             env: The environment to go on in.
             policy: A policy of the saved one's shape, to read the weights into; None: one on `env.unwrapped.model`.
+            reference: The policy that the run's KL divergence is to, if it has one; it is not saved.
             learning_rate: None: the saved one. A schedule (a callable) cannot be saved and is to be given again.
             tensorboard_log: As in the constructor.
             verbose: As in the constructor.
@@ -262,9 +266,10 @@ class Algorithm(ABC):
         if rate is None:
             raise ValueError(f"the learning rate of {folder} was a callable: give it again, load(..., learning_rate=…)")
         if policy is None:
-            policy = DenoisingPolicy.load(folder, model=env.unwrapped.model)  # type: ignore[attr-defined]
+            policy = load_policy(folder, model=env.unwrapped.model, device=env.unwrapped.device)  # type: ignore[attr-defined]
         else:
             policy.load_weights(folder)
+        given = {} if reference is None else {"reference": reference}
         algorithm = cls(
             policy,
             env,
@@ -272,6 +277,7 @@ class Algorithm(ABC):
             seed=state["seed"],
             tensorboard_log=tensorboard_log,
             verbose=verbose,
+            **given,  # type: ignore[arg-type]
             **state["hyperparameters"],
         )
         load_optimizer(algorithm.optimizer, folder / _OPTIMIZER_FILE)
@@ -294,17 +300,18 @@ class Algorithm(ABC):
     def _collect(self, callbacks: BaseCallback) -> Rollout | None:
         """Return the next rollout, or None when a callback ends the training."""
 
-        def after_step() -> bool:
-            self.num_timesteps += self.env.num_envs
+        def after_step(lanes: int) -> bool:
+            self.num_timesteps += lanes
             callbacks.update_locals({"self": self})
             return callbacks.on_step()
 
         callbacks.on_rollout_start()
-        num_batches = self.samples_per_epoch // self.env.num_envs
+        starts = [self._start(batch) for batch in range(self.samples_per_epoch // self.env.num_envs)]
         rollout = collect(
             self.env,
             self.policy,
-            seeds=[training_seed(self.seed, _ENV_STREAM, self.iteration, batch) for batch in range(num_batches)],
+            seeds=[seed for seed, _ in starts],
+            options=[options for _, options in starts],
             generators=derived_generator(self.seed, _POLICY_STREAM, self.iteration),
             reduction=self.log_prob_reduction,
             after_step=after_step,
@@ -315,6 +322,10 @@ class Algorithm(ABC):
             callbacks.update_locals({"returns": rollout.returns})
             callbacks.on_rollout_end()
         return rollout
+
+    def _start(self, batch: int) -> tuple[int | Sequence[int], Mapping[str, Any] | None]:
+        """Return the seed and the options of the reset that begins a batch of this iteration."""
+        return training_seed(self.seed, ENV_STREAM, self.iteration, batch), None
 
     def _update_generator(self) -> np.random.Generator:
         """Return the generator of this iteration's shuffles."""
@@ -340,7 +351,7 @@ class Algorithm(ABC):
         record = self.logger.record
         record("rollout/ep_rew_mean", self._read(rollout.returns.mean()))
         record("rollout/ep_rew_std", self._read(rollout.returns.std(correction=0)))
-        record("rollout/ep_len_mean", rollout.num_steps)
+        record("rollout/ep_len_mean", float(rollout.lengths.mean()))
         for name, values in rollout.extras.items():
             record(f"rollout/{name}", self._read(values.mean()))
         for name, value in metrics.items():

@@ -136,10 +136,7 @@ class _DDPO(Algorithm):
         """Make one optimizer step from whole trajectories; their transitions go through in micro-batches."""
         steps, columns = self._transitions(rollout.scored, lanes, rng)
         totals: dict[str, Tensor] = {}
-        for start in range(0, len(steps), self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
-            k = torch.from_numpy(steps[part]).to(advantages.device)
-            b = torch.from_numpy(columns[part]).to(advantages.device)
+        for k, b in rollout.micro_batches(steps, columns, self.micro_batch_size):
             log_prob = self.policy.log_prob(
                 rollout.observation(k, b), rollout.action(k, b), reduction=self.log_prob_reduction
             )

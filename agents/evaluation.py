@@ -18,12 +18,14 @@ class Evaluation:
     """One episode per seed.
 
     Args:
-        rewards: [N] float32 on the host.
+        rewards: [N] float32 on the host: the episodes' returns.
+        lengths: [N] int64 on the host: their steps.
         images: [k, 3, H, W] of the first k ≤ N, on the host.
         prompts: The N prompts.
     """
 
     rewards: np.ndarray
+    lengths: np.ndarray
     images: Tensor
     prompts: tuple[str, ...]
 
@@ -50,7 +52,13 @@ class Evaluation:
 
 
 def evaluate(
-    env: VectorEnv, policy: Policy, *, seeds: Sequence[int], prompts: Sequence[str], max_images: int = 64
+    env: VectorEnv,
+    policy: Policy,
+    *,
+    seeds: Sequence[int],
+    prompts: Sequence[str],
+    deterministic: bool = False,
+    max_images: int = 64,
 ) -> Evaluation:
     """Return the rewards of one episode per seed, whatever the number of lanes.
 
@@ -58,10 +66,11 @@ def evaluate(
     same noise, pair by pair. The algorithms of this package train on seeds from 2**32 up: smaller ones are held out.
 
     Args:
-        env: A vector environment whose action is the next latents.
+        env: A vector environment; with autoreset_mode DISABLED where episodes differ in length.
         policy: The policy.
         seeds: [N] a multiple of `env.num_envs`.
         prompts: [N] each episode's prompt.
+        deterministic: Take the policy's mode instead of draws.
         max_images: How many images to keep.
 
     Raises:
@@ -72,7 +81,7 @@ def evaluate(
             f"evaluate needs as many prompts as seeds, a multiple of num_envs={env.num_envs}; "
             f"got {len(seeds)} seeds and {len(prompts)} prompts"
         )
-    rewards, images = [], []
+    rewards, lengths, images = [], [], []
     for start in range(0, len(seeds), env.num_envs):
         part = slice(start, start + env.num_envs)
         rollout = collect(
@@ -81,9 +90,11 @@ def evaluate(
             seeds=[list(seeds[part])],
             options={"prompt": list(prompts[part])},
             generators=[derived_generator(int(seed)) for seed in seeds[part]],
+            deterministic=deterministic,
             max_images=max(0, max_images - start),
         )
         assert rollout is not None
         rewards.append(rollout.returns.cpu().numpy())
+        lengths.append(rollout.lengths)
         images.append(rollout.images.cpu())
-    return Evaluation(np.concatenate(rewards), torch.cat(images), tuple(prompts))
+    return Evaluation(np.concatenate(rewards), np.concatenate(lengths), torch.cat(images), tuple(prompts))

@@ -40,6 +40,22 @@ def clipped_surrogate_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: T
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
+def clipped_surrogate_coefficients(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, *, clip_range: float
+) -> Tensor:
+    """Return c = ∂`clipped_surrogate_loss`/∂log π of each row, [B]: −A·ρ, and 0 where the clip holds.
+
+    The gradient of the loss is that of c·log π with c held fixed, so the log-prob of a long trajectory can be
+    differentiated step by step, once its ratio is known.
+
+    Args are those of `clipped_surrogate_loss`, without gradients.
+    """
+    _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
+    ratio = torch.exp(log_prob - old_log_prob)
+    held = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
+    return torch.where(held, 0.0, -advantages * ratio)
+
+
 def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
     """Return an unbiased, non-negative estimate of KL(π_old ‖ π) from each transition, [B]: (ρ − 1) − log ρ.
 

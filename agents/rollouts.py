@@ -1,6 +1,6 @@
 """Whole episodes of a vector environment, stored time-major, collected through the Gymnasium API alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,33 +13,37 @@ from diffusion_gym.transitions import Reduction
 
 from .policies.base import Generators, Observation, Policy
 
-_CHANGING = ("latents", "timestep", "next_timestep")
+Options = Mapping[str, Any] | None
+
+_CHANGING = ("latents", "timestep", "next_timestep", "step", "features", "time_embedding")
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """T steps of B episodes of one length.
+    """B episodes of at most T steps.
 
-    Latents are stored once, [T + 1, B, …]: what the policy saw and what it did are two views of one tensor. What does
-    not change within an episode (the prompt, its embeddings) is stored once per episode.
+    What does not change within an episode (the prompt, its embeddings) is stored once per episode. Where the action is
+    the next latents, latents are stored once: observations and actions are two views of one tensor.
 
     Args:
-        latents: [T + 1, B, C, H, W] x_T … x_0.
-        times: [T, B, 1] each: `timestep` and `next_timestep`.
-        constants: [B, …] each: the rest of the observation.
+        changing: [T, B, …] each: the part of the observation that changes within an episode.
+        constants: [B, …] each: the rest of it.
+        actions: [T, B, …].
         log_probs: [T, B] float32, by the policy that acted; 0 where `scored` is False.
-        scored: [T, B] bool on the host: the action has a density.
+        scored: [T, B] bool on the host: the action was taken within the episode, and has a density.
+        lengths: [B] int64 on the host: the episodes' steps.
         returns: [B] float32, the episodes' summed rewards.
         prompt_id: [B] int64 on the host.
         extras: [B] each: rewards by name, as `info["reward/<name>"]` reports them.
         images: [k, 3, H, W] of the first k episodes.
     """
 
-    latents: Tensor
-    times: Mapping[str, Tensor]
+    changing: Mapping[str, Tensor]
     constants: Mapping[str, Tensor]
+    actions: Tensor
     log_probs: Tensor
     scored: np.ndarray
+    lengths: np.ndarray
     returns: Tensor
     prompt_id: np.ndarray
     extras: Mapping[str, Tensor]
@@ -47,7 +51,7 @@ class Rollout:
 
     @property
     def num_steps(self) -> int:
-        """The episodes' length T."""
+        """The longest episode's length T."""
         return len(self.log_probs)
 
     @property
@@ -57,12 +61,18 @@ class Rollout:
 
     def observation(self, steps: Tensor, lanes: Tensor) -> dict[str, Tensor]:
         """Return what the policy saw in M transitions, [M, …] each, given their indices on the device."""
-        changing = {"latents": self.latents[steps, lanes]} | {k: v[steps, lanes] for k, v in self.times.items()}
+        changing = {key: value[steps, lanes] for key, value in self.changing.items()}
         return changing | {key: value[lanes] for key, value in self.constants.items()}
 
     def action(self, steps: Tensor, lanes: Tensor) -> Tensor:
         """Return what it did in them, [M, …]."""
-        return self.latents[steps + 1, lanes]
+        return self.actions[steps, lanes]
+
+    def micro_batches(self, steps: np.ndarray, lanes: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the indices (steps, lanes) of M transitions, on the device, `size` at a time."""
+        for start in range(0, len(steps), size):
+            part = slice(start, start + size)
+            yield tuple(torch.from_numpy(index[part]).to(self.returns.device) for index in (steps, lanes))  # type: ignore[misc]
 
 
 @dataclass
@@ -70,14 +80,23 @@ class _Batch:
     """The episodes of all lanes between two resets, as they come."""
 
     first: Observation
-    latents: list[Tensor]
     prompt_id: np.ndarray
-    timestep: list[Tensor] = field(default_factory=list)
-    next_timestep: list[Tensor] = field(default_factory=list)
+    observed: tuple[str, ...]
+    changing: list[Observation] = field(default_factory=list)
+    actions: list[Tensor] = field(default_factory=list)
     log_probs: list[Tensor] = field(default_factory=list)
+    active: list[np.ndarray] = field(default_factory=list)
     scored: list[np.ndarray] = field(default_factory=list)
     rewards: list[Tensor] = field(default_factory=list)
-    info: Mapping[str, Any] = field(default_factory=dict)
+    finals: dict[str, Tensor] = field(default_factory=dict)
+
+    def finish(self, ended: np.ndarray, info: Mapping[str, Any]) -> None:
+        """Keep what the last step's info says of the lanes that it ended."""
+        for key, values in info.items():
+            if key == "images" or key.startswith("reward/"):
+                mask = torch.from_numpy(ended).to(values.device).reshape(-1, *[1] * (values.ndim - 1))
+                known = self.finals.get(key)
+                self.finals[key] = values if known is None else torch.where(mask, values, known)
 
 
 @torch.no_grad()
@@ -86,35 +105,44 @@ def collect(
     policy: Policy,
     *,
     seeds: Sequence[int | Sequence[int] | None] = (None,),
-    options: Mapping[str, Any] | None = None,
+    options: Options | Sequence[Options] = None,
     generators: Generators | None = None,
+    deterministic: bool = False,
     reduction: Reduction = "mean",
-    after_step: Callable[[], bool] | None = None,
+    after_step: Callable[[int], bool] | None = None,
     max_images: int = 16,
 ) -> Rollout | None:
     """Return one episode of every lane for each seed.
 
+    All lanes are launched together and run to the end of their episodes, however long these are: "the first so many
+    that end" would be the short ones.
+
     Args:
-        env: A vector environment whose action is the next latents (`metadata["action_is_next_latents"]`).
+        env: A torch vector environment of this package. Where episodes differ in length it needs autoreset_mode
+            DISABLED: their lanes rest until all are through.
         policy: What acts.
         seeds: What each reset is given.
-        options: What each reset is given.
+        options: What every reset is given, or one for each.
         generators: Where the policy's draws come from; None: its own generator.
+        deterministic: Take the policy's mode instead of draws.
         reduction: How the log-probs that are stored are reduced.
-        after_step: Called after each step of the environment; False stops the collection.
+        after_step: Called after each step of the environment with the number of lanes that took it; False stops the
+            collection.
         max_images: How many images to keep.
 
     Returns:
         The rollout; None if `after_step` stopped it.
 
     Raises:
-        ValueError: the environment is of another kind, or its lanes do not end together.
+        ValueError: the environment is of another kind, or its lanes end apart from each other and reset themselves.
     """
-    if not env.metadata.get("action_is_next_latents"):
-        raise ValueError(f"{env} is not an environment whose action is the next latents, such as DenoisingMDP-v0")
+    if not env.metadata.get("torch"):
+        raise ValueError(f"{env} is not a torch vector environment of diffusion_gym, such as DenoisingMDP-v0")
+    each = [options] * len(seeds) if options is None or isinstance(options, Mapping) else options
     batches = []
-    for seed in seeds:
-        batch = _run(env, policy, seed, options, generators, reduction, after_step)
+    for seed, reset_options in zip(seeds, each, strict=True):
+        observation, info = env.reset(seed=seed, options=reset_options)  # type: ignore[arg-type]
+        batch = _run(env, policy, observation, info, generators, deterministic, reduction, after_step)
         if batch is None:
             return None
         batches.append(batch)
@@ -124,58 +152,82 @@ def collect(
 def _run(
     env: VectorEnv,
     policy: Policy,
-    seed: int | Sequence[int] | None,
-    options: Mapping[str, Any] | None,
+    observation: Observation,
+    info: Mapping[str, Any],
     generators: Generators | None,
+    deterministic: bool,
     reduction: Reduction,
-    after_step: Callable[[], bool] | None,
+    after_step: Callable[[int], bool] | None,
 ) -> _Batch | None:
-    observation, info = env.reset(seed=seed, options=options)  # type: ignore[arg-type]
-    batch = _Batch(observation, [observation["latents"]], info["prompt_id"])
-    ended = np.zeros(env.num_envs, dtype=bool)
-    while not ended.any():
+    mode = env.metadata["autoreset_mode"]
+    stored_once = env.metadata.get("action_is_next_latents", False)
+    observed = tuple(key for key in _CHANGING if key in observation and not (stored_once and key == "latents"))
+    batch = _Batch(observation, info["prompt_id"], observed)
+    active = np.ones(env.num_envs, dtype=bool)
+    while active.any():
         scored = policy.scored(info)
-        batch.scored.append(np.ones(env.num_envs, dtype=bool) if scored is None else scored)
+        batch.active.append(active)
+        batch.scored.append(active if scored is None else scored & active)
         if batch.scored[-1].any():
-            action, log_prob = policy.sample(observation, generators=generators, reduction=reduction)
+            action, log_prob = policy.sample(
+                observation, generators=generators, deterministic=deterministic, reduction=reduction
+            )
         else:
-            action = policy.act(observation, generators=generators)
+            action = policy.act(observation, generators=generators, deterministic=deterministic)
             log_prob = torch.zeros(env.num_envs, device=action.device)
-        batch.timestep.append(observation["timestep"])
-        batch.next_timestep.append(observation["next_timestep"])
-        batch.latents.append(action)
+        batch.changing.append({key: observation[key] for key in batch.observed})
+        batch.actions.append(action)
         batch.log_probs.append(log_prob)
         observation, reward, _, _, info = env.step(action)
         batch.rewards.append(reward)
-        ended = info["ended"]
-        if after_step is not None and not after_step():
+        ended = info["ended"] & active
+        if ended.any():
+            batch.finish(ended, info["final_info"] if mode is AutoresetMode.SAME_STEP else info)
+        active = active & ~ended
+        if ended.any() and active.any() and mode is not AutoresetMode.DISABLED:
+            raise ValueError(
+                "the lanes' episodes differ in length, and lanes that reset themselves would favour the short ones: "
+                'make the environment with autoreset_mode="DISABLED"'
+            )
+        if after_step is not None and not after_step(int(batch.active[-1].sum())):
             return None
-    if not ended.all():
-        raise ValueError("the lanes' episodes must end together: reset them together and give them one length")
-    same_step = env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
-    batch.info = info["final_info"] if same_step else info
     return batch
 
 
 def _assemble(batches: Sequence[_Batch], max_images: int) -> Rollout:
-    """Put the batches side by side, time-major."""
+    """Put the batches side by side, time-major; shorter ones are filled up with zeros that nobody looks at."""
+    longest = max(len(batch.actions) for batch in batches)
 
-    def side_by_side(name: str) -> Tensor:
-        per_step = zip(*(getattr(batch, name) for batch in batches), strict=True)
-        return torch.stack([torch.cat(lanes) for lanes in per_step])
+    def side_by_side(name: str, key: str | None = None) -> Tensor:
+        columns = []
+        for batch in batches:
+            rows = [row if key is None else row[key] for row in getattr(batch, name)]
+            columns.append(rows + [torch.zeros_like(rows[0])] * (longest - len(rows)))
+        return torch.stack([torch.cat(row) for row in zip(*columns, strict=True)])
+
+    def on_the_host(name: str) -> np.ndarray:
+        columns = [np.stack(getattr(batch, name)) for batch in batches]
+        return np.concatenate([np.pad(column, ((0, longest - len(column)), (0, 0))) for column in columns], axis=1)
 
     first = batches[0]
-    reward_names = [key for key in first.info if key.startswith("reward/")]
+    scored = on_the_host("scored")
+    actions = side_by_side("actions")
+    changing = {key: side_by_side("changing", key) for key in first.observed}
+    if "latents" not in changing:
+        latents = torch.cat([torch.cat([batch.first["latents"] for batch in batches])[None], actions])
+        changing["latents"], actions = latents[:-1], latents[1:]
+    weights = torch.from_numpy(scored).to(actions.device)
     return Rollout(
-        latents=side_by_side("latents"),
-        times={"timestep": side_by_side("timestep"), "next_timestep": side_by_side("next_timestep")},
+        changing=changing,
         constants={
             key: torch.cat([batch.first[key] for batch in batches]) for key in first.first if key not in _CHANGING
         },
-        log_probs=side_by_side("log_probs"),
-        scored=np.concatenate([np.stack(batch.scored) for batch in batches], axis=1),
+        actions=actions,
+        log_probs=side_by_side("log_probs").masked_fill(~weights, 0.0),
+        scored=scored,
+        lengths=on_the_host("active").sum(0),
         returns=side_by_side("rewards").sum(0),
         prompt_id=np.concatenate([batch.prompt_id for batch in batches]),
-        extras={key: torch.cat([batch.info[key] for batch in batches]) for key in reward_names},
-        images=torch.cat([batch.info["images"][:max_images] for batch in batches])[:max_images],
+        extras={key: torch.cat([batch.finals[key] for batch in batches]) for key in first.finals if key != "images"},
+        images=torch.cat([batch.finals["images"][:max_images] for batch in batches])[:max_images],
     )

@@ -13,3 +13,8 @@ register(
     entry_point="diffusion_gym.envs.denoising:DenoisingEnv",
     vector_entry_point="diffusion_gym.envs.denoising:DenoisingVectorEnv",
 )
+register(
+    id="TimePredictionMDP-v0",
+    entry_point="diffusion_gym.envs.time_prediction:TimePredictionEnv",
+    vector_entry_point="diffusion_gym.envs.time_prediction:TimePredictionVectorEnv",
+)

@@ -32,10 +32,12 @@ class NoiseSchedule(ABC):
     Attributes:
         clean: The time of the clean end, where α = 1 and σ = 0. A step to it returns x̂_0 and needs no network call.
         max_time: The largest time of the process (its noisy end).
+        min_noise_ratio: The noise ratio below which nothing is left to denoise, unless told otherwise.
     """
 
     clean: float
     max_time: float
+    min_noise_ratio: float = 0.1
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -44,6 +46,19 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
         """Return the noise level σ_t of each time, shaped like `t`."""
+
+    @property
+    def start_time(self) -> float:
+        """The noisiest time whose noise ratio is finite: where a sampler that chooses its own times starts."""
+        return self.max_time
+
+    def noise_ratio(self, t: Tensor) -> Tensor:
+        """Return the noise ratio τ(t) of each time, which falls from noise to image: σ_t/α_t."""
+        return self.sigma(t) / self.alpha(t)
+
+    @abstractmethod
+    def time_of(self, noise_ratio: Tensor) -> Tensor:
+        """Return the time of each noise ratio, the inverse of `noise_ratio`; the clean end's for 0."""
 
     @abstractmethod
     def timesteps(self, num_steps: int) -> Tensor:
@@ -99,6 +114,11 @@ class DiscreteVPSchedule(NoiseSchedule):
         """The noisiest index, T − 1."""
         return float(self.num_train_timesteps - 1)
 
+    @property
+    def start_time(self) -> float:
+        """The noisiest index with some signal: T − 1, or T − 2 of a zero-SNR process."""
+        return self.max_time - float(self.alphas_cumprod[-1] == 0)
+
     def _log_alpha_table(self, t: Tensor) -> Tensor:
         """Return log α of the indices −1 … T−1 on the device and in the precision of `t`; computed once for each."""
         key = (t.device, t.dtype)
@@ -122,6 +142,17 @@ class DiscreteVPSchedule(NoiseSchedule):
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
         return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+
+    def time_of(self, noise_ratio: Tensor) -> Tensor:  # noqa: D102
+        ratio = as_float(noise_ratio)
+        table = self._log_alpha_table(ratio)
+        log_alpha = -torch.log1p(ratio.square()) / 2
+        # Descending log α of the indices −1 … T−1: the interval [lower, lower + 1] that holds each.
+        lower = torch.searchsorted(-table, -log_alpha).sub(1).clamp(0, self.num_train_timesteps - 1)
+        log_lower, log_upper = table[lower], table[lower + 1]
+        inside = (log_alpha - log_lower) / (log_upper - log_lower)
+        weight = torch.where(log_upper.isinf(), -torch.expm1(log_alpha - log_lower), inside)
+        return lower - 1 + weight.clamp(0, 1)
 
     def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
         total = self.num_train_timesteps
@@ -155,12 +186,20 @@ class FlowSchedule(NoiseSchedule):
     num_train_timesteps: int = 1000
     clean: float = field(default=0.0, init=False)
     max_time: float = field(default=1.0, init=False)
+    min_noise_ratio: float = field(default=0.01, init=False)
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         return 1 - as_float(t)
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
         return as_float(t).clone()
+
+    def noise_ratio(self, t: Tensor) -> Tensor:
+        """Return σ_t = t itself, as TPDM (Ye et al., 2024) does: σ/α would be infinite at the noisy end."""
+        return self.sigma(t)
+
+    def time_of(self, noise_ratio: Tensor) -> Tensor:  # noqa: D102
+        return as_float(noise_ratio).clone()
 
     def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
         _check_num_steps(num_steps)
@@ -196,6 +235,9 @@ class KarrasSchedule(NoiseSchedule):
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
         return as_float(t).clone()
+
+    def time_of(self, noise_ratio: Tensor) -> Tensor:  # noqa: D102
+        return as_float(noise_ratio).clone()
 
     def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
         _check_num_steps(num_steps)

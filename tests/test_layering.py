@@ -12,16 +12,17 @@ BELOW = {
     "naming": set(),
     "loading": set(),
     "schedules": set(),
+    "grids": {"schedules"},
     "predictions": set(),
     "transitions": {"schedules", "predictions"},
     "models": {"naming", "loading", "schedules", "predictions", "transitions"},
     "rewards": {"naming", "loading"},
     "prompts": {"naming"},
-    "envs": {"naming", "transitions", "schedules", "models", "rewards", "prompts"},
+    "envs": {"naming", "transitions", "schedules", "grids", "models", "rewards", "prompts"},
     "testing": set(),
     "__init__": set(),
 }
-OF_DIFFUSION_GYM = {"schedules", "predictions", "transitions", "models"}
+OF_DIFFUSION_GYM = {"schedules", "grids", "predictions", "transitions", "models"}
 HEAVY = {
     "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py"},
     "transformers": {"diffusion_gym/models", "diffusion_gym/loading.py", "diffusion_gym/rewards/emoji_alignment.py"},

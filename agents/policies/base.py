@@ -1,18 +1,22 @@
 """The policy's contract: one distribution that sampling and scoring both go through."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusion_gym.models.base import DiffusionModel
 from diffusion_gym.transitions import Reduction
 
 Observation = Mapping[str, Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
+
+_CONFIG_FILE = "policy.json"
 
 
 class Distribution(Protocol):
@@ -27,6 +31,36 @@ class Distribution(Protocol):
 
     def log_prob(self, value: Tensor, reduction: Reduction = "sum") -> Tensor:
         """Return the log-density of actions, [B]: summed or averaged over an action's dimensions."""
+
+
+def write_config(folder: Path | str, policy: "Policy", **config: object) -> None:
+    """Write which policy a folder holds, and the arguments that make it anew."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"policy": type(policy).__name__, **config}, indent=2)
+    (Path(folder) / _CONFIG_FILE).write_text(text)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the arguments that `write_config` wrote.
+
+    Raises:
+        FileNotFoundError: the folder is not a saved policy.
+    """
+    config = _read(folder)
+    del config["policy"]
+    return config
+
+
+def saved_class(folder: Path) -> str:
+    """Return the name of the policy's class that a folder holds; raises as `read_config`."""
+    return str(_read(folder)["policy"])
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / _CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a saved policy: it has no {_CONFIG_FILE}")
+    return json.loads(file.read_text())
 
 
 class Policy(nn.Module, ABC):
@@ -68,6 +102,22 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote into this policy."""
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
+    ) -> "Policy":
+        """Return the policy that `save` wrote.
+
+        Args:
+            folder: What `save` was given.
+            model: The loaded diffusion model, for policies that are made from one; None: load it.
+            device: Where to load it.
+
+        Raises:
+            FileNotFoundError: the folder is not a saved policy.
+        """
 
     def scored(self, info: Mapping[str, object]) -> np.ndarray | None:
         """Return which lanes' next actions have a density, [B] bool on the host; None: all.

@@ -2,10 +2,9 @@
 
 import contextlib
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,19 +15,11 @@ from torch import nn
 from diffusion_gym.models.base import Conditioning, DiffusionModel, load_model
 from diffusion_gym.transitions import GaussianTransition, ddim_scales, ddim_transition
 
-from .base import Observation, Policy
+from .base import Observation, Policy, read_config, write_config
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_CONFIG_FILE = "policy.json"
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / _CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a saved policy: it has no {_CONFIG_FILE}")
-    return json.loads(file.read_text())
 
 
 def _own_copy(denoiser: nn.Module, lora: LoraConfig | None) -> nn.Module:
@@ -173,27 +164,27 @@ class DenoisingPolicy(Policy):
             self.model.save_lora(self.denoiser, folder)
         else:
             self.denoiser.save_pretrained(folder / self.model.denoiser_folder)  # type: ignore[operator]
-        config = {
-            "policy": type(self).__name__,
-            "model": {
+        write_config(
+            folder,
+            self,
+            model={
                 "source": self.model.source,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "image_size": self.model.image_shape[1],
                 "revision": self.model.revision,
             },
-            "eta": self.eta,
-            "guidance_scale": self.guidance_scale,
-            "use_lora": self.use_lora,
-            "lora_rank": self.lora_rank,
-            "lora_alpha": self.lora_alpha,
-            "lora_targets": self.lora_targets,
-            "mixed_precision": self.mixed_precision,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "train_cfg": self.train_cfg,
-            "prompts": self.prompts,
-            "negative_prompt": self.negative_prompt,
-        }
-        (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2))
+            eta=self.eta,
+            guidance_scale=self.guidance_scale,
+            use_lora=self.use_lora,
+            lora_rank=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_targets=self.lora_targets,
+            mixed_precision=self.mixed_precision,
+            gradient_checkpointing=self.gradient_checkpointing,
+            train_cfg=self.train_cfg,
+            prompts=self.prompts,
+            negative_prompt=self.negative_prompt,
+        )
 
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote into this policy's denoiser.
@@ -203,7 +194,7 @@ class DenoisingPolicy(Policy):
             ValueError: what it holds is of another shape.
         """
         folder = Path(folder)
-        config = _read_config(folder)
+        config = read_config(folder)
         for key in ("use_lora", "lora_rank", "lora_alpha", "lora_targets") if self.use_lora else ("use_lora",):
             own = getattr(self, key)
             if config[key] != (list(own) if isinstance(own, tuple) else own):
@@ -218,19 +209,9 @@ class DenoisingPolicy(Policy):
     def load(
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "DenoisingPolicy":
-        """Return the policy that `save` wrote.
-
-        Args:
-            folder: What `save` was given.
-            model: The loaded diffusion model; None: load the one that the policy was made from.
-            device: Where to load it.
-
-        Raises:
-            FileNotFoundError: the folder is not a saved policy.
-        """
-        config = _read_config(Path(folder))
+        """Return the policy that `save` wrote, on `model` or on the one that it was made from."""
+        config = read_config(Path(folder))
         source = config.pop("model")
-        del config["policy"]
         policy = cls(model or load_model(source.pop("source"), device=device, **source), **config)
         policy.load_weights(Path(folder))
         return policy

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..models.base import DiffusionModel, load_model, to_dtype
 from ..prompts import PromptSet, make_prompts
-from ..rewards import Reward, make_reward, to_uint8
+from ..rewards import Reward, RewardOutput, make_reward, to_uint8
 from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
 
 Observation = dict[str, Tensor]
@@ -65,7 +65,9 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     """Many lanes of one diffusion MDP on one device.
 
     A subclass says what an action does (`_advance`), which lanes are through (`_finished`) and what is observed
-    beside the prompt and x_t (`_observe_time`). See the concrete environments for arguments and spaces.
+    beside the prompt and x_t (`_observe_time`); one that asks the denoiser itself also where lanes begin (`_begin`)
+    and what there is to do before they are observed (`_prepare`). See the concrete environments for arguments and
+    spaces.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012
@@ -76,6 +78,11 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     }
     single_action_space: Box
 
+    @property
+    def action_dtype(self) -> torch.dtype:
+        """The actions' precision: that of the latents."""
+        return self.dtype
+
     def __init__(
         self,
         num_envs: int,
@@ -83,7 +90,6 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         model: ModelSource,
         reward: str | Reward | Mapping[str, float],
         prompts: PromptSource,
-        num_steps: int,
         device: str | torch.device | None,
         dtype: str | torch.dtype | None,
         image_size: int | None,
@@ -97,7 +103,6 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
         self.num_envs = num_envs
-        self.num_steps = num_steps
         self.reward = make_reward(reward)
         self.prompts = make_prompts(prompts)
         self.model = _resolve_model(model, device=device, dtype=dtype, image_size=image_size)
@@ -131,6 +136,21 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     def _observe_time(self) -> dict[str, np.ndarray]:
         """Return where each lane stands in time, [num_envs, 1] float32 each."""
 
+    def _begin(self, mask: np.ndarray) -> None:
+        """Set up the lanes of the mask, [num_envs] bool, whose episodes have just been started."""
+
+    def _prepare(self) -> None:
+        """Do what is to be done before the lanes are observed; called once in a step, and in a reset."""
+
+    def _evaluate(self, images: Tensor, lanes: np.ndarray) -> RewardOutput:
+        """Return the raw rewards of the lanes' final images [k, 3, H, W]."""
+        texts, metadata = self._lanes.texts, self._lanes.prompt_metadata
+        return self.reward(images, [texts[lane] for lane in lanes], [metadata[lane] for lane in lanes])
+
+    def _shape(self, values: Tensor, lanes: np.ndarray) -> Tensor:
+        """Return what the lanes earn for their raw rewards, [k]."""
+        return values
+
     # ------------------------------------------------------------------ spaces
     def _observation_spaces(self) -> dict[str, Space]:
         spaces: dict[str, Space] = {
@@ -151,6 +171,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         return batch_space(self.single_action_space, self.num_envs)
 
     # ------------------------------------------------------------------ the Gymnasium interface
+    @torch.no_grad()
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
@@ -176,9 +197,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             )
         if not self._started and not mask.all():
             raise ResetNeeded("the first reset must be of all lanes: call reset() without reset_mask")
-        self._lanes.start(mask, seeds=lane_seeds(seed, self.num_envs), options=parsed)
+        self._start(mask, seeds=lane_seeds(seed, self.num_envs), options=parsed)
         self._lanes.final_images = None
         self._started = True
+        self._prepare()
         return self._observe(), self._info() | {"ended": self._lanes.ended.copy()}
 
     @torch.no_grad()
@@ -186,7 +208,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """Take one action in every lane.
 
         Args:
-            actions: [num_envs, *single_action_space.shape] on the environment's device, in its dtype.
+            actions: [num_envs, *single_action_space.shape] on the environment's device, in its `action_dtype`.
 
         Returns:
             Observation, reward [num_envs] float32 (0 until the last step of an episode), terminated and truncated
@@ -209,18 +231,17 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         ended = self._finished() & ~waiting
         self._lanes.ended |= ended
         rewards, scores = self._score(ended)
-        if self.autoreset_mode is AutoresetMode.NEXT_STEP and waiting.any():
-            self._lanes.start(waiting)
-        observation, info = self._observe(), self._info() | scores | {"ended": ended}
+        final: dict[str, Any] = {}
         if self.autoreset_mode is AutoresetMode.SAME_STEP and ended.any():
-            self._lanes.start(ended)
-            final = {
-                "final_obs": observation,
-                "_final_obs": ended.copy(),
-                "final_info": info,
-                "_final_info": ended.copy(),
-            }
-            observation, info = self._observe(), self._info() | final
+            final_info = self._info() | scores | {"ended": ended}
+            scores = {}
+            final = {"final_obs": self._observe(), "_final_obs": ended.copy()}
+            final |= {"final_info": final_info, "_final_info": ended.copy()}
+            self._start(ended)
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP and waiting.any():
+            self._start(waiting)
+        self._prepare()
+        observation, info = self._observe(), self._info() | scores | final
         terminated = self._lanes.ended if self.autoreset_mode is AutoresetMode.DISABLED else ended
         info["ended"] = terminated.copy()
         truncated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
@@ -244,6 +265,12 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._lanes.release()
 
     # ------------------------------------------------------------------ its parts
+    def _start(
+        self, mask: np.ndarray, *, seeds: Sequence[int | None] = (), options: ResetOptions | None = None
+    ) -> None:
+        self._lanes.start(mask, seeds=seeds, options=options)
+        self._begin(mask)
+
     def _require_open(self) -> None:
         if self.closed:
             raise ClosedEnvironmentError(f"{type(self).__name__} was closed: make a new one")
@@ -258,11 +285,11 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
     def _check_actions(self, actions: Tensor) -> None:
         shape = (self.num_envs, *self.single_action_space.shape)
-        expected = f"a torch tensor of shape {list(shape)}, {self.dtype}, on {self.device}"
+        expected = f"a torch tensor of shape {list(shape)}, {self.action_dtype}, on {self.device}"
         if not isinstance(actions, Tensor):
             raise InvalidAction(f"actions must be {expected}; got {type(actions).__name__}")
         wrong_device = actions.device.type != self.device.type or self.device.index not in (None, actions.device.index)
-        if actions.shape != shape or actions.dtype != self.dtype or wrong_device:
+        if actions.shape != shape or actions.dtype != self.action_dtype or wrong_device:
             raise InvalidAction(
                 f"actions must be {expected}; got shape {list(actions.shape)}, {actions.dtype}, on {actions.device}"
             )
@@ -282,9 +309,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             bad = [int(i) for i in lanes if not self._lanes.finite[i]]
             raise InvalidAction(f"the actions of lanes {bad} were NaN or infinite in the episode that has just ended")
         images = self.model.decode(self._lanes.latents[index])
-        output = self.reward(
-            images, [self._lanes.texts[i] for i in lanes], [self._lanes.prompt_metadata[i] for i in lanes]
-        )
+        output = self._evaluate(images, lanes)
         if not self._read_flag(torch.isfinite(output.values).all()):
             raise ValueError(f"the reward {self.reward.name!r} returned NaN or infinity: {output.values.tolist()}")
         self._lanes.final_images = (index, images)
@@ -293,7 +318,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             scores |= {f"reward/{key}": rewards.index_copy(0, index, values.float()), f"_reward/{key}": ended.copy()}
         empty = images.new_zeros((self.num_envs, *images.shape[1:]))
         scores |= {"images": empty.index_copy(0, index, images), "_images": ended.copy()}
-        return rewards.index_copy(0, index, output.values.float()), scores
+        return rewards.index_copy(0, index, self._shape(output.values.float(), lanes)), scores
 
     def _read_flag(self, flag: Tensor) -> bool:
         """Read a boolean from the device: waits for it."""

@@ -62,7 +62,6 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
             "model": model,
             "reward": reward,
             "prompts": prompts,
-            "num_steps": num_steps,
             "device": device,
             "dtype": dtype,
             "image_size": image_size,
@@ -71,8 +70,9 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
             "render_mode": render_mode,
             "autoreset_mode": autoreset_mode,
         }
-        EzPickle.__init__(self, num_envs, **arguments)
+        EzPickle.__init__(self, num_envs, num_steps=num_steps, **arguments)
         super().__init__(num_envs, **arguments)
+        self.num_steps = num_steps
         self.single_action_space = Box(-np.inf, np.inf, self.model.latent_shape, np.float32)
         self._grid = self.model.schedule.timesteps(num_steps).float().numpy()
 

@@ -64,7 +64,7 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
                 f"the action must be a float array of shape {list(self.action_space.shape or ())}; "
                 f"got shape {list(array.shape)}, {array.dtype}"
             )
-        batched = torch.from_numpy(array[None].astype(np.float32)).to(self.lane.device, self.lane.dtype)
+        batched = torch.from_numpy(array[None].astype(np.float32)).to(self.lane.device, self.lane.action_dtype)
         observation, reward, terminated, truncated, info = self.lane.step(batched)
         return self._single(observation), float(reward), bool(terminated), bool(truncated), self._single_info(info)
 

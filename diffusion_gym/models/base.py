@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..naming import unknown_name
@@ -32,10 +33,20 @@ _FAMILIES = {"StableDiffusionPipeline": "stable_diffusion:StableDiffusionModel"}
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a denoiser says of x_t: the clean latents x̂_0 and the noise ε̂, [B, ...] each, at least float32."""
+    """What a denoiser says of x_t.
+
+    Args:
+        x0: [B, C, H, W] the clean latents x̂_0, at least float32.
+        epsilon: [B, C, H, W] the noise ε̂, at least float32.
+        features: [B, *feature_shape] float32, if asked for: the denoiser's first and last hidden layer, one above the
+            other, in raster order.
+        time_embedding: [B, time_embedding_size] float32, if asked for.
+    """
 
     x0: Tensor
     epsilon: Tensor
+    features: Tensor | None = None
+    time_embedding: Tensor | None = None
 
 
 class DiffusionModel(ABC):
@@ -57,6 +68,8 @@ class DiffusionModel(ABC):
         prediction_type: What the denoiser predicts.
         latent_shape: [C, H, W] of one sample's latents.
         image_shape: [3, H, W] of one image.
+        feature_shape: [2C', h', w'] of one sample's features, h' and w' at most 16.
+        time_embedding_size: E, the length of the denoiser's time embedding.
         denoiser_folder: The denoiser's subfolder in the diffusers layout.
         lora_targets: Names of the layers that LoRA adapts unless told otherwise.
     """
@@ -66,6 +79,8 @@ class DiffusionModel(ABC):
     prediction_type: PredictionType
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int, int]
+    feature_shape: tuple[int, int, int]
+    time_embedding_size: int
     default_guidance_scale: float
     denoiser_folder: str
     lora_targets: tuple[str, ...]
@@ -93,6 +108,12 @@ class DiffusionModel(ABC):
     @abstractmethod
     def _model_output(self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the network's raw output for one pass over a batch."""
+
+    @abstractmethod
+    def _model_features(
+        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the raw output, the features [B, 2C', h, w] and the time embedding [B, E] of one pass."""
 
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
@@ -140,11 +161,12 @@ class DiffusionModel(ABC):
         *,
         guidance_scale: float,
         denoiser: nn.Module | None = None,
+        with_features: bool = False,
     ) -> Prediction:
         """Return what a denoiser says of x_t, with classifier-free guidance.
 
-        output = output(negative) + guidance_scale·(output(prompt) − output(negative)); with a scale of exactly 1 the
-        prompt's own output, at half the cost.
+        output = output(negative) + guidance_scale·(output(prompt) − output(negative)), and so for the features; with a
+        scale of exactly 1 the prompt's own output, at half the cost.
 
         Source: Ho & Salimans, 2022, eq. 6, https://arxiv.org/abs/2207.12598.
 
@@ -154,21 +176,33 @@ class DiffusionModel(ABC):
             conditioning: What `encode_prompts` returns, [B, ...] each.
             guidance_scale: The scale w.
             denoiser: The network to ask; None: the frozen one.
+            with_features: Return its features and time embedding too.
         """
         network = self.denoiser if denoiser is None else denoiser
-        positive = {key: value for key, value in conditioning.items() if not key.startswith(_NEGATIVE)}
-        if guidance_scale == 1:
-            output = as_float(self._model_output(network, latents, t, positive))
+        inputs = {key: value for key, value in conditioning.items() if not key.startswith(_NEGATIVE)}
+        x, times = latents, t
+        if guidance_scale != 1:
+            inputs = {key: torch.cat([conditioning[_NEGATIVE + key], value]) for key, value in inputs.items()}
+            x, times = torch.cat([latents, latents]), torch.cat([t, t])
+
+        def guided(doubled: Tensor) -> Tensor:
+            if guidance_scale == 1:
+                return as_float(doubled)
+            negative, positive = as_float(doubled).chunk(2)
+            return negative + guidance_scale * (positive - negative)
+
+        features = time_embedding = None
+        if with_features:
+            raw, layers, embedding = self._model_features(network, x, times, inputs)
+            features = F.adaptive_avg_pool2d(guided(layers), self.feature_shape[1:])
+            time_embedding = guided(embedding)
         else:
-            both = {key: torch.cat([conditioning[_NEGATIVE + key], value]) for key, value in positive.items()}
-            doubled = self._model_output(network, torch.cat([latents, latents]), torch.cat([t, t]), both)
-            negative_output, positive_output = as_float(doubled).chunk(2)
-            output = negative_output + guidance_scale * (positive_output - negative_output)
+            raw = self._model_output(network, x, times, inputs)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         pred_x0, pred_epsilon = to_x0_and_epsilon(
-            output, as_float(latents), alpha=alpha, sigma=sigma, prediction_type=self.prediction_type
+            guided(raw), as_float(latents), alpha=alpha, sigma=sigma, prediction_type=self.prediction_type
         )
-        return Prediction(pred_x0, pred_epsilon)
+        return Prediction(pred_x0, pred_epsilon, features, time_embedding)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and every model in their layout: CLIP text encoder, KL autoencoder, UNet."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ..loading import no_progress_bar
 from ..schedules import DiscreteVPSchedule
 from .base import Conditioning, DiffusionModel
 
+_FEATURE_SIZE = 16
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -75,6 +76,13 @@ class StableDiffusionModel(DiffusionModel):
             raise ValueError(f"image_size must be a multiple of {scale_factor} for {source!r}, got {image_size}")
         self.image_shape = (3, image_size, image_size)
         self.latent_shape = (unet["in_channels"], image_size // scale_factor, image_size // scale_factor)
+        _, *size = self.latent_shape
+        self.feature_shape = (
+            2 * unet["block_out_channels"][0],
+            min(size[0], _FEATURE_SIZE),
+            min(size[1], _FEATURE_SIZE),
+        )
+        self.time_embedding_size = unet.get("time_embedding_dim") or 4 * unet["block_out_channels"][0]
         self.schedule = discrete_schedule(path / "scheduler")
         scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
         self.prediction_type = scheduler.get("prediction_type", "epsilon")
@@ -122,6 +130,23 @@ class StableDiffusionModel(DiffusionModel):
         dtype = next(network.parameters()).dtype
         embeds = conditioning["prompt_embeds"].to(dtype)
         return network(latents.to(dtype), t, encoder_hidden_states=embeds, return_dict=False)[0]
+
+    def _model_features(
+        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+            return lambda module, args, output: seen.update({name: output})
+
+        layers = ("conv_in", "conv_norm_out", "time_embedding")
+        hooks = [network.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+        try:
+            output = self._model_output(network, latents, t, conditioning)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return output, torch.cat([seen["conv_in"], seen["conv_norm_out"]], dim=1), seen["time_embedding"]
 
     def _decode(self, latents: Tensor) -> Tensor:
         images = self._vae.decode(latents / self._vae.config.scaling_factor, return_dict=False)[0]

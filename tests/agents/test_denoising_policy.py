@@ -51,7 +51,7 @@ def test_ratio_is_one_before_the_first_update(mixed_precision, dtype, use_lora):
     env = gym.make_vec("diffusion_gym:DenoisingMDP-v0", num_envs=4, num_steps=4, reward="brightness", dtype=dtype)
     policy = DenoisingPolicy(env.unwrapped.model, mixed_precision=mixed_precision, use_lora=use_lora, seed=0)
     rollout = collect(env, policy, seeds=[0], reduction="mean")
-    assert rollout.latents.dtype == getattr(torch, dtype)
+    assert rollout.actions.dtype == getattr(torch, dtype)
     assert rollout.log_probs.dtype == torch.float32
     assert rollout.scored.all()
     lanes = torch.arange(4)

@@ -7,6 +7,7 @@ mixes it with CPU tensors or reads a value from it raises.
 import contextlib
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from agents.algorithm import Algorithm
 from agents.ddpo import _DDPO
 from diffusion_gym.envs.core import DiffusionVectorEnv
 from diffusion_gym.envs.lanes import Lanes
+from diffusion_gym.envs.time_prediction import TimePredictionVectorEnv
 
 DEVICE = "lazy"
 
@@ -111,6 +113,22 @@ def test_residency_of_a_random_rollout(on_device, named_places, mode):
         assert {reward.device.type, terminated.device.type, truncated.device.type} == {DEVICE}
     assert info["ended"].all()
     assert named_places == {"reward": 2, "log": 0}  # the actions' flag, the reward's flag
+
+
+def test_residency_of_time_prediction(on_device, named_places, monkeypatch):
+    """One wait a step, for the ratios; the lanes of the fake device all walk at one pace."""
+    waits = []
+    monkeypatch.setattr(TimePredictionVectorEnv, "_read_ratios", lambda self, a: waits.append(1) or np.full(3, 0.01))
+    on_the_host(monkeypatch, TimePredictionVectorEnv, "_time_of")
+    env = gym.make_vec("TimePredictionMDP-v0", num_envs=3, reward="brightness", autoreset_mode="DISABLED")
+    on_device(env)
+    env.unwrapped.reset(seed=0)
+    for _ in range(2):
+        observation, reward, _, _, info = env.step(torch.empty(3, 1, device=DEVICE))
+        assert {value.device.type for value in (*observation.values(), reward)} == {DEVICE}
+    assert info["ended"].all()
+    assert len(waits) == 2
+    assert named_places == {"reward": 2, "log": 0}
 
 
 @pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])

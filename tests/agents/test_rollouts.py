@@ -39,15 +39,18 @@ def test_rollout_is_what_happened(emoji, make_env, mode):
         assert torch.equal(rollout.action(steps, lanes), actions[step])
         assert torch.equal(rollout.log_probs[step], log_probs[step])
     assert rollout.images.shape == (4, 3, 64, 64)
-    torch.testing.assert_close(rollout.images, emoji.decode(rollout.latents[-1]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rollout.images, emoji.decode(rollout.actions[-1]), rtol=0, atol=1e-5)
     assert torch.equal(rollout.extras["reward/brightness"], rollout.returns)
 
 
 def test_latents_are_stored_once_and_embeddings_once_per_episode(emoji, make_env):
     rollout = collect(make_env(), DenoisingPolicy(emoji, seed=0), seeds=[0])
-    assert rollout.latents.shape == (4, 4, 4, 16, 16)
+    latents = rollout.changing["latents"]
+    assert latents.shape == rollout.actions.shape == (3, 4, 4, 16, 16)
+    assert latents.untyped_storage().data_ptr() == rollout.actions.untyped_storage().data_ptr()
+    assert torch.equal(latents[1:], rollout.actions[:-1])
     assert rollout.constants["prompt_embeds"].shape == (4, 16, 128)
-    stored = [rollout.latents, *rollout.times.values(), *rollout.constants.values(), rollout.log_probs]
+    stored = [*rollout.changing.values(), *rollout.constants.values(), rollout.log_probs]
     assert (
         sum(tensor.untyped_storage().nbytes() for tensor in stored)
         < 4 * (4 * 4 * 1024 + 2 * 3 * 4 + 4 * 2 + 2 * 4 * 2048 + 3 * 4 + 4 * 2) * 1.01
@@ -59,16 +62,17 @@ def test_batches_lie_side_by_side(emoji, make_env):
     both = collect(env, DenoisingPolicy(emoji, seed=0), seeds=[3, 8])
     first = collect(env, DenoisingPolicy(emoji, seed=0), seeds=[3])
     assert both.num_episodes == 8
-    assert both.latents.shape == (4, 8, 4, 16, 16)
-    assert torch.equal(both.latents[:, :4], first.latents)
+    assert both.actions.shape == (3, 8, 4, 16, 16)
+    assert torch.equal(both.actions[:, :4], first.actions)
+    assert both.lengths.tolist() == [3] * 8
     assert torch.equal(both.returns[:4], first.returns)
-    assert not torch.equal(both.latents[:, 4:], first.latents)
+    assert not torch.equal(both.actions[:, 4:], first.actions)
     np.testing.assert_array_equal(both.prompt_id, both.constants["prompt_id"][:, 0].numpy())
 
 
 def test_rollout_holds_no_graph(emoji, make_env):
     rollout = collect(make_env(), DenoisingPolicy(emoji, seed=0), seeds=[0])
-    assert not any(t.requires_grad for t in (rollout.latents, rollout.log_probs, rollout.returns))
+    assert not any(t.requires_grad for t in (rollout.actions, rollout.log_probs, rollout.returns))
 
 
 def test_deterministic_steps_are_marked_and_cost_no_density(tmp_path):
@@ -84,15 +88,15 @@ def test_deterministic_steps_are_marked_and_cost_no_density(tmp_path):
 
 def test_collection_can_be_stopped(emoji, make_env):
     calls = []
-    stopped = collect(make_env(), DenoisingPolicy(emoji), after_step=lambda: calls.append(1) or len(calls) < 2)
+    stopped = collect(make_env(), DenoisingPolicy(emoji), after_step=lambda n: calls.append(n) or len(calls) < 2)
     assert stopped is None
-    assert len(calls) == 2
+    assert calls == [4, 4]
 
 
 def test_other_environments_are_refused(emoji):
     import gymnasium as gym
 
-    with pytest.raises(ValueError, match="whose action is the next latents"):
+    with pytest.raises(ValueError, match="torch vector environment"):
         collect(gym.make_vec("CartPole-v1", num_envs=2), DenoisingPolicy(emoji))
 
 

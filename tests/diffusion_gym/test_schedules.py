@@ -108,3 +108,33 @@ def test_wrong_numbers_are_refused():
         FlowSchedule().timesteps(2.5)
     with pytest.raises(ValueError, match="starts beyond 999"):
         DiscreteVPSchedule(torch.linspace(0.99, 0.01, 1000), steps_offset=1).timesteps(1000)
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, "flow", "karras"])
+def test_time_of_is_the_inverse_of_the_noise_ratio(name):
+    schedule = {"flow": FlowSchedule(), "karras": KarrasSchedule()}.get(name)
+    if schedule is None:
+        schedule = DiscreteVPSchedule(DDIMScheduler(**PROCESSES[name]).alphas_cumprod)
+    for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
+        t = torch.linspace(schedule.clean, schedule.start_time, 4001, dtype=torch.float64)[1:].to(dtype)
+        ratio = schedule.noise_ratio(t)
+        assert (ratio.diff() > 0).all()
+        torch.testing.assert_close(schedule.noise_ratio(schedule.time_of(ratio)), ratio, rtol=rtol, atol=0)
+        torch.testing.assert_close(schedule.time_of(ratio), t, rtol=rtol, atol=rtol * schedule.max_time)
+    assert schedule.time_of(torch.zeros(1)) == schedule.clean
+
+
+def test_noise_ratio_is_sigma_over_alpha_and_on_a_flow_sigma():
+    t = torch.tensor([0.25, 0.5])
+    assert FlowSchedule().noise_ratio(t).tolist() == [0.25, 0.5]
+    assert KarrasSchedule().noise_ratio(t).tolist() == [0.25, 0.5]
+    schedule = DiscreteVPSchedule(DDIMScheduler(**PROCESSES["emoji"]).alphas_cumprod)
+    bar = schedule.alphas_cumprod[[100, 900]].double()
+    torch.testing.assert_close(schedule.noise_ratio(torch.tensor([100.0, 900.0]).double()), (1 / bar - 1).sqrt())
+
+
+def test_a_process_without_signal_at_its_end_starts_one_index_below():
+    schedule = DiscreteVPSchedule(DDIMScheduler(**PROCESSES["zero_snr"]).alphas_cumprod)
+    assert schedule.start_time == 998
+    assert torch.isfinite(schedule.noise_ratio(torch.tensor([998.0])))
+    assert DiscreteVPSchedule(DDIMScheduler(**PROCESSES["emoji"]).alphas_cumprod).start_time == 999

@@ -2,12 +2,18 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from tools.emoji.training import TrainingRun
+
+ROOT = Path(__file__).parents[2]
 
 
 def make(folder, images=640, **keywords):
@@ -98,3 +104,36 @@ def test_another_batch_size_is_refused(tmp_path):
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text()) == {"step": 2, "batch_size": 16}
     with pytest.raises(ValueError, match="has batch size 16, got 8: use another folder"):
         fit(make(tmp_path, batch_size=8), save_every=32)
+
+
+def test_two_processes_average_the_gradients_of_their_shares(tmp_path):
+    """Against one process that takes both shares itself."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "from tests.tools.test_training import fit, make, share_loss\n"
+        "from tools.emoji.training import join_processes\n"
+        "join_processes()\n"
+        "make(Path(sys.argv[1]), images=80).fit(share_loss, save=lambda run: None, save_every=80)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, tmp_path / "two"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    one = make(tmp_path / "one", images=80)
+    while one.step < one.num_steps:
+        generators = [torch.Generator().manual_seed(rank * 1_000_003 + one.step) for rank in range(2)]
+        one.update(sum(squared_error(one.network, generator, 8) for generator in generators) / 2)
+    two = make(tmp_path / "two", images=80)
+    two.resume()
+    assert two.step == one.step == 5
+    for ours, theirs in zip(two.network.parameters(), one.network.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def squared_error(network, generator, size):
+    x = torch.randn(size, 3, generator=generator)
+    return (network(x) - x.sum(-1, keepdim=True)).square().mean()
+
+
+def share_loss(run):
+    value = squared_error(run.network, run.generator(0), run.share)
+    return value, {"loss": value}

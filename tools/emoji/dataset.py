@@ -34,8 +34,18 @@ WHITE_SHARE = 0.25
 
 # The share of the 45 animals, of the rest of nature and food, and of everything else with a name of at most two words.
 SHARES = (0.5, 0.25, 0.25)
-# The prototype drew these worst.
-HARD = {"fish": 2.0, "shark": 2.0, "whale": 2.0, "dolphin": 2.0, "snake": 2.0, "lizard": 2.0}
+# Drawn worst so far.
+HARD = {
+    "fish": 2.0,
+    "shark": 2.0,
+    "whale": 2.0,
+    "dolphin": 2.0,
+    "snake": 2.0,
+    "lizard": 2.0,
+    "duck": 2.0,
+    "turkey": 2.0,
+    "kangaroo": 2.0,
+}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from .dataset import IconData, NameSampler, draw_captions
 from .samples import draw_grid
 from .sources import WORK
 from .tokenizer import CONTEXT
-from .training import TrainingRun
+from .training import TrainingRun, join_processes, process_rank
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +162,9 @@ class Args:
     images: int = 600_000
     """How many images to train for."""
     pool: int = 131_072
-    """How many augmented pictures are encoded, once, before training."""
+    """How many augmented pictures each process encodes, once, before training."""
     batch_size: int = 48
-    """Images of a step."""
+    """Images of a step, of all processes together."""
     learning_rate: float = 4e-4
     """AdamW's, at its peak."""
     save_every: int = 50_000
@@ -178,6 +178,7 @@ class Args:
 
 
 def main(args: Args) -> None:
+    join_processes()
     data = IconData(args.work / "icons")
     tokenizer_folder = args.init / "tokenizer" if args.init else args.work / "tokenizer"
     vae_folder = args.vae or (args.init / "vae" if args.init else args.work / "vae" / "vae")
@@ -190,13 +191,13 @@ def main(args: Args) -> None:
     logger.info("%.2f M parameters", sum(parameter.numel() for parameter in network.parameters()) / 1e6)
     if args.compile:
         network.unet.compile(dynamic=False)
-    pool = encode_pool(vae, data, args.pool, seed=args.seed)
+    pool = encode_pool(vae, data, args.pool, seed=args.seed * 1000 + process_rank())
     logger.info("%d latents, standard deviation %.3f", len(pool.latents), pool.latents.float().std())
     alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
 
     def loss(run: TrainingRun) -> tuple[Tensor, dict[str, Tensor]]:
         generator = run.generator(args.seed)
-        rows = torch.randint(0, len(pool.latents), (run.batch_size,), generator=generator)
+        rows = torch.randint(0, len(pool.latents), (run.share,), generator=generator)
         names, colours = [pool.names[row] for row in rows], [pool.colours[row] for row in rows]
         tokens = tokenizer(
             draw_captions(names, colours, generator),

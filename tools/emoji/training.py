@@ -3,14 +3,17 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.files import existing_folder, load_optimizer, replaced_folder, save_optimizer
@@ -22,13 +25,16 @@ class TrainingRun:
     """Trains a network for a number of images: AdamW, warm-up and cosine, clipped gradients, EMA, checkpoints.
 
     Every checkpoint is written whole or not at all; a run that finds one goes on from it. Batches are functions of
-    (seed, step), so nothing but the weights, the optimizer and the step has to be kept.
+    (seed, step, process), so nothing but the weights, the optimizer and the step has to be kept.
+
+    Under `torchrun` every process draws its share of a step's images and the gradients are averaged; the first process
+    writes and logs.
 
     Args:
-        network: What is trained; all parts in one module.
+        network: What is trained; all parts in one module, with the same weights in every process.
         folder: Of the run: `checkpoint/` and `tensorboard/`.
         images: How many images to train for.
-        batch_size: Images of a step.
+        batch_size: Images of a step, of all processes together.
         learning_rate: At its peak.
         weight_decay: AdamW's.
         betas: AdamW's.
@@ -49,9 +55,12 @@ class TrainingRun:
         warm_up: int = 150,
         ema_decay: float = 0.999,
     ) -> None:
+        if batch_size % process_count():
+            raise ValueError(f"batch_size {batch_size} must be a multiple of the {process_count()} processes")
         self.network = network
         self.folder = folder
         self.batch_size = batch_size
+        self.share = batch_size // process_count()
         self.num_steps = math.ceil(images / batch_size)
         self.step = 0
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -69,8 +78,8 @@ class TrainingRun:
         return self.step * self.batch_size
 
     def generator(self, seed: int) -> torch.Generator:
-        """Return this step's randomness."""
-        return torch.Generator().manual_seed(seed * 1_000_003 + self.step)
+        """Return this step's randomness, another one in every process."""
+        return torch.Generator().manual_seed((seed * process_count() + process_rank()) * 1_000_003 + self.step)
 
     def learning_rate(self) -> float:
         """Return this step's learning rate: linear warm-up, then half a cosine down to 2 %."""
@@ -87,12 +96,21 @@ class TrainingRun:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad()
         loss.backward()
+        self._average_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient of step {self.step} is {norm}; start again from {self.folder}")
         self.optimizer.step()
         self.ema.step(self._parameters)
         self.step += 1
+
+    def _average_gradients(self) -> None:
+        if process_count() == 1:
+            return
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        flat = parameters_to_vector(gradients)
+        dist.all_reduce(flat)
+        vector_to_parameters(flat / process_count(), gradients)
 
     def fit(
         self,
@@ -111,13 +129,17 @@ class TrainingRun:
             log_every: Steps between two lines in the log and in TensorBoard.
         """
         self.resume()
-        writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.images_seen)
+        writer = (
+            SummaryWriter(self.folder / "tensorboard", purge_step=self.images_seen) if process_rank() == 0 else None
+        )
         start, start_images, saved = time.monotonic(), self.images_seen, self.images_seen // save_every
         sums: dict[str, float] = {}
         summed = 0
         while self.step < self.num_steps:
             value, logged = loss(self)
             self.update(value)
+            if writer is None:
+                continue
             for name, scalar in logged.items():
                 sums[name] = sums.get(name, 0.0) + float(scalar.detach())
             summed += 1
@@ -133,7 +155,8 @@ class TrainingRun:
                 self.checkpoint()
                 with self.averaged():
                     save(self)
-        writer.close()
+        if writer is not None:
+            writer.close()
 
     def averaged(self) -> "_Averaged":
         """Return a context in which the network has the averaged weights."""
@@ -170,6 +193,22 @@ class TrainingRun:
         load_optimizer(self.optimizer, folder / "optimizer.safetensors")
         self.step = self.ema.optimization_step = state["step"]
         logger.info("going on from %s, %d images", folder, self.images_seen)
+
+
+def join_processes() -> None:
+    """Join the processes that `torchrun` started, if it did."""
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+
+
+def process_count() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Return which of them this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 class _Averaged:

@@ -1,0 +1,140 @@
+"""The time predictor: a small head on the frozen denoiser's features that chooses the next diffusion time."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from gymnasium.spaces import Box, Dict, Space
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffusion_gym.models.base import DiffusionModel
+
+from .base import Observation, Policy, read_config, write_config
+from .beta import BetaDistribution
+
+_WEIGHTS_FILE = "time_predictor.safetensors"
+
+
+class TimePredictor(Policy):
+    """π(r | s) = Beta(1 + e^a, 1 + e^b), with (a, b) from the denoiser's features, its time embedding and the prompt.
+
+        h = SiLU(GroupNorm(conv(features))·(1 + scale) + shift),  (scale, shift) = Linear(SiLU(embedding))
+        (a, b) = Linear(SiLU(Linear(maxpool(conv_stride_2(h)))))
+
+    The embedding is the time embedding, followed by the mean of the prompt's token embeddings where these are
+    observed (SD3's and Flux's time embedding tells of the prompt by itself; a UNet's does not). 4.1 M parameters at
+    SD3's width, 0.2 M on the emoji model.
+
+    Source: Ye et al., 2024, section 3.2, https://arxiv.org/abs/2412.01243; TPDM's modeling_sd3_pnt.py.
+
+    Note:
+        Features come in raster order (the published code scrambles them), and weights start as torch initialises them,
+        but the last layer at zero: an untrained predictor walks exactly the schedule of its bias.
+
+    Args:
+        observation_space: One lane's, `env.single_observation_space` of TimePredictionMDP-v0.
+        hidden_channels: The head's width; None: a quarter of the features' channels, between 32 and TPDM's 128.
+        initial_ratio: The mode of r before training. It takes log(t_min/τ_start)/log(initial_ratio) steps: 0.7 makes
+            19 of the emoji model, 14 of Stable Diffusion 1.5 and 13 of SD3.
+        initial_concentration: α + β before training; above 2. Larger: less exploration.
+        device: Where the head is.
+        seed: Of its first weights and of its draws.
+
+    Raises:
+        TypeError, ValueError: the observations have no features, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        observation_space: Space,
+        *,
+        hidden_channels: int | None = None,
+        initial_ratio: float = 0.7,
+        initial_concentration: float = 16.0,
+        device: str | torch.device = "cpu",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(seed=seed)
+        if not isinstance(observation_space, Dict) or "features" not in observation_space.spaces:
+            raise TypeError(
+                "observation_space must be that of one lane of TimePredictionMDP-v0, env.single_observation_space; "
+                f"got {observation_space}"
+            )
+        if not 0 < initial_ratio < 1 or initial_concentration <= 2:
+            raise ValueError(
+                "initial_ratio must be in (0, 1) and initial_concentration above 2, "
+                f"got {initial_ratio} and {initial_concentration}"
+            )
+        self.device = torch.device(device)
+        self._shapes = {
+            key: tuple(observation_space[key].shape or ())
+            for key in ("features", "time_embedding", "prompt_embeds")
+            if key in observation_space.spaces
+        }
+        channels = self._shapes["features"][0]
+        width = min(128, max(32, channels // 4)) if hidden_channels is None else hidden_channels
+        embedding = self._shapes["time_embedding"][0] + self._shapes.get("prompt_embeds", (0,))[-1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.generator.initial_seed())
+            self.conv = nn.Conv2d(channels, width, 3, padding=1)
+            self.norm = nn.GroupNorm(1, width)
+            self.modulation = nn.Linear(embedding, 2 * width)
+            self.down = nn.Conv2d(width, width, 3, stride=2, padding=1)
+            self.hidden = nn.Linear(width, width)
+            self.output = nn.Linear(width, 2)
+        nn.init.zeros_(self.output.weight)
+        bias = BetaDistribution.logits_of(torch.tensor([initial_ratio]), initial_concentration)[0]
+        self.output.bias.data.copy_(bias)
+        self._arguments = {
+            "hidden_channels": width,
+            "initial_ratio": initial_ratio,
+            "initial_concentration": initial_concentration,
+        }
+        self.to(self.device)
+
+    def distribution(self, observation: Observation) -> BetaDistribution:
+        """Return the Beta of the ratio r, in float32 whatever the features' precision."""
+        embedding = observation["time_embedding"].float()
+        if "prompt_embeds" in self._shapes:
+            embedding = torch.cat([embedding, observation["prompt_embeds"].float().mean(1)], dim=1)
+        scale, shift = self.modulation(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm(self.conv(observation["features"].float()))
+        h = self.down(F.silu(h * (1 + scale) + shift))
+        h = F.adaptive_max_pool2d(F.adaptive_avg_pool2d(h, 16) if min(h.shape[2:]) > 16 else h, 1).flatten(1)
+        return BetaDistribution.from_logits(self.output(F.silu(self.hidden(h))))
+
+    def action_dtype(self, observation: Observation) -> torch.dtype:
+        """Return float32."""
+        return torch.float32
+
+    def save(self, folder: Path) -> None:
+        """Write the head's weights, in safetensors, and its shape."""
+        write_config(folder, self, shapes=self._shapes, **self._arguments)
+        save_file(_whole(self.state_dict()), Path(folder) / _WEIGHTS_FILE)
+
+    def load_weights(self, folder: Path) -> None:
+        """Read what `save` wrote into this head.
+
+        Raises:
+            FileNotFoundError: the folder is not a saved policy.
+            RuntimeError: the weights are of another shape.
+        """
+        read_config(Path(folder))
+        self.load_state_dict(load_file(Path(folder) / _WEIGHTS_FILE))
+
+    @classmethod
+    def load(
+        cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
+    ) -> "TimePredictor":
+        """Return the predictor that `save` wrote; it needs no diffusion model."""
+        config = read_config(Path(folder))
+        shapes = config.pop("shapes")
+        space = Dict({key: Box(-float("inf"), float("inf"), tuple(shape)) for key, shape in shapes.items()})
+        policy = cls(space, device=device, **config)
+        policy.load_weights(Path(folder))
+        return policy
+
+
+def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.contiguous() for key, value in state.items()}

@@ -1,0 +1,314 @@
+"""REINFORCE leave-one-out (RLOO): groups of samples of one prompt are each other's baseline.
+
+Source: Ahmadian et al., 2024, "Back to Basics: Revisiting REINFORCE Style Optimization", https://arxiv.org/abs/2402.14740;
+as Ye et al., 2024 (TPDM), https://arxiv.org/abs/2412.01243, use it to train a time predictor.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final, get_args
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+from diffusion_gym.transitions import Reduction
+
+from .advantages import leave_one_out
+from .algorithm import ENV_STREAM, Algorithm, Metrics, Schedule
+from .losses import approximate_kl, clipped_surrogate_coefficients, clipped_surrogate_loss
+from .policies import Policy
+from .rollouts import Rollout
+from .seeding import derived_seed, training_seed
+
+Ratio = Literal["trajectory", "step"]
+KLPlace = Literal["reward", "loss"]
+
+_DEFAULT_CLIP = {"trajectory": 0.2, "step": 1e-4}
+
+
+@final
+class RLOO(Algorithm):
+    """RLOO with PPO's clipped ratio, of whole trajectories or of steps; for any policy and any of the environments.
+
+        A_k = R_k − mean_{j≠k} R_j                                            among the K samples of a prompt
+        trajectory:  L = E[ max(−A·ρ, −A·clip(ρ, 1 ± c)) ],  ρ = Π_t π(a_t|s_t) / π_old(a_t|s_t)
+        step:        the same with each step's own ρ_t
+
+    A trajectory's gradient takes two passes over its steps: one without gradients for ρ, one that goes back step by
+    step with the coefficient that ρ gives. Memory is that of `micro_batch_size` transitions, however long it is.
+
+    Whole groups are launched together and run to their ends. Ended lanes therefore must wait: the environment is to be
+    made with autoreset_mode "DISABLED". (Learning from the first episodes to end would teach short episodes.)
+
+    Source: Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740; Ye et al., 2024, section 3.3,
+    https://arxiv.org/abs/2412.01243.
+
+    Args:
+        policy: What is trained: a `TimePredictor`, a `ContextFreeSchedule`, a `DenoisingPolicy` …
+        env: A torch vector environment with autoreset_mode DISABLED.
+        learning_rate: AdamW's, or a function of the remaining progress (1 … 0).
+        group_size: K ≥ 2 samples of a prompt, a divisor of `env.num_envs`.
+        same_noise: Start the samples of a group from the same noise, so that they differ by the policy's draws alone.
+        num_starts: Draw the groups' starts (prompt and noise) from this many; None: always new ones. With
+            reward="reference_distance" a start that comes again costs no new reference.
+        samples_per_epoch: Episodes per rollout, a multiple of `env.num_envs`; None: `env.num_envs`.
+        batch_size: Episodes per optimizer step, a divisor of `samples_per_epoch`; None: all of them.
+        n_epochs: Passes over a rollout (TPDM: 4).
+        ratio: "trajectory" or "step"; None: "step" where the action is the next latents, else "trajectory".
+        clip_range: c; None: 0.2 for trajectories (TPDM), 1e-4 for steps.
+        micro_batch_size: Transitions per forward and backward pass; None: `env.num_envs`.
+        normalise_advantages: Divide the advantages by their standard deviation over the rollout. The published codes
+            do not; Adam makes up for most of a reward's scale.
+        log_prob_reduction: Over an action's dimensions. None: "mean" where the action is the next latents and `ratio`
+            is "step", as the published codes do; else "sum".
+        kl_coefficient: The weight of Σ_t KL(π ‖ reference); 0: none (TPDM's launch script).
+        kl_place: "loss": its exact gradient, with the updates; "reward": taken from the return once, at sampling.
+        reference: What the KL is to: a policy of the same environment, such as a copy of the untrained one, or for
+            times a `ContextFreeSchedule` made from a grid.
+        max_grad_norm: The gradient is clipped to this norm; None: not at all.
+        adam_beta1: AdamW's β₁.
+        adam_beta2: AdamW's β₂.
+        adam_weight_decay: AdamW's weight decay.
+        adam_epsilon: AdamW's ε.
+        use_8bit_adam: bitsandbytes' 8-bit AdamW (needs a GPU and `pip install bitsandbytes`).
+        tensorboard_log: Folder for TensorBoard; None: no such log.
+        verbose: 1 prints the log's table.
+        seed: Of everything that is drawn in training; None: one is drawn.
+
+    Raises:
+        ValueError: an argument is out of its range, the sizes do not divide each other, or the environment resets its
+            lanes itself.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        env: VectorEnv,
+        *,
+        learning_rate: float | Schedule = 1e-4,
+        group_size: int = 4,
+        same_noise: bool = True,
+        num_starts: int | None = None,
+        samples_per_epoch: int | None = None,
+        batch_size: int | None = None,
+        n_epochs: int = 1,
+        ratio: Ratio | None = None,
+        clip_range: float | None = None,
+        micro_batch_size: int | None = None,
+        normalise_advantages: bool = False,
+        log_prob_reduction: Reduction | None = None,
+        kl_coefficient: float = 0.0,
+        kl_place: KLPlace = "loss",
+        reference: Policy | None = None,
+        max_grad_norm: float | None = 1.0,
+        adam_beta1: float = 0.9,
+        adam_beta2: float = 0.999,
+        adam_weight_decay: float = 0.0,
+        adam_epsilon: float = 1e-8,
+        use_8bit_adam: bool = False,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        moves_latents = bool(env.metadata.get("action_is_next_latents"))
+        self.ratio: Ratio = ratio or ("step" if moves_latents else "trajectory")
+        if self.ratio not in get_args(Ratio):
+            raise ValueError(f"ratio must be one of {get_args(Ratio)}, got {ratio!r}")
+        by_mean = moves_latents and self.ratio == "step"
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            samples_per_epoch=samples_per_epoch,
+            log_prob_reduction=log_prob_reduction or ("mean" if by_mean else "sum"),
+            adam_beta1=adam_beta1,
+            adam_beta2=adam_beta2,
+            adam_weight_decay=adam_weight_decay,
+            adam_epsilon=adam_epsilon,
+            use_8bit_adam=use_8bit_adam,
+            max_grad_norm=max_grad_norm,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            seed=seed,
+        )
+        self.group_size = group_size
+        self.same_noise = same_noise
+        self.num_starts = num_starts
+        self.batch_size = self.samples_per_epoch if batch_size is None else batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = _DEFAULT_CLIP[self.ratio] if clip_range is None else clip_range
+        self.micro_batch_size = env.num_envs if micro_batch_size is None else micro_batch_size
+        self.normalise_advantages = normalise_advantages
+        self.kl_coefficient = kl_coefficient
+        self.kl_place: KLPlace = kl_place
+        self.reference = reference
+        self._use_8bit_adam = use_8bit_adam
+        self._check()
+
+    def _check(self) -> None:
+        if self.env.metadata["autoreset_mode"] is not AutoresetMode.DISABLED:
+            raise ValueError(
+                "RLOO launches whole groups and lets them end: make the environment with "
+                f'autoreset_mode="DISABLED", got {self.env.metadata["autoreset_mode"].name}'
+            )
+        if self.group_size < 2 or self.env.num_envs % self.group_size:
+            raise ValueError(
+                f"group_size must be at least 2 and divide num_envs ({self.env.num_envs}), got {self.group_size}"
+            )
+        if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
+            raise ValueError(
+                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}"
+            )
+        for name in ("n_epochs", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_starts is not None and self.num_starts < 1:
+            raise ValueError(f"num_starts must be None or at least 1, got {self.num_starts}")
+        if self.clip_range <= 0 or self.kl_coefficient < 0:
+            raise ValueError(
+                "clip_range must be positive and kl_coefficient at least 0, "
+                f"got {self.clip_range} and {self.kl_coefficient}"
+            )
+        if self.kl_place not in get_args(KLPlace):
+            raise ValueError(f"kl_place must be one of {get_args(KLPlace)}, got {self.kl_place!r}")
+        if self.kl_coefficient and self.reference is None:
+            raise ValueError("kl_coefficient needs a policy to stay near to: give reference")
+
+    # ------------------------------------------------------------------ groups
+    def _start(self, batch: int) -> tuple[int | Sequence[int], Mapping[str, Any] | None]:
+        """Return the lanes' seeds, and their prompts where the seeds do not give them: groups lie side by side."""
+        groups = range(self.env.num_envs // self.group_size)
+        starts = [self._group_seed(batch, group) for group in groups]
+        if self.same_noise:
+            return [start for start in starts for _ in range(self.group_size)], None
+        seeds = [training_seed(start, sample) for start in starts for sample in range(self.group_size)]
+        num_prompts = int(self.env.single_observation_space["prompt_id"].high[0]) + 1  # type: ignore[index]
+        ids = [derived_seed(start) % num_prompts for start in starts]
+        return seeds, {"prompt_id": [index for index in ids for _ in range(self.group_size)]}
+
+    def _group_seed(self, batch: int, group: int) -> int:
+        if self.num_starts is None:
+            return training_seed(self.seed, ENV_STREAM, self.iteration, batch, group)
+        drawn = derived_seed(self.seed, ENV_STREAM, self.iteration, batch, group) % self.num_starts
+        return training_seed(self.seed, ENV_STREAM, drawn)
+
+    def _advantages(self, returns: Tensor) -> Tensor:
+        """Return the advantage of each episode, [B]."""
+        advantages = leave_one_out(returns.reshape(-1, self.group_size)).flatten()
+        return advantages / (advantages.std() + 1e-8) if self.normalise_advantages else advantages
+
+    # ------------------------------------------------------------------ updates
+    def train(self, rollout: Rollout) -> Metrics:
+        """Update the policy from one rollout: `n_epochs` passes, one update per `batch_size` episodes."""
+        rng = self._update_generator()
+        returns = rollout.returns
+        if self.kl_coefficient and self.kl_place == "reward":
+            returns = returns - self.kl_coefficient * self._kl_per_episode(rollout)
+        advantages = self._advantages(returns)
+        totals: dict[str, list[Tensor]] = {}
+        for _ in range(self.n_epochs):
+            for lanes in rng.permutation(rollout.num_episodes).reshape(-1, self.batch_size):
+                for name, value in self._update(rollout, advantages, lanes).items():
+                    totals.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in totals.items()}
+
+    def _update(self, rollout: Rollout, advantages: Tensor, lanes: np.ndarray) -> dict[str, Tensor]:
+        """Make one optimizer step from whole episodes."""
+        steps, columns = np.nonzero(rollout.scored[:, lanes])
+        if not len(steps):
+            raise ValueError("none of the actions has a density: give the policy eta > 0, or one that can be trained")
+        columns = lanes[columns]
+        parts = list(rollout.micro_batches(steps, columns, self.micro_batch_size))
+        sums = {
+            name: torch.zeros((), device=advantages.device) for name in ("loss", "approx_kl", "clip_fraction", "kl")
+        }
+        coefficients, num_terms = None, len(steps)
+        if self.ratio == "trajectory":
+            coefficients = self._trajectory_coefficients(rollout, advantages, lanes, parts, sums)
+            num_terms = len(lanes)
+        for k, b in parts:
+            observation = rollout.observation(k, b)
+            distribution = self.policy.distribution(observation)
+            log_prob = distribution.log_prob(rollout.action(k, b), self.log_prob_reduction)
+            if coefficients is None:
+                old_log_prob = rollout.log_probs[k, b]
+                loss = clipped_surrogate_loss(log_prob, old_log_prob, advantages[b], clip_range=self.clip_range).sum()
+                self._count(sums, loss, log_prob, old_log_prob)
+            else:
+                loss = (coefficients[b] * log_prob).sum()
+            if self.kl_coefficient and self.kl_place == "loss":
+                kl = self._kl(distribution, observation).sum()
+                sums["kl"] += kl.detach()
+                loss = loss + self.kl_coefficient * kl
+            (loss / num_terms).backward()
+        return {name: total / num_terms for name, total in sums.items()} | {"grad_norm": self._optimizer_step()}
+
+    @torch.no_grad()
+    def _trajectory_coefficients(
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        lanes: np.ndarray,
+        parts: Sequence[tuple[Tensor, Tensor]],
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        """Return what multiplies the log-prob of each step of an episode, [B]; 0 for those that are not in `lanes`."""
+        log_probs, old_log_probs = torch.zeros_like(advantages), torch.zeros_like(advantages)
+        for k, b in parts:
+            log_prob = self.policy.log_prob(rollout.observation(k, b), rollout.action(k, b), self.log_prob_reduction)
+            log_probs = log_probs.index_add(0, b, log_prob)
+            old_log_probs = old_log_probs.index_add(0, b, rollout.log_probs[k, b])
+        index = torch.from_numpy(lanes).to(advantages.device)
+        trajectory = (log_probs[index], old_log_probs[index])
+        loss = clipped_surrogate_loss(*trajectory, advantages[index], clip_range=self.clip_range)
+        self._count(sums, loss.sum(), *trajectory)
+        own = clipped_surrogate_coefficients(*trajectory, advantages[index], clip_range=self.clip_range)
+        return torch.zeros_like(advantages).index_copy(0, index, own)
+
+    def _count(self, sums: dict[str, Tensor], loss: Tensor, log_prob: Tensor, old_log_prob: Tensor) -> None:
+        log_prob = log_prob.detach()
+        outside = (torch.exp(log_prob - old_log_prob) - 1).abs() > self.clip_range
+        sums["loss"] += loss.detach()
+        sums["approx_kl"] += approximate_kl(log_prob, old_log_prob).sum()
+        sums["clip_fraction"] += outside.float().sum()
+
+    def _kl(self, distribution: Any, observation: Mapping[str, Tensor]) -> Tensor:
+        """Return KL(π ‖ reference) of each transition, [M], reduced as the log-probs are."""
+        assert self.reference is not None
+        with torch.no_grad():
+            reference = self.reference.distribution(observation)
+        return distribution.kl(reference, self.log_prob_reduction)
+
+    @torch.no_grad()
+    def _kl_per_episode(self, rollout: Rollout) -> Tensor:
+        total = torch.zeros_like(rollout.returns)
+        steps, lanes = np.nonzero(rollout.scored)
+        for k, b in rollout.micro_batches(steps, lanes, self.micro_batch_size):
+            observation = rollout.observation(k, b)
+            total = total.index_add(0, b, self._kl(self.policy.distribution(observation), observation))
+        return total
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        group = self.optimizer.param_groups[0]
+        return {
+            "group_size": self.group_size,
+            "same_noise": self.same_noise,
+            "num_starts": self.num_starts,
+            "samples_per_epoch": self.samples_per_epoch,
+            "batch_size": self.batch_size,
+            "n_epochs": self.n_epochs,
+            "ratio": self.ratio,
+            "clip_range": self.clip_range,
+            "micro_batch_size": self.micro_batch_size,
+            "normalise_advantages": self.normalise_advantages,
+            "log_prob_reduction": self.log_prob_reduction,
+            "kl_coefficient": self.kl_coefficient,
+            "kl_place": self.kl_place,
+            "max_grad_norm": self.max_grad_norm,
+            "adam_beta1": group["betas"][0],
+            "adam_beta2": group["betas"][1],
+            "adam_weight_decay": group["weight_decay"],
+            "adam_epsilon": group["eps"],
+            "use_8bit_adam": self._use_8bit_adam,
+        }

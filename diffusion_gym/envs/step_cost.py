@@ -1,0 +1,62 @@
+"""What an episode's network calls take from its reward."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ..rewards import Reward
+
+StepCostName = Literal["none", "discount", "linear"]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Turns the reward R of an image that took N network calls into the episode's return.
+
+        none:      R
+        discount:  R·(1 − γ^N) / (N·(1 − γ)), the mean over the steps of the discounted reward to come; R at γ = 1
+        linear:    R − λ·N
+
+    Source: Ye et al., 2024, "Schedule On the Fly" (discount), https://arxiv.org/abs/2412.01243.
+
+    Args:
+        name: Which of the three.
+        gamma: γ in (0, 1] of "discount".
+        weight: λ ≥ 0 of "linear", in the reward's unit per call.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    name: StepCostName = "none"
+    gamma: float = 0.97
+    weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(StepCostName):
+            raise ValueError(f"step_cost must be one of {get_args(StepCostName)}, got {self.name!r}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
+        if self.weight < 0:
+            raise ValueError(f"step_cost_weight must be at least 0, got {self.weight}")
+
+    def require_sign(self, reward: Reward) -> None:
+        """Check that the discount makes long episodes worse.
+
+        Raises:
+            ValueError: the reward may be negative: discounting a loss makes it smaller, so more steps would earn more.
+        """
+        if self.name == "discount" and self.gamma < 1 and reward.range[0] < 0:
+            raise ValueError(
+                f'step_cost="discount" pays for more steps where the reward is negative, and {reward.name!r} has the '
+                f'range {reward.range}: use step_cost="linear", a reward that is never negative, or allow_negative=True'
+            )
+
+    def __call__(self, rewards: Tensor, nfe: Tensor) -> Tensor:
+        """Return the returns [B] of rewards [B] that took `nfe` [B] network calls."""
+        if self.name == "linear":
+            return rewards - self.weight * nfe
+        if self.name == "none" or self.gamma == 1:
+            return rewards
+        return rewards * (1 - self.gamma**nfe) / (nfe * (1 - self.gamma))

@@ -1,0 +1,377 @@
+"""The time-prediction MDP: the action is the next diffusion time."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Space
+from gymnasium.utils import EzPickle
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+from ..grids import MAX_RATIO, MIN_RATIO
+from ..rewards import Reward, RewardOutput
+from ..transitions import ddim_transition
+from .core import DiffusionVectorEnv, ModelSource, Observation, PromptSource
+from .reference import REFERENCE_DISTANCE, ReferenceDistance
+from .single import DiffusionEnv
+from .step_cost import StepCost, StepCostName
+
+LastStep = Literal["clean", "raw"]
+
+
+class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
+    """`gym.make_vec("TimePredictionMDP-v0", num_envs=…)`: many lanes of `TimePredictionEnv` as torch tensors.
+
+    Observations, actions, rewards and flags are those of `TimePredictionEnv` with a leading dimension `num_envs`, as
+    tensors on `device`. Lanes end at different steps: the denoiser is called for those that go on, and for no other.
+    The autoreset modes are those of `DenoisingVectorEnv`; an algorithm that compares episodes wants DISABLED, because
+    "the first so many episodes that end" are the short ones. In `info["final_obs"]` only the lanes of
+    `info["_final_obs"]` mean anything.
+
+    A step waits for the device once, for the times; `info["ended"]` is a numpy array.
+
+    Args are those of `TimePredictionEnv`, and:
+        num_envs: The number of lanes.
+        autoreset_mode: An `AutoresetMode`, its name or its value.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        model: ModelSource = "emoji",
+        reward: str | Reward | Mapping[str, float] = "incompressibility",
+        prompts: PromptSource = "simple_animals",
+        max_steps: int = 28,
+        guidance_scale: float | None = None,
+        t_min: float | None = None,
+        last_step: LastStep = "clean",
+        step_cost: StepCostName = "none",
+        gamma: float = 0.97,
+        step_cost_weight: float = 0.0,
+        allow_negative: bool = False,
+        reference_steps: int = 80,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        image_size: int | None = None,
+        negative_prompt: str = "",
+        observe_embeds: bool | None = None,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+    ) -> None:
+        shared: dict[str, Any] = {
+            "model": model,
+            "prompts": prompts,
+            "device": device,
+            "dtype": dtype,
+            "image_size": image_size,
+            "negative_prompt": negative_prompt,
+            "observe_embeds": observe_embeds,
+            "render_mode": render_mode,
+            "autoreset_mode": autoreset_mode,
+        }
+        own: dict[str, Any] = {
+            "reward": reward,
+            "max_steps": max_steps,
+            "guidance_scale": guidance_scale,
+            "t_min": t_min,
+            "last_step": last_step,
+            "step_cost": step_cost,
+            "gamma": gamma,
+            "step_cost_weight": step_cost_weight,
+            "allow_negative": allow_negative,
+            "reference_steps": reference_steps,
+        }
+        EzPickle.__init__(self, num_envs, **shared, **own)
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
+        if last_step not in get_args(LastStep):
+            raise ValueError(f"last_step must be one of {get_args(LastStep)}, got {last_step!r}")
+        self._step_cost = StepCost(step_cost, gamma=gamma, weight=step_cost_weight)
+        if isinstance(reward, str) and reward == REFERENCE_DISTANCE:
+            reward = ReferenceDistance(guidance_scale=guidance_scale, num_steps=reference_steps)
+        super().__init__(num_envs, reward=reward, **shared)
+        self.max_steps = max_steps
+        self.guidance_scale = self.model.default_guidance_scale if guidance_scale is None else guidance_scale
+        if not allow_negative:
+            self._step_cost.require_sign(self.reward)
+        schedule = self.model.schedule
+        self._start_time = schedule.start_time
+        self._start_ratio = float(schedule.noise_ratio(torch.tensor([self._start_time], dtype=torch.float64)))
+        self.t_min = schedule.min_noise_ratio if t_min is None else t_min
+        if not 0 < self.t_min < self._start_ratio:
+            raise ValueError(
+                f"t_min must be between 0 and the noise ratio at the start, {self._start_ratio:.4g}; got {t_min}"
+            )
+        self.last_step = last_step
+        self.single_action_space = Box(0.0, 1.0, (1,), np.float32)
+        # Times and noise ratios live on the host, in float64: only the action is read from the device.
+        self._noise_ratio = np.full(num_envs, self._start_ratio)
+        self._visited = np.full((num_envs, max_steps + 1), schedule.clean)
+        self._through = np.zeros(num_envs, dtype=bool)
+        self._cut_off = np.zeros(num_envs, dtype=bool)
+        self._unseen = np.zeros(num_envs, dtype=bool)
+
+    @property
+    def action_dtype(self) -> torch.dtype:
+        """The actions' precision: float32, whatever the model's."""
+        return torch.float32
+
+    # ------------------------------------------------------------------ spaces and observations
+    def _time_spaces(self) -> dict[str, Space]:
+        schedule = self.model.schedule
+        low = min(schedule.clean, 0.0)
+        return {"timestep": Box(low, schedule.max_time, (1,), np.float32), "step": Box(0.0, 1.0, (1,), np.float32)}
+
+    def _observation_spaces(self) -> dict[str, Space]:
+        model = self.model
+        return super()._observation_spaces() | {
+            "features": Box(-np.inf, np.inf, model.feature_shape, np.float32),
+            "time_embedding": Box(-np.inf, np.inf, (model.time_embedding_size,), np.float32),
+        }
+
+    def _observe_time(self) -> dict[str, np.ndarray]:
+        times, step = self._times(), self._lanes.step / self.max_steps
+        return {"timestep": times[:, None].astype(np.float32), "step": step[:, None].astype(np.float32)}
+
+    def _observe(self) -> Observation:
+        return super()._observe() | {
+            "features": self._features.clone(),
+            "time_embedding": self._time_embedding.clone(),
+        }
+
+    def _info(self) -> dict[str, Any]:
+        return super()._info() | {
+            "times": self._visited.astype(np.float32),
+            "max_steps_reached": self._cut_off.copy(),
+        }
+
+    def _times(self) -> np.ndarray:
+        """Return each lane's time, [num_envs] float64."""
+        return self._visited[np.arange(self.num_envs), self._lanes.step]
+
+    # ------------------------------------------------------------------ dynamics
+    def _begin(self, mask: np.ndarray) -> None:
+        if mask.all():
+            shape = (self.num_envs, *self.model.latent_shape)
+            self._pred_x0 = torch.zeros(shape, device=self.device)
+            self._pred_epsilon = torch.zeros_like(self._pred_x0)
+            self._features = torch.zeros(self.num_envs, *self.model.feature_shape, device=self.device)
+            self._time_embedding = torch.zeros(self.num_envs, self.model.time_embedding_size, device=self.device)
+            self._noise = self._lanes.latents
+        else:
+            self._noise = torch.where(self._per_lane(mask), self._lanes.latents, self._noise)
+        self._noise_ratio[mask] = self._start_ratio
+        self._visited[mask] = self.model.schedule.clean
+        self._visited[mask, 0] = self._start_time
+        self._through[mask] = self._cut_off[mask] = False
+        self._unseen |= mask
+
+    def _advance(self, actions: Tensor, active: np.ndarray) -> None:
+        ratios = np.clip(self._read_ratios(actions), MIN_RATIO, MAX_RATIO)
+        lanes = np.flatnonzero(active)
+        before = self._times()[lanes]
+        self._noise_ratio[lanes] *= ratios[lanes]
+        self._lanes.step[lanes] += 1
+        # A ratio that is not a number ends the episode, and is named where the reward is computed.
+        arrived = ~(self._noise_ratio[lanes] >= self.t_min)
+        self._cut_off[lanes] = ~arrived & (self._lanes.step[lanes] == self.max_steps)
+        self._through[lanes] = arrived | self._cut_off[lanes]
+        after = self._time_of(self._noise_ratio[lanes])
+        if self.last_step == "clean":
+            after = np.where(self._through[lanes], self.model.schedule.clean, after)
+        self._visited[lanes, self._lanes.step[lanes]] = after
+        index = self._to_device(lanes)
+        moved = ddim_transition(
+            self._pred_x0[index],
+            self._pred_epsilon[index],
+            schedule=self.model.schedule,
+            t=self._to_device(before.astype(np.float32)),
+            s=self._to_device(after.astype(np.float32)),
+            eta=0.0,
+        ).mean.to(self.dtype)
+        self._lanes.latents = self._lanes.latents.index_copy(0, index, moved)
+        ended = self._per_lane(self._through)
+        self._features = self._features.masked_fill(ended, 0.0)
+        self._time_embedding = self._time_embedding.masked_fill(ended.flatten(1), 0.0)
+        self._unseen |= active & ~self._through
+
+    def _finished(self) -> np.ndarray:
+        return self._through
+
+    def _prepare(self) -> None:
+        lanes = np.flatnonzero(self._lanes_to_denoise())
+        if not len(lanes):
+            return
+        index = self._to_device(lanes)
+        prediction = self.model.denoise(
+            self._lanes.latents[index],
+            self._to_device(self._times()[lanes].astype(np.float32)),
+            {key: value[index] for key, value in self._lanes.conditioning().items()},
+            guidance_scale=self.guidance_scale,
+            with_features=True,
+        )
+        assert prediction.features is not None
+        assert prediction.time_embedding is not None
+        self._pred_x0 = self._pred_x0.index_copy(0, index, prediction.x0)
+        self._pred_epsilon = self._pred_epsilon.index_copy(0, index, prediction.epsilon)
+        self._features = self._features.index_copy(0, index, prediction.features)
+        self._time_embedding = self._time_embedding.index_copy(0, index, prediction.time_embedding)
+        self._unseen[:] = False
+
+    def _lanes_to_denoise(self) -> np.ndarray:
+        """Return which lanes stand where the denoiser has not been asked yet, [num_envs] bool."""
+        return self._unseen
+
+    def _time_of(self, noise_ratios: np.ndarray) -> np.ndarray:
+        return self.model.schedule.time_of(torch.from_numpy(noise_ratios)).numpy()
+
+    def _read_ratios(self, actions: Tensor) -> np.ndarray:
+        """Read the actions from the device, [num_envs] float64: the one wait of a step."""
+        return actions[:, 0].double().cpu().numpy()
+
+    def _per_lane(self, mask: np.ndarray) -> Tensor:
+        return self._to_device(mask).reshape(-1, 1, 1, 1)
+
+    # ------------------------------------------------------------------ rewards
+    def _evaluate(self, images: Tensor, lanes: np.ndarray) -> RewardOutput:
+        if not isinstance(self.reward, ReferenceDistance):
+            return super()._evaluate(images, lanes)
+        index = self._to_device(lanes)
+        conditioning = {key: value[index] for key, value in self._lanes.conditioning().items()}
+        texts = [self._lanes.texts[lane] for lane in lanes]
+        return self.reward.distance(
+            self.model, images, latents=self._noise[index], conditioning=conditioning, prompts=texts
+        )
+
+    def _shape(self, values: Tensor, lanes: np.ndarray) -> Tensor:
+        return self._step_cost(values, self._to_device(self._lanes.step[lanes]))
+
+    def close_extras(self, **kwargs: object) -> None:
+        """Let go of the lanes' tensors."""
+        super().close_extras(**kwargs)
+        for name in ("_pred_x0", "_pred_epsilon", "_features", "_time_embedding", "_noise"):
+            self.__dict__.pop(name, None)
+
+
+class TimePredictionEnv(DiffusionEnv, EzPickle):
+    """`gym.make("TimePredictionMDP-v0")`: choosing the times at which a frozen model denoises one image.
+
+    ## Description
+    The environment owns the denoiser, and walks from noise to image in as many steps as the agent likes: the agent
+    sees what the denoiser sees and says to which diffusion time to go next. x moves there by the deterministic step
+    (DDIM; Euler on a flow). This is the MDP of TPDM, for the continuous time of every noise process:
+
+        s = (c, t, x_t, hidden layers)    a = r    τ(t') = r·τ(t)    R = r(x_0, c) at the end
+
+    with the noise ratio τ = σ/α, and τ = σ on a flow. An episode of N actions takes N network calls, the one at reset
+    included.
+
+    Source: Ye et al., 2024, "Schedule On the Fly: Diffusion Time Prediction for Faster and Better Image Generation",
+    https://arxiv.org/abs/2412.01243.
+
+    ## Action Space
+    `Box(0, 1, (1,), float32)`: the ratio r, clipped to [0.001, 0.999].
+
+    ## Observation Space
+    A `Dict`; C, H, W are the latents' (4, 16, 16 with the emoji model), F, h, w the features' (128, 16, 16), E the
+    time embedding's (256), P is the number of prompts.
+
+    | Key | Shape | Dtype | Min | Max | Meaning |
+    |---|---|---|---|---|---|
+    | `latents` | (C, H, W) | float32 | −∞ | ∞ | x_t |
+    | `timestep` | (1,) | float32 | −1 or 0 | 999 or 1 | t: an index (also between indices), σ for flow models |
+    | `step` | (1,) | float32 | 0 | 1 | actions taken over `max_steps` |
+    | `features` | (F, h, w) | float32 | −∞ | ∞ | the denoiser's first and last hidden layer; 0 at the end |
+    | `time_embedding` | (E,) | float32 | −∞ | ∞ | its time embedding; 0 at the end |
+    | `prompt_id` | (1,) | int64 | −1 | P − 1 | index into `env.unwrapped.prompts`; −1: a text given to `reset` |
+    | `prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the prompt's embedding (with `observe_embeds`) |
+    | `negative_prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the negative prompt's (with `observe_embeds`) |
+
+    `info` has `prompt_id`, `nfe` (network calls answered so far), `timestep`, `step`, `times` [max_steps + 1] (those
+    visited, then the clean end's), `max_steps_reached` and `ended`; on the last step also the raw `reward/<name>` and
+    `images` [3, H, W] in [0, 1].
+
+    ## Rewards
+    0 until the last step, then the reward of the decoded x_0 less the cost of the steps (see `step_cost`).
+
+    ## Starting State
+    A prompt drawn uniformly, and x_T ~ N(0, I), both from the lane's own generator, at the noisiest time.
+    `reset(options=…)` fixes them: `prompt` (any text), `prompt_id`, `latents`.
+
+    ## Episode End
+    `terminated` when τ falls below `t_min`, or after `max_steps` actions. Either way x_0 is the denoiser's x̂_0 of the
+    last call: clean, and for no further call (`last_step="raw"`: x at the time chosen last). There is no truncation.
+
+    ## Arguments
+    | Argument | Default | Meaning |
+    |---|---|---|
+    | `model` | `"emoji"` | a name, a diffusers folder, a Hub id, or a loaded `DiffusionModel` |
+    | `reward` | `"incompressibility"` | as in `DenoisingMDP-v0`; or `"reference_distance"` (−MSE to many steps) |
+    | `prompts` | `"simple_animals"` | a name, a file, or a list of texts |
+    | `max_steps` | `28` | the most actions of an episode |
+    | `guidance_scale` | the model's | classifier-free guidance of the frozen denoiser |
+    | `t_min` | 0.1; flow 0.01 | the noise ratio τ below which an episode ends |
+    | `last_step` | `"clean"` | `"raw"`: end with the noise of the last time, as the published code does |
+    | `step_cost` | `"none"` | `"discount"`: R·(1−γ^N)/(N(1−γ)) as TPDM; `"linear"`: R − λ·N |
+    | `gamma` | `0.97` | γ of the discount |
+    | `step_cost_weight` | `0` | λ of the linear cost |
+    | `allow_negative` | `False` | allow the discount on rewards that may be negative, where more steps earn more |
+    | `reference_steps` | `80` | network calls of `"reference_distance"`'s reference |
+    | `device` | `"cpu"` | where the model runs |
+    | `dtype` | `"float32"` | precision of latents and denoiser |
+    | `image_size` | the model's | height and width in pixels |
+    | `negative_prompt` | `""` | what guidance moves away from |
+    | `observe_embeds` | below 1 MB a lane | whether embeddings are part of the observation |
+    | `render_mode` | `None` | `"rgb_array"`: the decoded x_t; x_0 once the episode has ended |
+
+    ## Version History
+    - v0: initial version.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelSource = "emoji",
+        reward: str | Reward | Mapping[str, float] = "incompressibility",
+        prompts: PromptSource = "simple_animals",
+        max_steps: int = 28,
+        guidance_scale: float | None = None,
+        t_min: float | None = None,
+        last_step: LastStep = "clean",
+        step_cost: StepCostName = "none",
+        gamma: float = 0.97,
+        step_cost_weight: float = 0.0,
+        allow_negative: bool = False,
+        reference_steps: int = 80,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        image_size: int | None = None,
+        negative_prompt: str = "",
+        observe_embeds: bool | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        arguments: dict[str, Any] = {
+            "model": model,
+            "reward": reward,
+            "prompts": prompts,
+            "max_steps": max_steps,
+            "guidance_scale": guidance_scale,
+            "t_min": t_min,
+            "last_step": last_step,
+            "step_cost": step_cost,
+            "gamma": gamma,
+            "step_cost_weight": step_cost_weight,
+            "allow_negative": allow_negative,
+            "reference_steps": reference_steps,
+            "device": device,
+            "dtype": dtype,
+            "image_size": image_size,
+            "negative_prompt": negative_prompt,
+            "observe_embeds": observe_embeds,
+            "render_mode": render_mode,
+        }
+        EzPickle.__init__(self, **arguments)
+        super().__init__(TimePredictionVectorEnv(1, **arguments, autoreset_mode=AutoresetMode.DISABLED))

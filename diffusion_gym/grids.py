@@ -1,0 +1,68 @@
+"""Fixed grids of times for samplers that need not keep to a checkpoint's own: what a learned schedule has to beat.
+
+Each returns `num_steps + 1` times from the schedule's noisy start to its clean end: float64, on the CPU. All of them
+spend `num_steps` network calls, the step to the clean end being one of them.
+
+A step can also be said as the ratio r of the noise ratios after and before it, whatever the process; time prediction
+does.
+"""
+
+import torch
+from torch import Tensor
+
+from .schedules import NoiseSchedule
+
+# A step's ratio of noise ratios is kept within these, so that its density is finite.
+MIN_RATIO = 1e-3
+MAX_RATIO = 1 - 1e-3
+
+
+def _fractions(num_steps: int) -> Tensor:
+    """Return 1, …, 0 in `num_steps` equal steps."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+def _between_start_and_end(schedule: NoiseSchedule, fractions: Tensor) -> Tensor:
+    return schedule.clean + (schedule.start_time - schedule.clean) * fractions
+
+
+def uniform_grid(schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    """Return times at equal distances."""
+    return _between_start_and_end(schedule, _fractions(num_steps))
+
+
+def power_grid(schedule: NoiseSchedule, num_steps: int, *, rho: float) -> Tensor:
+    """Return times u^ρ for equally spaced u: dense at the noisy end for ρ < 1, at the clean end for ρ > 1."""
+    return _between_start_and_end(schedule, _fractions(num_steps) ** rho)
+
+
+def shifted_grid(schedule: NoiseSchedule, num_steps: int, *, shift: float = 3.0) -> Tensor:
+    """Return Stable Diffusion 3's grid, u → shift·u / (1 + (shift − 1)·u): dense at the noisy end for shift > 1.
+
+    Source: Esser et al., 2024, eq. 23, https://arxiv.org/abs/2403.03206.
+    """
+    u = _fractions(num_steps)
+    return _between_start_and_end(schedule, shift * u / (1 + (shift - 1) * u))
+
+
+def karras_grid(schedule: NoiseSchedule, num_steps: int, *, rho: float = 7.0) -> Tensor:
+    """Return times whose noise ratios are τ_i = (τ_max^(1/ρ) + i/(n−1)·(τ_min^(1/ρ) − τ_max^(1/ρ)))^ρ, then the end.
+
+    Source: Karras et al., 2022, eq. 5, https://arxiv.org/abs/2206.00364.
+    """
+    largest = schedule.noise_ratio(torch.tensor([schedule.start_time], dtype=torch.float64))
+    if num_steps == 1:
+        return torch.tensor([schedule.start_time, schedule.clean], dtype=torch.float64)
+    high, low = largest ** (1 / rho), schedule.min_noise_ratio ** (1 / rho)
+    ratios = (low + (high - low) * _fractions(num_steps - 1)) ** rho
+    times = schedule.time_of(ratios)
+    times[0] = schedule.start_time
+    return torch.cat([times, times.new_tensor([schedule.clean])])
+
+
+def step_ratios(schedule: NoiseSchedule, times: Tensor) -> Tensor:
+    """Return the ratios r = τ(s)/τ(t) of a grid's steps, [num_steps] float64, within [MIN_RATIO, MAX_RATIO]."""
+    tau = schedule.noise_ratio(times.double())
+    return (tau[1:] / tau[:-1]).clamp(MIN_RATIO, MAX_RATIO)
