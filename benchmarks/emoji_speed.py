@@ -6,7 +6,6 @@
 folders are run in turn; medians are printed.
 """
 
-import itertools
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch
 import tyro
 
 from diffusion_gym.models import DiffusionModel, load_model
-from diffusion_gym.transitions import ddim_transition
+from diffusion_gym.sampling import sample_latents
 
 LOAD = """
 import time
@@ -54,13 +53,9 @@ class Args:
 def draw(model: DiffusionModel, batch: int, num_steps: int, *, autocast: bool) -> None:
     conditioning = model.encode_prompts(["a cat"])
     conditioning = {key: value.expand(batch, -1, -1) for key, value in conditioning.items()}
-    times = model.schedule.timesteps(num_steps)
-    latents = torch.randn(batch, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    for now, then in itertools.pairwise(times):
-        t, s = now.expand(batch), then.expand(batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            prediction = model.denoise(latents, t, conditioning, guidance_scale=4.0)
-        latents = ddim_transition(prediction.x0, prediction.epsilon, schedule=model.schedule, t=t, s=s, eta=0).mean
+    noise = torch.randn(batch, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        latents = sample_latents(model, noise, conditioning, model.schedule.timesteps(num_steps), guidance_scale=4.0)
     model.decode(latents)
 
 

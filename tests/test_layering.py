@@ -16,9 +16,10 @@ BELOW = {
     "predictions": set(),
     "transitions": {"schedules", "predictions"},
     "models": {"naming", "loading", "schedules", "predictions", "transitions"},
+    "sampling": {"transitions", "models"},
     "rewards": {"naming", "loading"},
     "prompts": {"naming"},
-    "envs": {"naming", "transitions", "schedules", "grids", "models", "rewards", "prompts"},
+    "envs": {"naming", "transitions", "schedules", "grids", "models", "sampling", "rewards", "prompts"},
     "testing": set(),
     "__init__": set(),
 }

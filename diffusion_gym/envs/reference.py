@@ -3,7 +3,6 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from ..grids import uniform_grid
 from ..models.base import Conditioning, DiffusionModel
 from ..rewards import Reward, RewardOutput
 from ..rewards.base import Metadata
-from ..transitions import ddim_transition
+from ..sampling import sample_latents
 
 REFERENCE_DISTANCE = "reference_distance"
 _CACHED_SAMPLES = 4096
@@ -65,7 +64,9 @@ class ReferenceDistance(Reward):
         first = {key: row for row, key in enumerate(keys) if key not in self._known}
         if first:
             rows = torch.tensor(list(first.values()), device=latents.device)
-            samples = self._sample(model, latents[rows], {name: value[rows] for name, value in conditioning.items()})
+            chosen = {name: value[rows] for name, value in conditioning.items()}
+            grid = uniform_grid(model.schedule, self.num_steps)
+            samples = sample_latents(model, latents[rows], chosen, grid, guidance_scale=self.guidance_scale)
             self._known.update(zip(first, samples, strict=True))
         for key in keys:
             self._known.move_to_end(key)
@@ -73,14 +74,3 @@ class ReferenceDistance(Reward):
         while len(self._known) > _CACHED_SAMPLES:
             self._known.popitem(last=False)
         return RewardOutput(-(images - references).square().flatten(1).mean(1))
-
-    def _sample(self, model: DiffusionModel, latents: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return x_0 [B, C, H, W] by deterministic steps on a uniform grid."""
-        schedule = model.schedule
-        scale = model.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
-        grid = uniform_grid(schedule, self.num_steps).float().to(latents.device)
-        for t, s in pairwise(grid.expand(len(latents), -1).unbind(1)):
-            prediction = model.denoise(latents, t, conditioning, guidance_scale=scale)
-            step = ddim_transition(prediction.x0, prediction.epsilon, schedule=schedule, t=t, s=s, eta=0.0)
-            latents = step.mean.to(latents.dtype)
-        return latents

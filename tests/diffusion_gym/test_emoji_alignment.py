@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from diffusion_gym.models import load_model
 from diffusion_gym.prompts import make_prompts
 from diffusion_gym.rewards import make_reward
 from diffusion_gym.rewards.emoji_alignment import EmojiAlignment
-from tests.tiny import EMOJI
 from tools.emoji.samples import draw_samples
 
 PROMPTS = ["a fox", "a frog", "a bear", "a pig", "a spider", "a lion", "a camel", "a squirrel"]
@@ -14,7 +14,7 @@ PROMPTS = ["a fox", "a frog", "a bear", "a pig", "a spider", "a lion", "a camel"
 
 @pytest.fixture(scope="module")
 def images():
-    return draw_samples(EMOJI, PROMPTS, list(range(100, 108)), num_steps=20)
+    return draw_samples(load_model("emoji"), PROMPTS, list(range(100, 108)), num_steps=20)
 
 
 @pytest.fixture(scope="module")

@@ -55,10 +55,10 @@ def test_the_evaluation_set_has_as_many_of_each_and_no_seed_twice():
     assert all(names.count(animal) == 3 for animal in ANIMALS)
 
 
-def test_samples_do_not_depend_on_the_rest_of_their_batch():
+def test_samples_do_not_depend_on_the_rest_of_their_batch(emoji):
     prompts, seeds = ["a cat", "a fish", "a dog"], [5, 6, 7]
-    together = draw_samples(EMOJI, prompts, seeds, num_steps=3)
-    alone = draw_samples(EMOJI, prompts[1:2], seeds[1:2], num_steps=3)
+    together = draw_samples(emoji, prompts, seeds, num_steps=3)
+    alone = draw_samples(emoji, prompts[1:2], seeds[1:2], num_steps=3)
     assert (together[1] - alone[0]).abs().mean() < 0.01
     assert (together[0] - together[2]).abs().mean() > 0.05
 

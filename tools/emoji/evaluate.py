@@ -26,6 +26,7 @@ import tyro
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.prompts.base import with_article
 from diffusion_gym.rewards.emoji_alignment import EmojiScorer
 from diffusion_gym.rewards.jpeg import jpeg_kilobytes
@@ -122,7 +123,7 @@ def samples(pipeline: Path, folder: Path, names: Sequence[str], seeds: Sequence[
     file = folder / f"samples_{num_steps}_{fingerprint(pipeline)}.npy"
     if not file.is_file() or len(np.load(file, mmap_mode="r")) != len(names):
         prompts = [with_article(name) for name in names]
-        images = draw_samples(pipeline, prompts, seeds, num_steps=num_steps)
+        images = draw_samples(load_model(pipeline), prompts, seeds, num_steps=num_steps)
         np.save(file, (images * 255).round().byte().numpy())
     return torch.from_numpy(np.load(file)) / 255
 
@@ -141,7 +142,7 @@ def classified(classifier: Classifier, images: Tensor, names: Sequence[str]) -> 
 
 
 def scorer_report(
-    scorer: EmojiScorer, pipeline: Path, held_out: IconData, every_name: Sequence[str], per_prompt: int
+    scorer: EmojiScorer, model: DiffusionModel, held_out: IconData, every_name: Sequence[str], per_prompt: int
 ) -> dict[str, float]:
     """Return retrieval on the held-out style, and the rank correlation of score and number of steps.
 
@@ -154,7 +155,7 @@ def scorer_report(
     texts = scorer.embed_texts(prompts)
     scores = torch.stack(
         [
-            (scorer.embed_images(draw_samples(pipeline, prompts, seeds, num_steps=num_steps)) * texts).sum(-1)
+            (scorer.embed_images(draw_samples(model, prompts, seeds, num_steps=num_steps)) * texts).sum(-1)
             for num_steps in SCORED_STEPS
         ]
     )
@@ -196,9 +197,10 @@ def main(args: Args) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data, held_out = IconData(args.work / "icons"), IconData(args.work / "icons", held_out=True)
     classifier = Classifier(args.classifier)
-    draw_grid(args.pipeline, per_prompt=args.per_prompt).save(folder / "animals.png")
+    model = load_model(args.pipeline)
+    draw_grid(model, per_prompt=args.per_prompt).save(folder / "animals.png")
     things = [with_article(name) for name in THINGS if name in data.by_name]
-    draw_grid(args.pipeline, things, per_prompt=args.per_prompt).save(folder / "things.png")
+    draw_grid(model, things, per_prompt=args.per_prompt).save(folder / "things.png")
 
     names, seeds = evaluation_set(args.per_animal)
     drawn = {num_steps: samples(args.pipeline, folder, names, seeds, num_steps) for num_steps in args.steps}
@@ -223,7 +225,7 @@ def main(args: Args) -> None:
     }
     if args.scorer:
         scorer = EmojiScorer.load(args.scorer, args.pipeline / "tokenizer")
-        report["scorer"] = scorer_report(scorer, args.pipeline, held_out, NameSampler(data).names, args.per_prompt)
+        report["scorer"] = scorer_report(scorer, model, held_out, NameSampler(data).names, args.per_prompt)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

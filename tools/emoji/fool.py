@@ -23,7 +23,7 @@ from torch import Tensor
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DenoisingPolicy, evaluate
-from diffusion_gym.models import load_model
+from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.prompts.base import with_article
 from diffusion_gym.rewards.emoji_alignment import EmojiAlignment
 
@@ -53,11 +53,11 @@ class Judge:
         return f"{what}: mean score {mean:.3f}, the classifier agrees on {100 * sum(right) / len(right):.1f} %"
 
 
-def choose_best(judge: Judge, pipeline: Path, counts: Sequence[int], per_animal: int) -> None:
+def choose_best(judge: Judge, model: DiffusionModel, counts: Sequence[int], per_animal: int) -> None:
     """Print what the best of N by the score are."""
     most = max(counts) * per_animal
     names = [animal for animal in ANIMALS for _ in range(most)]
-    images = draw_samples(pipeline, [with_article(name) for name in names], list(range(30_000, 30_000 + len(names))))
+    images = draw_samples(model, [with_article(name) for name in names], list(range(30_000, 30_000 + len(names))))
     scores = judge.score(images, names).reshape(-1, most)
     rows = torch.arange(len(names)).reshape(-1, most)
     for count in counts:
@@ -66,12 +66,13 @@ def choose_best(judge: Judge, pipeline: Path, counts: Sequence[int], per_animal:
         print(judge.opinion(f"best of {count}", images[chosen], [names[row] for row in chosen.tolist()]))
 
 
-def follow_gradient(judge: Judge, pipeline: Path, folder: Path, *, num_steps: int = 60, rate: float = 0.05) -> None:
+def follow_gradient(
+    judge: Judge, model: DiffusionModel, folder: Path, *, num_steps: int = 60, rate: float = 0.05
+) -> None:
     """Print and draw what Adam makes of the latents of finished samples when it raises the score."""
-    model = load_model(pipeline)
     names = list(ANIMALS)
     prompts = [with_article(name) for name in names]
-    before = draw_samples(pipeline, prompts, list(range(40_000, 40_000 + len(names))))
+    before = draw_samples(model, prompts, list(range(40_000, 40_000 + len(names))))
     latents = model.encode(before).requires_grad_()
     optimizer = torch.optim.Adam([latents], lr=rate)
     for _ in range(num_steps):
@@ -86,9 +87,9 @@ def follow_gradient(judge: Judge, pipeline: Path, folder: Path, *, num_steps: in
     lay_out(pairs, names, per_label=2, columns=9).save(folder / "gradient.png")
 
 
-def train_policy(judge: Judge, pipeline: Path, folder: Path, *, queries: int) -> None:
+def train_policy(judge: Judge, model: DiffusionModel, folder: Path, *, queries: int) -> None:
     """Print and draw what DDPO-IS makes of the model when it is rewarded with the score."""
-    env = gym.make_vec("DenoisingMDP-v0", num_envs=45, num_steps=10, model=str(pipeline), reward=judge.reward)
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=45, num_steps=10, model=model, reward=judge.reward)
     policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=0)
     algorithm = DDPOIS(
         policy,
@@ -131,10 +132,10 @@ class Args:
 def main(args: Args) -> None:
     folder = args.work / "fool"
     folder.mkdir(parents=True, exist_ok=True)
-    judge = Judge(Classifier(args.classifier))
-    choose_best(judge, args.pipeline, args.counts, per_animal=1)
-    follow_gradient(judge, args.pipeline, folder)
-    train_policy(judge, args.pipeline, folder, queries=args.queries)
+    judge, model = Judge(Classifier(args.classifier)), load_model(args.pipeline)
+    choose_best(judge, model, args.counts, per_animal=1)
+    follow_gradient(judge, model, folder)
+    train_policy(judge, model, folder, queries=args.queries)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,24 @@
-"""Draw samples of a pipeline folder, through the package itself, and lay them out as a picture."""
+"""Draw samples of a model, through the package itself, and lay them out as a picture."""
 
-import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diffusion_gym.models import load_model
+from diffusion_gym.models import DiffusionModel
 from diffusion_gym.prompts import make_prompts
 from diffusion_gym.rewards import to_uint8
-from diffusion_gym.transitions import ddim_transition
+from diffusion_gym.sampling import sample_latents
+from diffusion_gym.transitions import draw_noise
 
 GUIDANCE_SCALE = 4.0
 CHUNK = 64
 
 
-def initial_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Return the noise [B, C, h, w] of each seed, whatever the batch around it."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 @torch.no_grad()
 def draw_samples(
-    folder: Path | str,
+    model: DiffusionModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -32,7 +26,6 @@ def draw_samples(
     guidance_scale: float = GUIDANCE_SCALE,
 ) -> Tensor:
     """Return images [B, 3, 64, 64] in [0, 1]: deterministic DDIM from each seed's noise, in bfloat16 autocast."""
-    model = load_model(folder)
     texts = sorted(set(prompts))
     row = {text: index for index, text in enumerate(texts)}
     encoded = model.encode_prompts(texts)
@@ -42,14 +35,10 @@ def draw_samples(
         part = slice(start, start + CHUNK)
         index = torch.tensor([row[prompt] for prompt in prompts[part]])
         conditioning = {key: value[index] for key, value in encoded.items()}
-        latents = initial_noise(model.latent_shape, seeds[part])
-        for t, s in itertools.pairwise(times):
-            t_rows, s_rows = t.expand(len(latents)), s.expand(len(latents))
-            with torch.autocast("cpu", torch.bfloat16):
-                prediction = model.denoise(latents, t_rows, conditioning, guidance_scale=guidance_scale)
-            latents = ddim_transition(
-                prediction.x0, prediction.epsilon, schedule=model.schedule, t=t_rows, s=s_rows, eta=0
-            ).mean
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        noise = draw_noise(torch.empty(len(index), *model.latent_shape), generators)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = sample_latents(model, noise, conditioning, times, guidance_scale=guidance_scale)
         images.append(model.decode(latents))
     return torch.cat(images)
 
@@ -71,10 +60,10 @@ def lay_out(images: Tensor, labels: Sequence[str], *, per_label: int, columns: i
 
 
 def draw_grid(
-    folder: Path | str, prompts: Sequence[str] | None = None, *, per_prompt: int = 4, num_steps: int = 20
+    model: DiffusionModel, prompts: Sequence[str] | None = None, *, per_prompt: int = 4, num_steps: int = 20
 ) -> Image.Image:
     """Return a labelled grid of samples, of the 45 animals unless told otherwise; seeds 0, 1, … on and on."""
     prompts = list(prompts or make_prompts("simple_animals"))
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
-    images = draw_samples(folder, repeated, list(range(len(repeated))), num_steps=num_steps)
+    images = draw_samples(model, repeated, list(range(len(repeated))), num_steps=num_steps)
     return lay_out(images, prompts, per_label=per_prompt)

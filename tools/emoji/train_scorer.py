@@ -83,7 +83,7 @@ class SpoiltPictures:
         for num_steps in SPOILT_STEPS:
             drawn = sampler.draw(per_step, generator)
             seeds = torch.randint(0, 2**31, (per_step,), generator=generator).tolist()
-            parts.append(draw_samples(pipeline, [with_article(name) for name in drawn], seeds, num_steps=num_steps))
+            parts.append(draw_samples(model, [with_article(name) for name in drawn], seeds, num_steps=num_steps))
             names.extend(drawn)
         return cls((torch.cat(parts) * 255).round().byte(), names)
 

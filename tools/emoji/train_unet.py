@@ -21,6 +21,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusion_gym.models import load_model
+
 from .dataset import IconData, NameSampler, draw_captions
 from .samples import draw_grid
 from .sources import WORK
@@ -214,7 +216,8 @@ def main(args: Args) -> None:
     def save(run: TrainingRun) -> None:
         pipeline = as_pipeline(network, vae, tokenizer)
         pipeline.save_pretrained(run.folder / "pipeline")
-        draw_grid(run.folder / "pipeline", per_prompt=args.per_prompt).save(run.folder / f"grid_{run.images_seen}.png")
+        grid = draw_grid(load_model(run.folder / "pipeline"), per_prompt=args.per_prompt)
+        grid.save(run.folder / f"grid_{run.images_seen}.png")
 
     run = TrainingRun(
         network,

@@ -1,0 +1,38 @@
+"""Plain sampling by deterministic steps: what a model draws when nobody acts."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .models.base import Conditioning, DiffusionModel
+from .transitions import ddim_transition
+
+
+@torch.no_grad()
+def sample_latents(
+    model: DiffusionModel,
+    noise: Tensor,
+    conditioning: Conditioning,
+    times: Tensor,
+    *,
+    guidance_scale: float | None = None,
+) -> Tensor:
+    """Return x_0 of x_T, [B, C, H, W], by DDIM with η = 0 (Euler on a flow); one network call per step and sample.
+
+    Source: Song et al., 2020, https://arxiv.org/abs/2010.02502.
+
+    Args:
+        model: The diffusion model.
+        noise: [B, C, H, W] x_T.
+        conditioning: What `model.encode_prompts` returns, [B, ...] each.
+        times: [num_steps + 1] falling, such as `model.schedule.timesteps(20)` or one of `diffusion_gym.grids`.
+        guidance_scale: Classifier-free guidance; None: the model's default.
+    """
+    scale = model.default_guidance_scale if guidance_scale is None else guidance_scale
+    latents = noise
+    for t, s in pairwise(times.float().to(noise.device).expand(len(noise), -1).unbind(1)):
+        prediction = model.denoise(latents, t, conditioning, guidance_scale=scale)
+        step = ddim_transition(prediction.x0, prediction.epsilon, schedule=model.schedule, t=t, s=s, eta=0.0)
+        latents = step.mean.to(noise.dtype)
+    return latents
