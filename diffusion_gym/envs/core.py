@@ -78,11 +78,6 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     }
     single_action_space: Box
 
-    @property
-    def action_dtype(self) -> torch.dtype:
-        """The actions' precision: that of the latents."""
-        return self.dtype
-
     def __init__(
         self,
         num_envs: int,
@@ -106,7 +101,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self.reward = make_reward(reward)
         self.prompts = make_prompts(prompts)
         self.model = _resolve_model(model, device=device, dtype=dtype, image_size=image_size)
-        self.device, self.dtype = self.model.device, self.model.dtype
+        self.device, self.dtype = self.model.device, self._dtype()
         self.negative_prompt = negative_prompt
         self.render_mode = render_mode
         self.autoreset_mode = to_autoreset_mode(autoreset_mode)
@@ -116,7 +111,9 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self.observe_embeds = num_bytes < _OBSERVED_BYTES_LIMIT if observe_embeds is None else observe_embeds
         self._embed_shapes = {key: value.shape[1:] for key, value in one_lane.items()} if self.observe_embeds else {}
         self.single_observation_space = Dict(self._observation_spaces())
-        self._lanes = Lanes(self.model, self.prompts, num_envs=num_envs, negative_prompt=negative_prompt)
+        self._lanes = Lanes(
+            self.model, self.prompts, num_envs=num_envs, negative_prompt=negative_prompt, dtype=self.dtype
+        )
         self._started = False
 
     # ------------------------------------------------------------------ what an environment has to provide
@@ -135,6 +132,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     @abstractmethod
     def _observe_time(self) -> dict[str, np.ndarray]:
         """Return where each lane stands in time, [num_envs, 1] float32 each."""
+
+    def _dtype(self) -> torch.dtype:
+        """Return the precision of latents and actions: the model's."""
+        return self.model.dtype
 
     def _begin(self, mask: np.ndarray) -> None:
         """Set up the lanes of the mask, [num_envs] bool, whose episodes have just been started."""
@@ -208,7 +209,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """Take one action in every lane.
 
         Args:
-            actions: [num_envs, *single_action_space.shape] on the environment's device, in its `action_dtype`.
+            actions: [num_envs, *single_action_space.shape] on the environment's device, in its `dtype`.
 
         Returns:
             Observation, reward [num_envs] float32 (0 until the last step of an episode), terminated and truncated
@@ -285,11 +286,11 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
     def _check_actions(self, actions: Tensor) -> None:
         shape = (self.num_envs, *self.single_action_space.shape)
-        expected = f"a torch tensor of shape {list(shape)}, {self.action_dtype}, on {self.device}"
+        expected = f"a torch tensor of shape {list(shape)}, {self.dtype}, on {self.device}"
         if not isinstance(actions, Tensor):
             raise InvalidAction(f"actions must be {expected}; got {type(actions).__name__}")
         wrong_device = actions.device.type != self.device.type or self.device.index not in (None, actions.device.index)
-        if actions.shape != shape or actions.dtype != self.action_dtype or wrong_device:
+        if actions.shape != shape or actions.dtype != self.dtype or wrong_device:
             raise InvalidAction(
                 f"actions must be {expected}; got shape {list(actions.shape)}, {actions.dtype}, on {actions.device}"
             )

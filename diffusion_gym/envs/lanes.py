@@ -91,7 +91,7 @@ class ResetOptions:
             texts = [prompts[int(index)] for index in ids]
         latents = None
         if "latents" in options:
-            latents = torch.as_tensor(options["latents"]).to(model.device, model.dtype)
+            latents = torch.as_tensor(options["latents"]).to(model.device)
             if latents.shape not in (model.latent_shape, (num_envs, *model.latent_shape)):
                 raise ValueError(
                     f"latents must have shape {list(model.latent_shape)} or {[num_envs, *model.latent_shape]}, "
@@ -128,8 +128,17 @@ class Lanes:
     latents: Tensor
     finite: Tensor
 
-    def __init__(self, model: DiffusionModel, prompts: PromptSet, *, num_envs: int, negative_prompt: str) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        prompts: PromptSet,
+        *,
+        num_envs: int,
+        negative_prompt: str,
+        dtype: torch.dtype,
+    ) -> None:
         self._model = model
+        self._dtype = dtype
         self._prompts = prompts
         self._negative_prompt = negative_prompt
         self._generators = [torch.Generator() for _ in range(num_envs)]
@@ -163,9 +172,9 @@ class Lanes:
             self.texts[lane] = self._prompts[self.prompt_id[lane]] if options.texts is None else options.texts[lane]
             self.prompt_metadata[lane] = self._prompts.metadata[self.prompt_id[lane]] if known else {}
         index = torch.from_numpy(lanes).to(self._model.device)
-        latents = torch.stack(noise).to(self._model.device, self._model.dtype)
+        latents = torch.stack(noise).to(self._model.device, self._dtype)
         if options.latents is not None:
-            latents = options.latents[index]
+            latents = options.latents[index].to(self._dtype)
         finite = torch.ones(len(lanes), dtype=torch.bool, device=self._model.device)
         every = len(lanes) == len(self.step)
         self.latents = latents.clone() if every else self.latents.index_copy(0, index, latents)

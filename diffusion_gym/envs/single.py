@@ -47,7 +47,7 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """Start a new episode; `seed` and `options` (but `reset_mask`) as in the vector environment's lane 0."""
         super().reset(seed=seed)
         if options is not None and "latents" in options:
-            latents = torch.as_tensor(np.asarray(options["latents"])).to(self.lane.device, self.lane.dtype)
+            latents = torch.as_tensor(np.asarray(options["latents"])).to(self.lane.device)
             options = {**options, "latents": latents}
         observation, info = self.lane.reset(seed=seed, options=options)
         return self._single(observation), self._single_info(info)
@@ -64,7 +64,7 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
                 f"the action must be a float array of shape {list(self.action_space.shape or ())}; "
                 f"got shape {list(array.shape)}, {array.dtype}"
             )
-        batched = torch.from_numpy(array[None].astype(np.float32)).to(self.lane.device, self.lane.action_dtype)
+        batched = torch.from_numpy(array[None].astype(np.float32)).to(self.lane.device, self.lane.dtype)
         observation, reward, terminated, truncated, info = self.lane.step(batched)
         return self._single(observation), float(reward), bool(terminated), bool(truncated), self._single_info(info)
 

@@ -114,11 +114,6 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         self._cut_off = np.zeros(num_envs, dtype=bool)
         self._unseen = np.zeros(num_envs, dtype=bool)
 
-    @property
-    def action_dtype(self) -> torch.dtype:
-        """The actions' precision: float32, whatever the model's."""
-        return torch.float32
-
     # ------------------------------------------------------------------ spaces and observations
     def _time_spaces(self) -> dict[str, Space]:
         schedule = self.model.schedule
@@ -153,6 +148,10 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         return self._visited[np.arange(self.num_envs), self._lanes.step]
 
     # ------------------------------------------------------------------ dynamics
+    def _dtype(self) -> torch.dtype:
+        """Return float32, whatever the denoiser's precision: rounding would add up along the path."""
+        return torch.float32
+
     def _begin(self, mask: np.ndarray) -> None:
         if mask.all():
             shape = (self.num_envs, *self.model.latent_shape)
@@ -321,7 +320,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     | `allow_negative` | `False` | allow the discount on rewards that may be negative, where more steps earn more |
     | `reference_steps` | `80` | network calls of `"reference_distance"`'s reference |
     | `device` | `"cpu"` | where the model runs |
-    | `dtype` | `"float32"` | precision of latents and denoiser |
+    | `dtype` | `"float32"` | the denoiser's precision; latents and actions are float32 |
     | `image_size` | the model's | height and width in pixels |
     | `negative_prompt` | `""` | what guidance moves away from |
     | `observe_embeds` | below 1 MB a lane | whether embeddings are part of the observation |
