@@ -12,7 +12,7 @@ from tools.emoji.icons import ANIMALS
 from tools.emoji.tokenizer import build, words_of
 from tools.emoji.train_classifier import labels_of, plain
 from tools.emoji.train_scorer import PairSampler, SpoiltPictures, contrastive_loss
-from tools.emoji.train_unet import SCHEDULER, epsilon_loss, load_network
+from tools.emoji.train_unet import SCHEDULER, draw_timesteps, epsilon_loss, load_network
 from tools.emoji.train_vae import new_autoencoder, psnr, reconstruction_loss, whiten
 
 
@@ -45,7 +45,7 @@ def test_reconstruction_loss_and_psnr_are_zero_and_twenty_decibels():
     assert psnr(target + 0.2, target) == pytest.approx(20.0, abs=1e-4)
 
 
-def test_epsilon_loss_weighs_by_min_snr_and_is_zero_for_the_true_noise():
+def test_epsilon_loss_weighs_as_v_prediction_does_and_is_zero_for_the_true_noise():
     alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
     x0 = torch.randn(64, 4, 2, 2)
 
@@ -54,7 +54,7 @@ def test_epsilon_loss_weighs_by_min_snr_and_is_zero_for_the_true_noise():
         return (noised - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
 
     loss, _ = epsilon_loss(oracle, x0, alphas_cumprod, torch.Generator().manual_seed(0))
-    assert loss < 1e-6
+    assert loss < 1e-5
 
     seen = []
 
@@ -63,9 +63,19 @@ def test_epsilon_loss_weighs_by_min_snr_and_is_zero_for_the_true_noise():
         return oracle(noised, t) + 1
 
     loss, logged = epsilon_loss(off_by_one, x0, alphas_cumprod, torch.Generator().manual_seed(0))
-    snr = alphas_cumprod[seen[0]] / (1 - alphas_cumprod[seen[0]])
-    torch.testing.assert_close(loss, (snr.clamp(max=5) / snr).mean(), rtol=1e-4, atol=0)
+    expected = (1 / alphas_cumprod[seen[0]]).clamp(max=20).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
     torch.testing.assert_close(logged["epsilon_mse"], torch.ones(()), rtol=1e-4, atol=0)
+
+
+def test_noise_levels_are_log_normal():
+    alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
+    t = draw_timesteps(50_000, alphas_cumprod, torch.Generator().manual_seed(0))
+    log_snr = torch.logit(alphas_cumprod[t])
+    assert float(log_snr.mean()) == pytest.approx(0.0, abs=0.05)
+    assert float(log_snr.std()) == pytest.approx(2.0, abs=0.05)
+    assert int(t.min()) >= 0
+    assert int(t.max()) < 1000
 
 
 def test_the_shipped_scheduler_is_the_one_that_training_used():
