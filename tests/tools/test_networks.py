@@ -1,9 +1,12 @@
 """What the stages train, against answers that are known."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTokenizer
 
 from tests.tiny import EMOJI
@@ -66,6 +69,21 @@ def test_epsilon_loss_weighs_as_v_prediction_does_and_is_zero_for_the_true_noise
     expected = (1 / alphas_cumprod[seen[0]]).clamp(max=20).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
     torch.testing.assert_close(logged["epsilon_mse"], torch.ones(()), rtol=1e-4, atol=0)
+
+
+def test_every_layer_learns():
+    """A compiled network once trained for hours with a gradient of exactly 0 in its inner layers."""
+    network = load_network(EMOJI).train()
+    network.unet.set_attn_processor(AttnProcessor())
+    generator = torch.Generator().manual_seed(0)
+    alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
+    tokens = torch.randint(0, 100, (4, 16), generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        noise = torch.randn(4, 4, 16, 16, generator=generator)
+        loss, _ = epsilon_loss(partial(network, token_ids=tokens), noise, alphas_cumprod, generator)
+    loss.backward()
+    idle = [name for name, parameter in network.named_parameters() if not parameter.grad.abs().max() > 0]
+    assert idle == []
 
 
 def test_noise_levels_are_log_normal():

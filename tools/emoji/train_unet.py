@@ -1,8 +1,8 @@
 """Train the text encoder and the UNet, on latents of augmented icons.
 
-    python -m tools.emoji.train_unet --init diffusion_gym/models/emoji --images 600000
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tools.emoji.train_unet --init diffusion_gym/models/emoji
 
-takes 3.5 to 5 hours on one core (35 to 50 images/s). Every `save_every` images it writes a checkpoint to go on from,
+on two cores; `python -m tools.emoji.train_unet` on one, at 35 to 50 images/s. Every `save_every` images it writes a checkpoint to go on from,
 the pipeline with the averaged weights (`build/emoji/unet/pipeline`, a folder for `--init` or for `tools.emoji.export`)
 and a sample grid. Killed and started again with the same command it goes on; without its checkpoint it goes on from the
 pipeline's weights with `--init`.
@@ -185,8 +185,6 @@ class Args:
     """Images between two checkpoints."""
     per_prompt: int = 4
     """Samples of each animal in the grid."""
-    compile: bool = False
-    """Compile the UNet first (torch.compile; some minutes, a C++ compiler): a step took .5 to .8 of the time."""
     seed: int = 0
     """Of pictures, captions, times and noises."""
 
@@ -202,9 +200,8 @@ def main(args: Args) -> None:
     network = (load_network(args.init) if args.init else new_network(tokenizer)).train()
     # In bfloat16 on a CPU the plain processor's training step takes 20 % less than the fused attention's.
     network.unet.set_attn_processor(AttnProcessor())
+    # Not compiled: on a CPU torch.compile (2.13) gave this network's inner layers a gradient of exactly 0.
     logger.info("%.2f M parameters", sum(parameter.numel() for parameter in network.parameters()) / 1e6)
-    if args.compile:
-        network.unet.compile(dynamic=False)
     pool = encode_pool(vae, data, args.pool, seed=args.seed * 1000 + process_rank())
     logger.info("%d latents, standard deviation %.3f", len(pool.latents), pool.latents.float().std())
     alphas_cumprod = DDIMScheduler(**SCHEDULER).alphas_cumprod
