@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tools.emoji.train_unet --init diffusion_gym/models/emoji
 
-on two cores; `python -m tools.emoji.train_unet` on one, at 35 to 50 images/s. Every `save_every` images it writes a checkpoint to go on from,
-the pipeline with the averaged weights (`build/emoji/unet/pipeline`, a folder for `--init` or for `tools.emoji.export`)
-and a sample grid. Killed and started again with the same command it goes on; without its checkpoint it goes on from the
-pipeline's weights with `--init`.
+on two cores; `python -m tools.emoji.train_unet` on one, at 35 to 50 images/s. Every `save_every` images it writes a
+checkpoint to go on from, the pipeline with the averaged weights (`build/emoji/unet/pipeline`, a folder for `--init` or
+for `tools.emoji.export`) and a sample grid. Killed and started again with the same command it goes on; without its
+checkpoint it goes on from the pipeline's weights with `--init`.
 """
 
 import logging
