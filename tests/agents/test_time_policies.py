@@ -10,7 +10,7 @@ from scipy import stats
 import diffusion_gym  # noqa: F401
 from agents import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, TimePredictor, collect
 from agents.policies import BetaDistribution, load_policy
-from diffusion_gym.grids import MAX_RATIO, MIN_RATIO, step_ratios, uniform_grid
+from diffusion_gym.grids import MAX_RATIO, MIN_RATIO, karras_grid, step_ratios, uniform_grid
 from diffusion_gym.models import load_model
 from tests.tiny import make_tiny_stable_diffusion
 
@@ -152,9 +152,11 @@ def test_context_free_schedule_depends_on_the_step_alone(env):
     assert sum(parameter.numel() for parameter in schedule.parameters()) == 56
 
 
-@pytest.mark.parametrize("num_steps", [1, 5, 28])
-def test_fixed_schedule_walks_its_grid(env, tiny, num_steps):
-    grid = uniform_grid(tiny.schedule, num_steps)
+@pytest.mark.parametrize("make_grid", [uniform_grid, karras_grid])
+@pytest.mark.parametrize("num_steps", [1, 5, 10, 18, 28])
+def test_fixed_schedule_walks_its_grid(env, tiny, make_grid, num_steps):
+    """Karras' grid ends at the noise ratio `t_min` itself."""
+    grid = make_grid(tiny.schedule, num_steps)
     policy = FixedSchedule(step_ratios(tiny.schedule, grid), max_steps=28)
     rollout = collect(env, policy, seeds=[0])
     assert rollout.lengths.tolist() == [num_steps] * 4
