@@ -12,6 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 SHORT = {
+    "mixture.py": ["--updates", "3", "--num-envs", "64", "--num-steps", "5", "--output", "OUTPUT"],
     "random_policy.py": [],
     "reinforce.py": ["--iterations", "1", "--num-envs", "4", "--num-steps", "2", "--num-eval", "4"],
     "ddpo_incompressibility.py": [
@@ -34,6 +35,13 @@ def test_every_example_is_tried():
 
 def test_random_policy(tmp_path):
     assert re.search(r"20 steps, return 3\.\d+ kB", run("random_policy.py", tmp_path / "out"))
+
+
+def test_mixture(tmp_path):
+    text = run("mixture.py", tmp_path / "out")
+    assert len(re.findall(r"mean reward [+-]\d\.\d+, mean log-density under the data -\d", text)) == 8
+    with Image.open(tmp_path / "out" / "samples.png") as picture:
+        assert picture.size[0] > 1000
 
 
 def test_reinforce(tmp_path):

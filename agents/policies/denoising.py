@@ -110,7 +110,7 @@ class DenoisingPolicy(Policy):
             self.denoiser = _own_copy(model.denoiser, config if use_lora else None).eval()
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        if self.device.type == "cpu" and mixed_precision == "bf16":
+        if self.device.type == "cpu" and mixed_precision == "bf16" and hasattr(self.denoiser, "set_attn_processor"):
             # The fused attention's bf16 backward on CPUs took a third of a training step: 1.17 s against 0.93 s.
             self.denoiser.set_attn_processor(AttnProcessor())  # type: ignore[operator]
 

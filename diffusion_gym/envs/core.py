@@ -25,7 +25,7 @@ from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
 
 Observation = dict[str, Tensor]
 ModelSource = str | os.PathLike[str] | DiffusionModel
-PromptSource = str | os.PathLike[str] | Sequence[str] | PromptSet
+PromptSource = str | os.PathLike[str] | Sequence[str] | PromptSet | None
 
 _OBSERVED_BYTES_LIMIT = 1_000_000
 
@@ -99,8 +99,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
         self.num_envs = num_envs
         self.reward = make_reward(reward)
-        self.prompts = make_prompts(prompts)
         self.model = _resolve_model(model, device=device, dtype=dtype, image_size=image_size)
+        self.prompts = make_prompts(self.model.default_prompts if prompts is None else prompts)
         self.device, self.dtype = self.model.device, self._dtype()
         self.negative_prompt = negative_prompt
         self.render_mode = render_mode

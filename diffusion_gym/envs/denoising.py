@@ -1,7 +1,6 @@
 """DDPO's MDP: the action is the next latents."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         *,
         model: ModelSource = "emoji",
         reward: str | Reward | Mapping[str, float] = "incompressibility",
-        prompts: PromptSource = "simple_animals",
+        prompts: PromptSource = None,
         num_steps: int = 20,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -140,7 +139,7 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
     |---|---|---|
     | `model` | `"emoji"` | a name, a diffusers folder, a Hub id, or a loaded `DiffusionModel` |
     | `reward` | `"incompressibility"` | a name, `{name: weight}`, a `Reward`, or `f(images, prompts, metadata)` |
-    | `prompts` | `"simple_animals"` | a name, a file, or a list of texts |
+    | `prompts` | the model's (`"simple_animals"`) | a name, a file, or a list of texts |
     | `num_steps` | `20` | actions per episode |
     | `device` | `"cpu"` | where the model runs |
     | `dtype` | `"float32"` | precision of latents and frozen denoiser |
@@ -158,7 +157,7 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
         *,
         model: ModelSource = "emoji",
         reward: str | Reward | Mapping[str, float] = "incompressibility",
-        prompts: str | os.PathLike[str] | Sequence[str] = "simple_animals",
+        prompts: PromptSource = None,
         num_steps: int = 20,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,

@@ -43,7 +43,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         *,
         model: ModelSource = "emoji",
         reward: str | Reward | Mapping[str, float] = "incompressibility",
-        prompts: PromptSource = "simple_animals",
+        prompts: PromptSource = None,
         max_steps: int = 28,
         guidance_scale: float | None = None,
         t_min: float | None = None,
@@ -310,7 +310,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     |---|---|---|
     | `model` | `"emoji"` | a name, a diffusers folder, a Hub id, or a loaded `DiffusionModel` |
     | `reward` | `"incompressibility"` | as in `DenoisingMDP-v0`; or `"reference_distance"` (−MSE to many steps) |
-    | `prompts` | `"simple_animals"` | a name, a file, or a list of texts |
+    | `prompts` | the model's (`"simple_animals"`) | a name, a file, or a list of texts |
     | `max_steps` | `28` | the most actions of an episode |
     | `guidance_scale` | the model's | classifier-free guidance of the frozen denoiser |
     | `t_min` | 0.1; flow 0.01 | the noise ratio τ below which an episode ends |
@@ -336,7 +336,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
         *,
         model: ModelSource = "emoji",
         reward: str | Reward | Mapping[str, float] = "incompressibility",
-        prompts: PromptSource = "simple_animals",
+        prompts: PromptSource = None,
         max_steps: int = 28,
         guidance_scale: float | None = None,
         t_min: float | None = None,

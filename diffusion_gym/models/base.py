@@ -27,8 +27,11 @@ _NEGATIVE = "negative_"
 _DECODED_PIXELS_PER_CHUNK = 8 * 512 * 512
 _CACHED_PROMPT_SETS = 4
 
-_PACKAGED = {"emoji": 4.0}
-_FAMILIES = {"StableDiffusionPipeline": "stable_diffusion:StableDiffusionModel"}
+_PACKAGED = {"emoji": 4.0, "mixture": 1.0}
+_FAMILIES = {
+    "MixturePipeline": "mixture:MixtureModel",
+    "StableDiffusionPipeline": "stable_diffusion:StableDiffusionModel",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,7 @@ class DiffusionModel(ABC):
         time_embedding_size: E, the length of the denoiser's time embedding.
         denoiser_folder: The denoiser's subfolder in the diffusers layout.
         lora_targets: Names of the layers that LoRA adapts unless told otherwise.
+        default_prompts: The prompts of environments that name none: a prompt set's name, or texts.
     """
 
     revision: str | None = None
@@ -84,6 +88,7 @@ class DiffusionModel(ABC):
     default_guidance_scale: float
     denoiser_folder: str
     lora_targets: tuple[str, ...]
+    default_prompts: str | tuple[str, ...] = "simple_animals"
 
     def __init__(
         self, source: str, path: Path, *, device: torch.device, dtype: torch.dtype, default_guidance_scale: float
@@ -279,8 +284,9 @@ def load_model(
     """Return a diffusion model; its networks load when they are first needed.
 
     Args:
-        source: "emoji" (comes with the package: 64×64 emoji, works offline), a folder in diffusers' layout, or a Hub
-            id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from `model_index.json`.
+        source: "emoji" or "mixture" (both come with the package and work offline: 64×64 emoji, and a Gaussian mixture
+            of which everything is known), a folder in diffusers' layout, or a Hub id such as
+            "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from `model_index.json`.
         device: A torch device.
         dtype: The frozen denoiser's precision.
         image_size: Height and width in pixels; None: what the model was trained on.

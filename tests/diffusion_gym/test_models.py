@@ -195,7 +195,9 @@ def test_device_that_is_not_there_is_named(device):
 
 
 def test_models_that_do_not_exist_are_named_with_what_is_allowed(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"unknown model 'emojy': allowed are 'emoji'. Did you mean 'emoji'\?"):
+    with pytest.raises(
+        FileNotFoundError, match=r"unknown model 'emojy': allowed are 'emoji', 'mixture'. Did you mean 'emoji'\?"
+    ):
         load_model("emojy")
     with pytest.raises(FileNotFoundError, match="no folder 'nobody/nothing' here, and the Hugging Face Hub did not"):
         load_model("nobody/nothing")

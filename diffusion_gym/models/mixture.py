@@ -1,0 +1,257 @@
+"""A Gaussian mixture as a diffusion model: all of it is known in closed form, and a step takes microseconds."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..naming import unknown_name
+from ..schedules import DiscreteVPSchedule, as_float
+from .base import Conditioning, DiffusionModel
+
+ANYTHING = "anything"
+
+_LORA_FILE = "pytorch_lora_weights.safetensors"
+_FREQUENCIES = 8
+_IMAGE_CHANNELS = 3
+
+
+class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """ε̂ of a Gaussian mixture, exactly, plus a small network whose last layer starts at zero: what is trained.
+
+        p(x_0) = Σ_k w_k·N(m_k, s_k²·I)    p(x_t) = Σ_k w_k·N(α·m_k, v_k·I),  v_k = α²·s_k² + σ²
+        E[x_0|x_t] = Σ_k p(k|x_t)·(m_k + α·s_k²/v_k·(x_t − α·m_k))    ε̂ = (x_t − α·E[x_0|x_t])/σ
+
+    Args:
+        means: [K, d] the components' means m_k.
+        stds: [K] their standard deviations s_k.
+        weights: [K] their weights w_k, which need not sum to 1.
+        width: The hidden layers' width.
+    """
+
+    centres: Tensor
+    variances: Tensor
+    log_weights: Tensor
+
+    @register_to_config
+    def __init__(
+        self, means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float], width: int = 64
+    ) -> None:
+        super().__init__()
+        self.register_buffer("centres", torch.tensor(means, dtype=torch.float32), persistent=False)
+        self.register_buffer("variances", torch.tensor(stds, dtype=torch.float32).square(), persistent=False)
+        self.register_buffer("log_weights", torch.tensor(weights, dtype=torch.float32).log(), persistent=False)
+        components, dimension = self.centres.shape
+        self.first = nn.Linear(dimension + 2 * _FREQUENCIES + components, width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, dimension)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def log_joint(self, x: Tensor, alpha: Tensor, sigma: Tensor, present: Tensor) -> Tensor:
+        """Return log w_k·N(x_t; α·m_k, v_k·I) of every component, [B, K]; −∞ of those that are not there.
+
+        Args:
+            x: [B, d] x_t.
+            alpha: [B].
+            sigma: [B].
+            present: [B, K] 1 for the components that the prompt names, else 0.
+        """
+        weights = (as_float(self.log_weights) + as_float(present).log()).log_softmax(-1)
+        variance = alpha[:, None].square() * as_float(self.variances) + sigma[:, None].square()
+        away = (x[:, None] - alpha[:, None, None] * as_float(self.centres)).square().sum(-1)
+        return weights - away / (2 * variance) - x.shape[1] / 2 * torch.log(2 * math.pi * variance)
+
+    def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, present: Tensor) -> Tensor:
+        """Return E[x_0|x_t], [B, d]; the arguments are those of `log_joint`."""
+        responsibility = self.log_joint(x, alpha, sigma, present).softmax(-1)
+        means, variances = as_float(self.centres), as_float(self.variances)
+        gain = alpha[:, None] * variances / (alpha[:, None].square() * variances + sigma[:, None].square())
+        x0 = means + gain[..., None] * (x[:, None] - alpha[:, None, None] * means)
+        return (responsibility[..., None] * x0).sum(1)
+
+    def forward(
+        self, latents: Tensor, alpha: Tensor, sigma: Tensor, present: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Return ε̂ [B, d], the two hidden layers [B, width] each, and the time's embedding [B, 2·8].
+
+        The arguments are those of `log_joint`.
+        """
+        x = as_float(latents)
+        exact = (x - alpha[:, None] * self.posterior_mean(x, alpha, sigma, present)) / sigma[:, None]
+        angles = torch.log(sigma / alpha)[:, None] * (2.0 ** torch.arange(_FREQUENCIES, device=x.device) / 8)
+        embedding = torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype)
+        inputs = torch.cat([x, embedding, present], -1).to(self.first.weight.dtype)
+        first = F.silu(self.first(inputs))
+        second = F.silu(self.second(first))
+        return exact + self.last(second), (first, second), embedding
+
+
+class MixtureModel(DiffusionModel):
+    """A Gaussian mixture in R^d as a text-to-image model: `load_model("mixture")`, or a folder of `write_mixture`.
+
+    Prompts name the components that a sample may come from: "north", "north and south", or "anything" for all of them
+    (as the empty text does). "mixture" itself has eight, on a circle of radius 2 in the plane, with standard deviation
+    0.25. The process is DDPM's (1,000 linear steps, ᾱ_T = 4·10⁻⁵).
+
+    An "image" holds the sample's coordinates, x ↦ 0.5 + x/(2·extent), as colours of [3, 1, ⌈d/3⌉] pixels: `positions`
+    is the way back. Coordinates beyond ±extent are cut off, which no sample near the mixture has.
+
+    Raises:
+        ValueError: `image_size` is given and is not 1.
+    """
+
+    default_guidance_scale = 1.0
+    denoiser_folder = "denoiser"
+    lora_targets = ("first", "second", "last")
+    prediction_type = "epsilon"
+
+    def __init__(
+        self,
+        source: str,
+        path: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        image_size: int | None,
+        default_guidance_scale: float,
+    ) -> None:
+        super().__init__(source, path, device=device, dtype=dtype, default_guidance_scale=default_guidance_scale)
+        config = json.loads((path / self.denoiser_folder / "config.json").read_text())
+        self.names: tuple[str, ...] = tuple(json.loads((path / "model_index.json").read_text())["names"])
+        self.dimension = len(config["means"][0])
+        self.extent = max(abs(value) for row in config["means"] for value in row) + 8 * max(config["stds"])
+        self.latent_shape = (self.dimension, 1, 1)
+        self.image_shape = (_IMAGE_CHANNELS, 1, math.ceil(self.dimension / _IMAGE_CHANNELS))
+        self.feature_shape = (2 * config["width"], 1, 1)
+        self.time_embedding_size = 2 * _FREQUENCIES
+        self.default_prompts = (ANYTHING, *self.names)
+        if image_size not in (None, self.image_shape[1]):
+            raise ValueError(f"a mixture's images are 1 pixel high, got image_size={image_size}")
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        self.schedule = DiscreteVPSchedule((1 - betas).cumprod(0), spacing="trailing", ends_clean=True)
+
+    @cached_property
+    def denoiser(self) -> MixtureDenoiser:
+        """The frozen denoiser: exact."""
+        denoiser = MixtureDenoiser.from_pretrained(self.path, subfolder=self.denoiser_folder)
+        return nn.Module.to(denoiser, self.device, self.dtype).eval().requires_grad_(False)
+
+    # ------------------------------------------------------------------ what is known of it
+    def log_prob(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return log p_t(x_t | prompt), [B], with gradients: its gradient is the score −ε̂/σ.
+
+        Args:
+            latents: [B, d, 1, 1] x_t.
+            t: [B] the times; −1 is the clean end.
+            conditioning: What `encode_prompts` returns, [B, ...] each.
+        """
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return self.denoiser.log_joint(
+            as_float(latents).flatten(1), alpha, sigma, conditioning["prompt_embeds"][:, 0]
+        ).logsumexp(-1)
+
+    def draw(self, conditioning: Conditioning, generator: torch.Generator | None = None) -> Tensor:
+        """Return x_0 [B, d, 1, 1] from the mixture itself, one for each row of the conditioning."""
+        weights = conditioning["prompt_embeds"][:, 0] * as_float(self.denoiser.log_weights).exp()
+        component = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        noise = torch.randn(len(component), self.dimension, generator=generator, device=self.device)
+        spread = as_float(self.denoiser.variances).sqrt()[component, None]
+        return (as_float(self.denoiser.centres)[component] + spread * noise)[:, :, None, None]
+
+    def positions(self, images: Tensor) -> Tensor:
+        """Return the coordinates [B, d] that images [B, 3, 1, ⌈d/3⌉] stand for: what rewards are functions of."""
+        return (images.flatten(1)[:, : self.dimension] - 0.5) * 2 * self.extent
+
+    # ------------------------------------------------------------------ the contract
+    def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        rows = []
+        for prompt in prompts:
+            named = self.names if prompt in (ANYTHING, "") else prompt.split(" and ")
+            for name in named:
+                if name not in self.names:
+                    raise ValueError(
+                        unknown_name("component", name, (ANYTHING, *self.names)) + f" The prompt is {prompt!r}; "
+                        'several are joined by " and ".'
+                    )
+            rows.append([float(name in named) for name in self.names])
+        return {"prompt_embeds": torch.tensor(rows, device=self.device)[:, None]}
+
+    def _model_features(
+        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        output, hidden, embedding = network(latents.flatten(1), alpha, sigma, conditioning["prompt_embeds"][:, 0])
+        return output.reshape(latents.shape), torch.cat(hidden, 1)[:, :, None, None], embedding
+
+    def _model_output(self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._model_features(network, latents, t, conditioning)[0]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        pixels = (0.5 + latents.flatten(1) / (2 * self.extent)).clamp(0, 1)
+        size = math.prod(self.image_shape)
+        return F.pad(pixels, (0, size - self.dimension), value=0.5).reshape(-1, *self.image_shape)
+
+    def encode(self, images: Tensor) -> Tensor:  # noqa: D102
+        return self.positions(images)[:, :, None, None]
+
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+        save_file(get_peft_model_state_dict(denoiser), folder / _LORA_FILE)
+
+    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+        set_peft_model_state_dict(denoiser, load_file(folder / _LORA_FILE))
+
+
+def write_mixture(
+    folder: str | os.PathLike[str],
+    means: Sequence[Sequence[float]],
+    *,
+    stds: Sequence[float],
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    width: int = 64,
+    seed: int = 0,
+) -> Path:
+    """Write a mixture as a folder that `load_model` and `gym.make(model=…)` open; return the folder.
+
+    Args:
+        folder: Where to write.
+        means: [K][d] the components' means.
+        stds: [K] their standard deviations, positive.
+        names: [K] what prompts call them; not "anything", without " and ".
+        weights: [K] their weights, positive; None: all the same.
+        width: The hidden layers' width of the network that is trained.
+        seed: Of that network's first weights; its last layer is zero.
+
+    Raises:
+        ValueError: the lists do not fit each other, or a value is out of its range.
+    """
+    weights = [1.0] * len(means) if weights is None else list(weights)
+    if not means or not len(means) == len(stds) == len(names) == len(weights) or len({len(row) for row in means}) != 1:
+        raise ValueError(
+            "means must be K rows of one length, and stds, names and weights K each; got "
+            f"{[len(row) for row in means]}, {len(stds)}, {len(names)} and {len(weights)}"
+        )
+    if min(stds) <= 0 or min(weights) <= 0:
+        raise ValueError(f"stds and weights must be positive, got {list(stds)} and {weights}")
+    if len(set(names)) != len(names) or any(name in (ANYTHING, "") or " and " in name for name in names):
+        raise ValueError(f'names must differ, not be "{ANYTHING}", and not contain " and "; got {list(names)}')
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser = MixtureDenoiser([list(map(float, row)) for row in means], list(stds), weights, width)
+    denoiser.save_pretrained(folder / MixtureModel.denoiser_folder)
+    index = {"_class_name": "MixturePipeline", "names": list(names)}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
