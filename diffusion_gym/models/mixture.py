@@ -3,13 +3,14 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -17,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..naming import unknown_name
-from ..schedules import DiscreteVPSchedule, as_float
+from ..schedules import as_float
 from .base import Conditioning, DiffusionModel
+from .schedulers import discrete_schedule
 
 ANYTHING = "anything"
 
 _LORA_FILE = "pytorch_lora_weights.safetensors"
+_DDPM = {"beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing", "clip_sample": False}
 _FREQUENCIES = 8
 _IMAGE_CHANNELS = 3
 
@@ -139,8 +142,7 @@ class MixtureModel(DiffusionModel):
         self.default_prompts = (ANYTHING, *self.names)
         if image_size not in (None, self.image_shape[1]):
             raise ValueError(f"a mixture's images are 1 pixel high, got image_size={image_size}")
-        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-        self.schedule = DiscreteVPSchedule((1 - betas).cumprod(0), spacing="trailing", ends_clean=True)
+        self.schedule = discrete_schedule(path / "scheduler")
 
     @cached_property
     def denoiser(self) -> MixtureDenoiser:
@@ -220,6 +222,7 @@ def write_mixture(
     stds: Sequence[float],
     names: Sequence[str],
     weights: Sequence[float] | None = None,
+    scheduler: Mapping[str, Any] = _DDPM,
     width: int = 64,
     seed: int = 0,
 ) -> Path:
@@ -231,6 +234,9 @@ def write_mixture(
         stds: [K] their standard deviations, positive.
         names: [K] what prompts call them; not "anything", without " and ".
         weights: [K] their weights, positive; None: all the same.
+        scheduler: The process, in the words of diffusers' `DDIMScheduler`. With `set_alpha_to_one` (its default) the
+            last step goes to the clean end: no density, so no policy gradient reaches it. `trained_betas` makes any
+            process.
         width: The hidden layers' width of the network that is trained.
         seed: Of that network's first weights; its last layer is zero.
 
@@ -252,6 +258,7 @@ def write_mixture(
         torch.manual_seed(seed)
         denoiser = MixtureDenoiser([list(map(float, row)) for row in means], list(stds), weights, width)
     denoiser.save_pretrained(folder / MixtureModel.denoiser_folder)
+    DDIMScheduler(**scheduler).save_pretrained(folder / "scheduler")
     index = {"_class_name": "MixturePipeline", "names": list(names)}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder

@@ -204,7 +204,5 @@ def test_models_that_do_not_exist_are_named_with_what_is_allowed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"it has no model_index\.json"):
         load_model(tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AudioLDMPipeline"}))
-    with pytest.raises(
-        ValueError, match="unknown model family 'AudioLDMPipeline': allowed are 'MixturePipeline', "
-    ):
+    with pytest.raises(ValueError, match="unknown model family 'AudioLDMPipeline': allowed are 'MixturePipeline', "):
         load_model(tmp_path)
