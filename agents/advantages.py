@@ -2,10 +2,14 @@
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+GroupBaseline = Literal["leave_one_out", "group_mean"]
+AdvantageScale = Literal["none", "rollout", "group"]
 
 
 def normalise(rewards: Tensor, *, epsilon: float = 1e-6) -> Tensor:
@@ -16,21 +20,45 @@ def normalise(rewards: Tensor, *, epsilon: float = 1e-6) -> Tensor:
     return (rewards - rewards.mean()) / (rewards.std(correction=0) + epsilon)
 
 
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """Return A_ik = r_ik − mean of the group's other rewards, [P, K]; every group's advantages sum to 0.
+def group_advantages(
+    rewards: Tensor, *, baseline: GroupBaseline = "leave_one_out", scale: AdvantageScale = "none"
+) -> Tensor:
+    """Return how much better each sample is than its group, [P, K]; every group's advantages sum to 0.
 
-    Source: Ahmadian et al., 2024, "Back to Basics", eq. 8, https://arxiv.org/abs/2402.14740.
+        "leave_one_out": A_ik = r_ik − mean of the group's other rewards (RLOO: the policy gradient, unbiased)
+        "group_mean":    A_ik = r_ik − mean of the group (GRPO: (K − 1)/K of the above)
+
+    divided by nothing ("none"), by the standard deviation of all advantages ("rollout"), or by that of the group's
+    rewards ("group": GRPO), which weighs every group alike, the ones whose rewards hardly differ too.
+
+    Source: Ahmadian et al., 2024, "Back to Basics", eq. 8, https://arxiv.org/abs/2402.14740; Shao et al., 2024
+    (GRPO), section 4.1, https://arxiv.org/abs/2402.03300; Liu et al., 2025 (Flow-GRPO),
+    https://arxiv.org/abs/2505.05470.
+
+    Note:
+        Flow-GRPO adds 1e-4 to the group's standard deviation. Here it is 1e-4 of that over all groups, so that a
+        reward's unit does not matter, and a group of equal rewards has advantages of 0.
 
     Args:
         rewards: [P, K] of K ≥ 2 samples of each of P prompts.
+        baseline: What a sample is compared with.
+        scale: What the difference is divided by.
 
     Raises:
         ValueError: there are no groups of at least 2.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"leave_one_out needs rewards [P, K] with K of at least 2, got {list(rewards.shape)}")
+        raise ValueError(f"group_advantages needs rewards [P, K] with K of at least 2, got {list(rewards.shape)}")
     size = rewards.shape[1]
-    return (rewards - rewards.mean(1, keepdim=True)) * (size / (size - 1))
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if baseline == "leave_one_out":
+        advantages = advantages * (size / (size - 1))
+    if scale == "none":
+        return advantages
+    overall = advantages.std(correction=0)
+    if scale == "rollout":
+        return advantages / (overall + 1e-8)
+    return advantages / (rewards.std(1, correction=0, keepdim=True) + 1e-4 * overall + 1e-12)
 
 
 class PerPromptStats:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion_gym.transitions import Reduction
 
-from .advantages import leave_one_out
+from .advantages import AdvantageScale, GroupBaseline, group_advantages
 from .algorithm import ENV_STREAM, Algorithm, Metrics, Schedule
 from .losses import approximate_kl, clipped_surrogate_coefficients, clipped_surrogate_loss
 from .policies import Policy
@@ -38,6 +38,9 @@ class RLOO(Algorithm):
     A trajectory's gradient takes two passes over its steps: one without gradients for ρ, one that goes back step by
     step with the coefficient that ρ gives. Memory is that of `micro_batch_size` transitions, however long it is.
 
+    GRPO, as Flow-GRPO uses it, is a setting: baseline="group_mean", advantage_scale="group", ratio="step",
+    clip_range=1e-4, kl_coefficient=0.04, reference=a copy of the untrained policy.
+
     Whole groups are launched together and run to their ends. Ended lanes therefore must wait: the environment is to be
     made with autoreset_mode "DISABLED". (Learning from the first episodes to end would teach short episodes.)
 
@@ -58,8 +61,9 @@ class RLOO(Algorithm):
         ratio: "trajectory" or "step"; None: "step" where the action is the next latents, else "trajectory".
         clip_range: c; None: 0.2 for trajectories (TPDM), 1e-4 for steps.
         micro_batch_size: Transitions per forward and backward pass; None: `env.num_envs`.
-        normalise_advantages: Divide the advantages by their standard deviation over the rollout. The published codes
-            do not; Adam makes up for most of a reward's scale.
+        baseline: "leave_one_out", or GRPO's "group_mean" (see `agents.advantages.group_advantages`).
+        advantage_scale: Divide the advantages by "none", by their standard deviation over the "rollout", or by that of
+            each "group" (GRPO). The published RLOO codes do not; Adam makes up for most of a reward's scale.
         log_prob_reduction: Over an action's dimensions. None: "mean" where the action is the next latents and `ratio`
             is "step", as the published codes do; else "sum".
         kl_coefficient: The weight of Σ_t KL(π ‖ reference); 0: none (TPDM's launch script).
@@ -96,7 +100,8 @@ class RLOO(Algorithm):
         ratio: Ratio | None = None,
         clip_range: float | None = None,
         micro_batch_size: int | None = None,
-        normalise_advantages: bool = False,
+        baseline: GroupBaseline = "leave_one_out",
+        advantage_scale: AdvantageScale = "none",
         log_prob_reduction: Reduction | None = None,
         kl_coefficient: float = 0.0,
         kl_place: KLPlace = "loss",
@@ -139,7 +144,8 @@ class RLOO(Algorithm):
         self.n_epochs = n_epochs
         self.clip_range = _DEFAULT_CLIP[self.ratio] if clip_range is None else clip_range
         self.micro_batch_size = env.num_envs if micro_batch_size is None else micro_batch_size
-        self.normalise_advantages = normalise_advantages
+        self.baseline: GroupBaseline = baseline
+        self.advantage_scale: AdvantageScale = advantage_scale
         self.kl_coefficient = kl_coefficient
         self.kl_place: KLPlace = kl_place
         self.reference = reference
@@ -170,8 +176,9 @@ class RLOO(Algorithm):
                 "clip_range must be positive and kl_coefficient at least 0, "
                 f"got {self.clip_range} and {self.kl_coefficient}"
             )
-        if self.kl_place not in get_args(KLPlace):
-            raise ValueError(f"kl_place must be one of {get_args(KLPlace)}, got {self.kl_place!r}")
+        for name, allowed in (("kl_place", KLPlace), ("baseline", GroupBaseline), ("advantage_scale", AdvantageScale)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
         if self.kl_coefficient and self.reference is None:
             raise ValueError("kl_coefficient needs a policy to stay near to: give reference")
 
@@ -195,8 +202,8 @@ class RLOO(Algorithm):
 
     def _advantages(self, returns: Tensor) -> Tensor:
         """Return the advantage of each episode, [B]."""
-        advantages = leave_one_out(returns.reshape(-1, self.group_size)).flatten()
-        return advantages / (advantages.std() + 1e-8) if self.normalise_advantages else advantages
+        groups = returns.reshape(-1, self.group_size)
+        return group_advantages(groups, baseline=self.baseline, scale=self.advantage_scale).flatten()
 
     # ------------------------------------------------------------------ updates
     def train(self, rollout: Rollout) -> Metrics:
@@ -301,7 +308,8 @@ class RLOO(Algorithm):
             "ratio": self.ratio,
             "clip_range": self.clip_range,
             "micro_batch_size": self.micro_batch_size,
-            "normalise_advantages": self.normalise_advantages,
+            "baseline": self.baseline,
+            "advantage_scale": self.advantage_scale,
             "log_prob_reduction": self.log_prob_reduction,
             "kl_coefficient": self.kl_coefficient,
             "kl_place": self.kl_place,

@@ -44,7 +44,7 @@ def test_a_time_predictor_beats_every_fixed_grid_on_the_mixture():
     env = make_env(256, step_cost="linear", step_cost_weight=1e-6)
     policy = TimePredictor(env.single_observation_space, initial_ratio=0.58, initial_concentration=20.0, seed=0)
     algorithm = RLOO(
-        policy, env, group_size=8, learning_rate=3e-3, n_epochs=2, num_starts=512, normalise_advantages=True, seed=0
+        policy, env, group_size=8, learning_rate=3e-3, n_epochs=2, num_starts=512, advantage_scale="rollout", seed=0
     )
     held_out = {"seeds": range(512), "prompts": ["anything"] * 512, "deterministic": True}
     judge = make_env(512)

@@ -8,7 +8,7 @@ from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOSF, RLOO, ContextFreeSchedule, DenoisingPolicy, FixedSchedule, TimePredictor, collect
-from agents.advantages import leave_one_out
+from agents.advantages import group_advantages
 from agents.losses import clipped_surrogate_coefficients, clipped_surrogate_loss
 from diffusion_gym.models import load_model
 from tests.tiny import make_tiny_stable_diffusion
@@ -76,11 +76,24 @@ def gradients_of(learner, rollout, monkeypatch):
 def test_leave_one_out_compares_each_sample_with_the_others():
     rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
     expected = [[1 - 4, 2 - 3.5, 6 - 1.5], [-1.5, -1.5, 3.0]]
-    torch.testing.assert_close(leave_one_out(rewards), torch.tensor(expected))
-    torch.testing.assert_close(leave_one_out(torch.randn(5, 7)).sum(1), torch.zeros(5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(group_advantages(rewards), torch.tensor(expected))
+    torch.testing.assert_close(group_advantages(torch.randn(5, 7)).sum(1), torch.zeros(5), rtol=0, atol=1e-5)
     for wrong in (torch.ones(3), torch.ones(3, 1)):
         with pytest.raises(ValueError, match="K of at least 2"):
-            leave_one_out(wrong)
+            group_advantages(wrong)
+
+
+def test_group_relative_advantages_are_grpos():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0], [0.7, 0.7, 0.7]])
+    centred = rewards - rewards.mean(1, keepdim=True)
+    torch.testing.assert_close(group_advantages(rewards, baseline="group_mean"), centred)
+    grpo = group_advantages(rewards, baseline="group_mean", scale="group")
+    expected = (rewards.numpy() - rewards.numpy().mean(1, keepdims=True))[:2] / rewards.numpy()[:2].std(1)[:, None]
+    np.testing.assert_allclose(grpo[:2].numpy(), expected, rtol=1e-3)
+    assert grpo[2].abs().max() < 1e-3
+    scaled = group_advantages(1e-6 * rewards, baseline="group_mean", scale="group")
+    torch.testing.assert_close(scaled, grpo, rtol=1e-3, atol=1e-3)
+    assert float(group_advantages(rewards, scale="rollout").std(correction=0)) == pytest.approx(1, rel=1e-5)
 
 
 def test_coefficients_are_the_derivative_of_the_clipped_surrogate():
@@ -138,7 +151,7 @@ def test_two_pass_trajectory_gradient_is_that_of_the_whole_surrogate(
     steps, lanes = (torch.from_numpy(index) for index in np.nonzero(rollout.scored))
     log_probs = learner.policy.log_prob(rollout.observation(steps, lanes), rollout.action(steps, lanes), "sum")
     trajectory = torch.zeros(4).index_add(0, lanes, log_probs)
-    advantages = leave_one_out(rollout.returns.reshape(2, 2)).flatten()
+    advantages = group_advantages(rollout.returns.reshape(2, 2)).flatten()
     ratio = torch.exp(trajectory - rollout.log_probs.sum(0))
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
     assert ((ratio - 1).abs() > 1e-3).all()
@@ -168,7 +181,7 @@ def test_kl_to_the_reference_is_exact(time_env, latent_env, monkeypatch, kl_plac
     returns = rollout.returns
     if kl_place == "reward":
         returns = returns - 0.3 * torch.zeros(4).index_add(0, lanes, kl.detach())
-    advantages = leave_one_out(returns.reshape(2, 2)).flatten()
+    advantages = group_advantages(returns.reshape(2, 2)).flatten()
     loss = -(advantages[lanes] * log_prob).sum() / 4
     if kl_place == "loss":
         loss = loss + 0.3 * kl.sum() / 4
@@ -223,6 +236,8 @@ def test_own_resets_are_refused(tiny, time_env):
         ({"clip_range": 0.0}, "clip_range must be positive"),
         ({"kl_coefficient": 0.1}, "give reference"),
         ({"kl_place": "both"}, "kl_place must be one of .*got 'both'"),
+        ({"baseline": "value"}, "baseline must be one of .*got 'value'"),
+        ({"advantage_scale": None}, "advantage_scale must be one of .*got None"),
         ({"num_starts": 0}, "num_starts must be None or at least 1, got 0"),
     ],
 )
