@@ -3,18 +3,22 @@
 from .ddpo import DDPOIS, DDPOSF
 from .evaluation import Evaluation, evaluate
 from .policies import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Policy, TimePredictor
+from .replay import Replay
 from .rloo import RLOO
 from .rollouts import Rollout, collect
+from .rwr import RWR
 
 __all__ = [
     "DDPOIS",
     "DDPOSF",
     "RLOO",
+    "RWR",
     "ContextFreeSchedule",
     "DenoisingPolicy",
     "Evaluation",
     "FixedSchedule",
     "Policy",
+    "Replay",
     "Rollout",
     "TimePredictor",
     "collect",

@@ -60,6 +60,10 @@ class NoiseSchedule(ABC):
     def time_of(self, noise_ratio: Tensor) -> Tensor:
         """Return the time of each noise ratio, the inverse of `noise_ratio`; the clean end's for 0."""
 
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """Return times for training a denoiser, of numbers that are uniform in [0, 1): uniform over the process."""
+        return self.clean + (self.max_time - self.clean) * (1 - as_float(uniform))
+
     @abstractmethod
     def timesteps(self, num_steps: int) -> Tensor:
         """Return the `num_steps + 1` times that a sampler visits, from noise to image: float64, on the CPU.
@@ -153,6 +157,10 @@ class DiscreteVPSchedule(NoiseSchedule):
         inside = (log_alpha - log_lower) / (log_upper - log_lower)
         weight = torch.where(log_upper.isinf(), -torch.expm1(log_alpha - log_lower), inside)
         return lower - 1 + weight.clamp(0, 1)
+
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """Return indices 0 … T−1, each as probable as any other, of numbers that are uniform in [0, 1)."""
+        return (as_float(uniform) * self.num_train_timesteps).floor()
 
     def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
         total = self.num_train_timesteps

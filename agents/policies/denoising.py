@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion_gym.models.base import Conditioning, DiffusionModel, load_model
+from diffusion_gym.predictions import broadcast_to
 from diffusion_gym.transitions import GaussianTransition, ddim_scales, ddim_transition
 
 from .base import Observation, Policy, read_config, write_config
@@ -127,6 +128,27 @@ class DenoisingPolicy(Policy):
                 denoiser=self.denoiser,
             )
         return ddim_transition(prediction.x0, prediction.epsilon, schedule=self.model.schedule, t=t, s=s, eta=self.eta)
+
+    def denoising_error(self, clean: Tensor, t: Tensor, noise: Tensor, constants: Observation) -> Tensor:
+        """Return the mean squared error of ε̂ at noised clean latents, [B], with gradients: what regression minimises.
+
+        Args:
+            clean: [B, C, H, W] x_0.
+            t: [B] the times.
+            noise: [B, C, H, W] ε.
+            constants: [B, ...] what is observed of the prompts: embeddings, or their indices.
+        """
+        schedule = self.model.schedule
+        alpha, sigma = (broadcast_to(level(t), clean) for level in (schedule.alpha, schedule.sigma))
+        with self._autocast():
+            prediction = self.model.denoise(
+                alpha * clean + sigma * noise,
+                t,
+                self._conditioning(constants),
+                guidance_scale=self.guidance_scale if self.train_cfg else 1.0,
+                denoiser=self.denoiser,
+            )
+        return (prediction.epsilon - noise).square().flatten(1).mean(1)
 
     def action_dtype(self, observation: Observation) -> torch.dtype:
         """Return the latents' precision."""

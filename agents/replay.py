@@ -1,0 +1,86 @@
+"""Finished images with their rewards: what algorithms learn from that need no trajectories."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_gym.models.base import DiffusionModel
+
+from .rollouts import Rollout
+
+METADATA_FILE = "metadata.jsonl"
+_CHUNK = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """N finished samples.
+
+    Args:
+        latents: [N, C, H, W] the clean latents x_0.
+        constants: [N, ...] each: what a policy observes of the prompts (embeddings, or their indices).
+        rewards: [N] float32.
+        prompts: [N] int64 on the host: equal numbers are equal prompts.
+    """
+
+    latents: Tensor
+    constants: Mapping[str, Tensor]
+    rewards: Tensor
+    prompts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    @classmethod
+    def from_rollout(cls, rollout: Rollout) -> "Replay":
+        """Return the ends of a rollout of the denoising MDP, whose last action is x_0."""
+        return cls(rollout.actions[-1].float(), rollout.constants, rollout.returns, rollout.prompt_id)
+
+    @classmethod
+    def from_folder(cls, folder: Path | str, model: DiffusionModel, *, negative_prompt: str = "") -> "Replay":
+        """Return images that lie in a folder, encoded by a model's autoencoder.
+
+        The folder is Hugging Face's `imagefolder`: a `metadata.jsonl` with a line for each image, here
+        `{"file_name": "0001.png", "prompt": "a cat", "reward": 2.31}`.
+
+        Args:
+            folder: The folder.
+            model: The model that is to learn from the images; they are resized to what it draws.
+            negative_prompt: What the guidance of the policy moves away from.
+
+        Raises:
+            FileNotFoundError: there is no `metadata.jsonl`, or an image is missing.
+            ValueError: a line lacks a key.
+        """
+        folder = Path(folder)
+        if not (folder / METADATA_FILE).is_file():
+            raise FileNotFoundError(f"{folder} has no {METADATA_FILE} with file_name, prompt and reward of each image")
+        lines = [json.loads(line) for line in (folder / METADATA_FILE).read_text().splitlines() if line.strip()]
+        for number, line in enumerate(lines, 1):
+            missing = {"file_name", "prompt", "reward"} - line.keys()
+            if missing:
+                raise ValueError(f"{folder / METADATA_FILE}, line {number}: no {sorted(missing)}")
+        _, height, width = model.image_shape
+        parts = []
+        for start in range(0, len(lines), _CHUNK):
+            pixels = []
+            for line in lines[start : start + _CHUNK]:
+                with Image.open(folder / line["file_name"]) as image:
+                    pixels.append(np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)))
+            images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
+            parts.append(model.encode(images.to(model.device)))
+        texts = sorted({line["prompt"] for line in lines})
+        index = torch.tensor([texts.index(line["prompt"]) for line in lines])
+        encoded = model.encode_prompts(texts, negative_prompt)
+        return cls(
+            latents=torch.cat(parts),
+            constants={key: value[index.to(model.device)] for key, value in encoded.items()},
+            rewards=torch.tensor([float(line["reward"]) for line in lines], device=model.device),
+            prompts=index.numpy(),
+        )

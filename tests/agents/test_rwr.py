@@ -1,0 +1,206 @@
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffusion_gym  # noqa: F401
+from agents import RWR, ContextFreeSchedule, DenoisingPolicy, Replay, collect, evaluate
+from agents.rwr import best_weights, effective_sample_size, softmax_weights
+from diffusion_gym.models import load_model
+from diffusion_gym.models.mixture import write_mixture
+from diffusion_gym.rewards import to_uint8
+from tests.tiny import make_tiny_stable_diffusion
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("line")
+    return load_model(write_mixture(folder, [[-1.0], [1.0]], stds=[0.3, 0.3], names=["left", "right"]))
+
+
+def make_env(model, num_envs=8, **arguments):
+    arguments = {"num_steps": 3, "reward": "brightness", **arguments}
+    return gym.make_vec("DenoisingMDP-v0", num_envs=num_envs, model=model, **arguments)
+
+
+# ---------------------------------------------------------------------- weights
+def test_softmax_weights_are_the_published_ones():
+    """jannerm/ddpo, array.py: softmax(β·r) times the number of samples, of all or of each prompt's."""
+    rewards = torch.tensor([1.0, 2.0, 4.0, 0.5])
+    expected = np.exp(0.2 * rewards.numpy())
+    np.testing.assert_allclose(
+        softmax_weights(rewards, inverse_temperature=0.2).numpy(), 4 * expected / expected.sum(), rtol=1e-5
+    )
+    grouped = softmax_weights(rewards, inverse_temperature=0.2, groups=np.array([7, 3, 7, 3]))
+    for rows in ([0, 2], [1, 3]):
+        np.testing.assert_allclose(grouped[rows].numpy(), 2 * expected[rows] / expected[rows].sum(), rtol=1e-5)
+
+
+def test_the_best_share_is_kept():
+    rewards = torch.arange(20.0)[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
+    weights = best_weights(rewards, share=0.1)
+    assert sorted(rewards[weights > 0].tolist()) == [18, 19]
+    assert best_weights(rewards, share=1.0).sum() == 20
+    assert best_weights(rewards[:3], share=0.1).sum() == 1
+    grouped = best_weights(torch.tensor([1.0, 2.0, 3.0, 4.0]), share=0.5, groups=np.array([0, 0, 1, 1]))
+    assert grouped.tolist() == [0, 1, 0, 1]
+
+
+def test_effective_sample_size():
+    assert float(effective_sample_size(torch.ones(7))) == pytest.approx(7)
+    assert float(effective_sample_size(torch.tensor([1.0, 0.0, 0.0]))) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------- updates
+def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch):
+    """Against the loss written out, with the same times and noises."""
+    env = make_env(tiny, num_envs=4)
+    policy = DenoisingPolicy(tiny, guidance_scale=2.0, seed=0)
+    learner = RWR(policy, env, n_epochs=1, micro_batch_size=3, inverse_temperature=0.7, seed=0)
+    rollout = collect(env, policy, seeds=[0])
+    drawn = []
+    original = policy.denoising_error
+
+    def remember(clean, t, noise, constants):
+        drawn.append((clean, t, noise, constants))
+        return original(clean, t, noise, constants)
+
+    monkeypatch.setattr(policy, "denoising_error", remember)
+    gradients = []
+    monkeypatch.setattr(
+        learner,
+        "_optimizer_step",
+        lambda: gradients.append([p.grad.clone() for p in policy.parameters()]) or drawn[0][1].sum(),
+    )
+    metrics = learner.train(rollout)
+    scores = (rollout.returns - rollout.returns.mean()) / rollout.returns.std(correction=0)
+    weights = 4 * torch.softmax(0.7 * scores, 0)
+    policy.zero_grad()
+    total = 0.0
+    ends = rollout.actions[-1]
+    for clean, t, noise, constants in drawn:
+        rows = [int((ends == one).flatten(1).all(1).nonzero()) for one in clean]
+        bar = tiny.schedule.alphas_cumprod[t.long()].float()[:, None, None, None]
+        noised = bar.sqrt() * clean + (1 - bar).sqrt() * noise
+        outputs = [
+            policy.denoiser(noised, t, encoder_hidden_states=constants[key]).sample
+            for key in ("negative_prompt_embeds", "prompt_embeds")
+        ]
+        guided = outputs[0] + 2.0 * (outputs[1] - outputs[0])
+        total = total + (weights[rows] * (guided - noise).square().mean((1, 2, 3))).sum() / 4
+    total.backward()
+    assert [len(clean) for clean, *_ in drawn] == [3, 1]
+    assert float(metrics["loss"]) == pytest.approx(float(total.detach()), rel=1e-4)
+    assert float(metrics["effective_sample_size"]) == pytest.approx(float(effective_sample_size(weights)), rel=1e-4)
+    largest = max(float(parameter.grad.abs().max()) for parameter in policy.parameters())
+    for ours, parameter in zip(gradients[0], policy.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("best_share", [None, 0.25])
+def test_it_regresses_to_the_tilted_mixture(line, best_share, monkeypatch):
+    """One round on 8,192 samples, against the tilted law (or the best quarter) of those samples themselves."""
+    env = make_env(
+        line, 1024, num_steps=30, reward=lambda images, *_: line.positions(images)[:, 0], prompts=["anything"]
+    )
+    policy = DenoisingPolicy(line, seed=0)
+    learner = RWR(
+        policy,
+        env,
+        learning_rate=3e-3,
+        samples_per_epoch=8192,
+        batch_size=512,
+        n_epochs=60,
+        normalise_rewards=False,
+        inverse_temperature=0.7,
+        best_share=best_share,
+        seed=0,
+    )
+    seen = []
+    fit = learner.fit
+    monkeypatch.setattr(learner, "fit", lambda replay: seen.append(replay.rewards) or fit(replay))
+    learner.learn(1, log_interval=0)
+    x = seen[0].double()
+    weights = best_weights(x, share=best_share) if best_share else torch.exp(0.7 * x)
+    expected_mean = float((weights * x).sum() / weights.sum())
+    expected_share = float((weights * (x > 0)).sum() / weights.sum())
+    after = evaluate(env, policy, seeds=range(4096), prompts=["anything"] * 4096)
+    assert float(x.mean()) == pytest.approx(0.0, abs=0.05)
+    assert expected_mean > 0.5
+    assert after.mean == pytest.approx(expected_mean, abs=0.12)
+    assert (after.rewards > 0).mean() == pytest.approx(expected_share, abs=0.05)
+
+
+# ---------------------------------------------------------------------- images on disk
+def test_it_learns_from_a_folder_of_images(tiny, tmp_path):
+    env = make_env(tiny, num_envs=4)
+    policy = DenoisingPolicy(tiny, seed=0)
+    rollout = collect(env, policy, seeds=[0], max_images=4)
+    texts = [env.unwrapped.prompts[index] for index in rollout.prompt_id]
+    lines = []
+    for k, pixels in enumerate(to_uint8(rollout.images).numpy()):
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+        lines.append({"file_name": f"{k}.png", "prompt": texts[k], "reward": float(rollout.returns[k])})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    replay = Replay.from_folder(tmp_path, tiny)
+    torch.testing.assert_close(replay.latents, tiny.encode(rollout.images), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(replay.rewards, rollout.returns)
+    for key, value in replay.constants.items():
+        torch.testing.assert_close(value, rollout.constants[key])
+    assert len(replay) == 4
+    learner = RWR(policy, env, n_epochs=2, learning_rate=1e-3, seed=0)
+    before = [parameter.clone() for parameter in policy.parameters()]
+    assert float(learner.fit(replay)["loss"]) > 0
+    assert any(not torch.equal(*pair) for pair in zip(before, policy.parameters(), strict=True))
+    with pytest.raises(FileNotFoundError, match=r"has no metadata\.jsonl"):
+        Replay.from_folder(tmp_path / "elsewhere", tiny)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "prompt": "a cat"}))
+    with pytest.raises(ValueError, match=r"line 1: no \['reward'\]"):
+        Replay.from_folder(tmp_path, tiny)
+
+
+# ---------------------------------------------------------------------- files and errors
+def test_an_interrupted_run_goes_on_bit_for_bit(line, tmp_path):
+    def make():
+        env = make_env(line, 16)
+        return RWR(DenoisingPolicy(line, seed=0), env, learning_rate=1e-2, batch_size=8, best_share=0.5, seed=3)
+
+    whole = make()
+    whole.learn(4 * 48)
+    half = make()
+    half.learn(2 * 48)
+    half.save(tmp_path / "run")
+    again = RWR.load(tmp_path / "run", make_env(line, 16))
+    again.learn(2 * 48, reset_num_timesteps=False)
+    for ours, theirs in zip(whole.policy.parameters(), again.policy.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(8\), got 3"),
+        ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
+        ({"inverse_temperature": 0.0}, r"inverse_temperature must be positive .* got 0\.0"),
+        ({"best_share": 1.5}, r"best_share None or in \(0, 1\], got .* 1\.5"),
+    ],
+)
+def test_wrong_arguments_are_named(line, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RWR(DenoisingPolicy(line), make_env(line), **arguments)
+
+
+def test_policies_and_environments_of_times_are_refused(line):
+    times = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model=line, autoreset_mode="DISABLED")
+    with pytest.raises(ValueError, match="the images of DenoisingMDP-v0"):
+        RWR(DenoisingPolicy(line), times)
+    with pytest.raises(TypeError, match="must be a DenoisingPolicy, got ContextFreeSchedule"):
+        RWR(ContextFreeSchedule([0.5] * 28), make_env(line))
