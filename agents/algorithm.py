@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -38,17 +38,62 @@ ENV_STREAM, _POLICY_STREAM, _UPDATE_STREAM = range(3)
 _LOGGED_IMAGES = 16
 
 
+class Options(TypedDict, total=False):
+    """The keywords that every algorithm takes; see `Algorithm`."""
+
+    learning_rate: float | Schedule
+    samples_per_epoch: int | None
+    batch_size: int | None
+    micro_batch_size: int | None
+    max_grad_norm: float | None
+    adam_beta1: float
+    adam_beta2: float
+    adam_weight_decay: float
+    adam_epsilon: float
+    use_8bit_adam: bool
+    tensorboard_log: str | None
+    verbose: int
+    seed: int | None
+
+
 class Algorithm(ABC):
     """A policy-gradient algorithm: collect whole episodes, update, log, repeat.
 
     Every random number of a run is a function of `seed` and the iteration, so a loaded run goes on exactly where it
     was saved.
 
+    Args:
+        policy: What is trained.
+        env: A torch vector environment.
+        log_prob_reduction: How log-probs are reduced over an action's dimensions.
+        n_epochs: Passes over a rollout.
+        own: A subclass's keywords that JSON can hold, for `save`; `load` gives them to the constructor again.
+        learning_rate: AdamW's, or a function of the remaining progress (1 … 0).
+        samples_per_epoch: Images per rollout, a multiple of `env.num_envs`; None: `env.num_envs`. (ddpo-pytorch:
+            `sample.batch_size` × `sample.num_batches_per_epoch`.)
+        batch_size: Images per optimizer step, a divisor of `samples_per_epoch`; None: all of them. (ddpo-pytorch:
+            `train.batch_size` × `train.gradient_accumulation_steps`.)
+        micro_batch_size: Transitions per forward and backward pass; None: `env.num_envs`. Only memory and speed
+            depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
+        max_grad_norm: The gradient is clipped to this norm; None: not at all.
+        adam_beta1: AdamW's β₁.
+        adam_beta2: AdamW's β₂.
+        adam_weight_decay: AdamW's weight decay.
+        adam_epsilon: AdamW's ε.
+        use_8bit_adam: bitsandbytes' 8-bit AdamW (needs a GPU and `pip install bitsandbytes`).
+        tensorboard_log: Folder for TensorBoard; None: no such log.
+        verbose: 1 prints the log's table.
+        seed: Of everything that is drawn in training; None: one is drawn.
+
     Attributes:
         num_timesteps: Environment steps so far, over all lanes.
         iteration: Rollouts learnt from so far.
         reward_queries: Images rewarded so far.
         logger: SB3's logger.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of its range, or the sizes do not divide each
+            other.
     """
 
     logger: Logger
@@ -58,31 +103,45 @@ class Algorithm(ABC):
         policy: Policy,
         env: VectorEnv,
         *,
-        learning_rate: float | Schedule,
-        samples_per_epoch: int | None,
         log_prob_reduction: Reduction,
-        adam_beta1: float,
-        adam_beta2: float,
-        adam_weight_decay: float,
-        adam_epsilon: float,
-        use_8bit_adam: bool,
-        max_grad_norm: float | None,
-        tensorboard_log: str | None,
-        verbose: int,
-        seed: int | None,
+        own: Mapping[str, Any],
+        n_epochs: int = 1,
+        learning_rate: float | Schedule = 1e-5,
+        samples_per_epoch: int | None = None,
+        batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        max_grad_norm: float | None = 1.0,
+        adam_beta1: float = 0.9,
+        adam_beta2: float = 0.999,
+        adam_weight_decay: float = 1e-4,
+        adam_epsilon: float = 1e-8,
+        use_8bit_adam: bool = False,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a Policy, such as DenoisingPolicy(env.unwrapped.model); got {policy!r}")
         if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
             raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
-        samples = env.num_envs if samples_per_epoch is None else samples_per_epoch
-        if samples < 1 or samples % env.num_envs:
+        self.samples_per_epoch = env.num_envs if samples_per_epoch is None else samples_per_epoch
+        self.batch_size = self.samples_per_epoch if batch_size is None else batch_size
+        self.micro_batch_size = env.num_envs if micro_batch_size is None else micro_batch_size
+        self.n_epochs = n_epochs
+        if self.samples_per_epoch < 1 or self.samples_per_epoch % env.num_envs:
             raise ValueError(
-                f"samples_per_epoch must be a multiple of the environment's num_envs ({env.num_envs}), got {samples}"
+                f"samples_per_epoch must be a multiple of the environment's num_envs ({env.num_envs}), "
+                f"got {self.samples_per_epoch}"
             )
+        if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
+            raise ValueError(
+                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}"
+            )
+        for name in ("micro_batch_size", "n_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self.policy = policy
         self.env = env
-        self.samples_per_epoch = samples
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.max_grad_norm = max_grad_norm
         self.tensorboard_log = tensorboard_log
@@ -93,6 +152,18 @@ class Algorithm(ABC):
         self._progress_remaining = 1.0
         self._learning_rate = learning_rate
         self._has_own_logger = False
+        self._hyperparameters = {
+            **own,
+            "samples_per_epoch": samples_per_epoch,
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "max_grad_norm": max_grad_norm,
+            "adam_beta1": adam_beta1,
+            "adam_beta2": adam_beta2,
+            "adam_weight_decay": adam_weight_decay,
+            "adam_epsilon": adam_epsilon,
+            "use_8bit_adam": use_8bit_adam,
+        }
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError(f"{type(policy).__name__} has nothing to train")
@@ -108,10 +179,6 @@ class Algorithm(ABC):
     @abstractmethod
     def train(self, rollout: Rollout) -> Metrics:
         """Update the policy from one rollout; return scalars to log, each a tensor on the device."""
-
-    @abstractmethod
-    def _hyperparameters(self) -> dict[str, Any]:
-        """Return the constructor's keywords that JSON can hold, for `save`."""
 
     def _extra_state(self) -> dict[str, Any]:
         """Return what else a resumed run needs, as JSON can hold it."""
@@ -220,7 +287,7 @@ class Algorithm(ABC):
             save_optimizer(self.optimizer, folder / _OPTIMIZER_FILE)
             state = {
                 "algorithm": type(self).__name__,
-                "hyperparameters": self._hyperparameters(),
+                "hyperparameters": self._hyperparameters,
                 "learning_rate": None if callable(self._learning_rate) else self._learning_rate,
                 "seed": self.seed,
                 "num_timesteps": self._timesteps_at_boundary,

@@ -4,101 +4,73 @@ Source: Black et al., 2023, "Training Diffusion Models with Reinforcement Learni
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, final
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
+from typing_extensions import Unpack
 
 from diffusion_gym.transitions import Reduction
 
 from .advantages import PerPromptStats, clip_advantages, normalise
-from .algorithm import Algorithm, Metrics, Schedule
+from .algorithm import Algorithm, Metrics, Options
 from .losses import approximate_kl, clipped_surrogate_loss, score_function_loss
 from .policies import Policy
 from .rollouts import Rollout
 
 
+class DDPOOptions(Options, total=False):
+    """The keywords that both estimators take; see `DDPOSF`."""
+
+    timestep_fraction: float
+    advantage_clip: float | None
+    center_advantages: bool
+    per_prompt_buffer_size: int | None
+    per_prompt_min_count: int
+    log_prob_reduction: Reduction
+
+
 class _DDPO(Algorithm):
     """What the two estimators share: advantages, minibatches of whole trajectories, accumulated gradients."""
-
-    n_epochs: int = 1
 
     def __init__(
         self,
         policy: Policy,
         env: VectorEnv,
         *,
-        learning_rate: float | Schedule = 1e-5,
-        samples_per_epoch: int | None = 256,
-        batch_size: int | None = None,
-        micro_batch_size: int | None = None,
+        own: Mapping[str, Any],
+        n_epochs: int = 1,
         timestep_fraction: float = 1.0,
         advantage_clip: float | None = 5.0,
         center_advantages: bool = False,
         per_prompt_buffer_size: int | None = 16,
         per_prompt_min_count: int = 16,
         log_prob_reduction: Reduction = "mean",
-        max_grad_norm: float | None = 1.0,
-        adam_beta1: float = 0.9,
-        adam_beta2: float = 0.999,
-        adam_weight_decay: float = 1e-4,
-        adam_epsilon: float = 1e-8,
-        use_8bit_adam: bool = False,
-        tensorboard_log: str | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            samples_per_epoch=samples_per_epoch,
-            log_prob_reduction=log_prob_reduction,
-            adam_beta1=adam_beta1,
-            adam_beta2=adam_beta2,
-            adam_weight_decay=adam_weight_decay,
-            adam_epsilon=adam_epsilon,
-            use_8bit_adam=use_8bit_adam,
-            max_grad_norm=max_grad_norm,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            seed=seed,
-        )
-        self.batch_size = self.samples_per_epoch if batch_size is None else batch_size
-        if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
-            raise ValueError(
-                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}"
-            )
-        if not 0 < timestep_fraction <= 1:
-            raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
-        self.micro_batch_size = env.num_envs if micro_batch_size is None else micro_batch_size
-        self.timestep_fraction = timestep_fraction
-        if self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
-        self.advantage_clip = advantage_clip
-        self.center_advantages = center_advantages
-        self.per_prompt_stats = (
-            None if per_prompt_buffer_size is None else PerPromptStats(per_prompt_buffer_size, per_prompt_min_count)
-        )
-        self._saved_keywords: dict[str, Any] = {
-            "samples_per_epoch": samples_per_epoch,
-            "batch_size": batch_size,
-            "micro_batch_size": micro_batch_size,
+        shared = {
             "timestep_fraction": timestep_fraction,
             "advantage_clip": advantage_clip,
             "center_advantages": center_advantages,
             "per_prompt_buffer_size": per_prompt_buffer_size,
             "per_prompt_min_count": per_prompt_min_count,
             "log_prob_reduction": log_prob_reduction,
-            "max_grad_norm": max_grad_norm,
-            "adam_beta1": adam_beta1,
-            "adam_beta2": adam_beta2,
-            "adam_weight_decay": adam_weight_decay,
-            "adam_epsilon": adam_epsilon,
-            "use_8bit_adam": use_8bit_adam,
         }
+        options.setdefault("samples_per_epoch", 256)
+        super().__init__(
+            policy, env, log_prob_reduction=log_prob_reduction, n_epochs=n_epochs, own={**shared, **own}, **options
+        )
+        if not 0 < timestep_fraction <= 1:
+            raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
+        self.timestep_fraction = timestep_fraction
+        self.advantage_clip = advantage_clip
+        self.center_advantages = center_advantages
+        self.per_prompt_stats = (
+            None if per_prompt_buffer_size is None else PerPromptStats(per_prompt_buffer_size, per_prompt_min_count)
+        )
 
     @abstractmethod
     def _loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
@@ -174,9 +146,6 @@ class _DDPO(Algorithm):
     def _metrics(self, loss: Tensor, log_prob: Tensor, old_log_prob: Tensor) -> dict[str, Tensor]:
         return {"loss": loss, "approx_kl": approximate_kl(log_prob, old_log_prob).mean()}
 
-    def _hyperparameters(self) -> dict[str, Any]:
-        return dict(self._saved_keywords)
-
     def _extra_state(self) -> dict[str, Any]:
         return {} if self.per_prompt_stats is None else {"per_prompt_stats": self.per_prompt_stats.state_dict()}
 
@@ -194,16 +163,8 @@ class DDPOSF(_DDPO):
 
     Source: Black et al., 2023, eq. 4, https://arxiv.org/abs/2305.13301. No published code has it as its own loss.
 
-    Args:
-        policy: What is trained, usually a `DenoisingPolicy`.
-        env: A vector environment whose action is the next latents.
-        learning_rate: AdamW's, or a function of the remaining progress (1 … 0). Paper: 1e-5; with LoRA 3e-4.
-        samples_per_epoch: Images per rollout, a multiple of `env.num_envs`; None: `env.num_envs`. Paper: 256.
-            (ddpo-pytorch: `sample.batch_size` × `sample.num_batches_per_epoch`.)
-        batch_size: Trajectories per optimizer step, a divisor of `samples_per_epoch`; None: all of them. More than
-            one update per rollout makes the later ones off-policy, which this estimator does not correct.
-        micro_batch_size: Transitions per forward and backward pass; None: `env.num_envs`. Only memory and speed
-            depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
+    Args are those of `Algorithm` (paper: a learning rate of 1e-5, with LoRA 3e-4; 256 samples per rollout, the default
+    here), and:
         timestep_fraction: Share of each trajectory's steps to learn from, in an order drawn for each.
         advantage_clip: Advantages are clamped to ±this; None: not at all. The paper does not say; ddpo-pytorch's 5
             is the default here, the authors' JAX code has 10.
@@ -215,19 +176,16 @@ class DDPOSF(_DDPO):
         per_prompt_min_count: Rewards from which on a prompt is compared to itself.
         log_prob_reduction: "mean" over a latent's dimensions, as the published codes do, or "sum", as the paper
             writes: their authors report that it diverges at once at 16,384 dimensions.
-        max_grad_norm: The gradient is clipped to this norm; None: not at all.
-        adam_beta1: AdamW's β₁.
-        adam_beta2: AdamW's β₂.
-        adam_weight_decay: AdamW's weight decay.
-        adam_epsilon: AdamW's ε.
-        use_8bit_adam: bitsandbytes' 8-bit AdamW (needs a GPU and `pip install bitsandbytes`).
-        tensorboard_log: Folder for TensorBoard; None: no such log.
-        verbose: 1 prints the log's table.
-        seed: Of everything that is drawn in training; None: one is drawn.
+
+    With a `batch_size` below `samples_per_epoch` the later updates from a rollout are off-policy, which this estimator
+    does not correct.
 
     Raises:
-        ValueError: an argument is out of its range, or the sizes do not divide each other.
+        TypeError, ValueError: as `Algorithm`.
     """
+
+    def __init__(self, policy: Policy, env: VectorEnv, **options: Unpack[DDPOOptions]) -> None:
+        super().__init__(policy, env, own={}, **options)
 
     def _loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
         return score_function_loss(log_prob, advantages)
@@ -242,13 +200,12 @@ class DDPOIS(_DDPO):
     Source: Black et al., 2023, eq. 5 and appendix D, https://arxiv.org/abs/2305.13301; ddpo-pytorch train.py.
 
     Args are those of `DDPOSF`, but:
-        batch_size: Trajectories per optimizer step. Paper: 64 of 256, so 4 updates per rollout. (ddpo-pytorch:
-            `train.batch_size` × `train.gradient_accumulation_steps`.)
+        batch_size: Images per optimizer step. Paper, and the default: 64 of 256, so 4 updates per rollout.
         n_epochs: Passes over a rollout (ddpo-pytorch: `num_inner_epochs`).
         clip_range: c; 1e-4 goes with log-probs averaged over dimensions.
 
     Raises:
-        ValueError: an argument is out of its range, or the sizes do not divide each other.
+        TypeError, ValueError: as `Algorithm`.
     """
 
     def __init__(
@@ -256,54 +213,15 @@ class DDPOIS(_DDPO):
         policy: Policy,
         env: VectorEnv,
         *,
-        learning_rate: float | Schedule = 1e-5,
-        samples_per_epoch: int | None = 256,
-        batch_size: int | None = 64,
         n_epochs: int = 1,
         clip_range: float = 1e-4,
-        micro_batch_size: int | None = None,
-        timestep_fraction: float = 1.0,
-        advantage_clip: float | None = 5.0,
-        center_advantages: bool = False,
-        per_prompt_buffer_size: int | None = 16,
-        per_prompt_min_count: int = 16,
-        log_prob_reduction: Reduction = "mean",
-        max_grad_norm: float | None = 1.0,
-        adam_beta1: float = 0.9,
-        adam_beta2: float = 0.999,
-        adam_weight_decay: float = 1e-4,
-        adam_epsilon: float = 1e-8,
-        use_8bit_adam: bool = False,
-        tensorboard_log: str | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
+        **options: Unpack[DDPOOptions],
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            samples_per_epoch=samples_per_epoch,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            timestep_fraction=timestep_fraction,
-            advantage_clip=advantage_clip,
-            center_advantages=center_advantages,
-            per_prompt_buffer_size=per_prompt_buffer_size,
-            per_prompt_min_count=per_prompt_min_count,
-            log_prob_reduction=log_prob_reduction,
-            max_grad_norm=max_grad_norm,
-            adam_beta1=adam_beta1,
-            adam_beta2=adam_beta2,
-            adam_weight_decay=adam_weight_decay,
-            adam_epsilon=adam_epsilon,
-            use_8bit_adam=use_8bit_adam,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            seed=seed,
-        )
-        if n_epochs < 1 or clip_range <= 0:
-            raise ValueError(f"n_epochs must be at least 1 and clip_range positive, got {n_epochs} and {clip_range}")
-        self.n_epochs = n_epochs
+        if clip_range <= 0:
+            raise ValueError(f"clip_range must be positive, got {clip_range}")
+        options.setdefault("batch_size", 64)
+        own = {"n_epochs": n_epochs, "clip_range": clip_range}
+        super().__init__(policy, env, n_epochs=n_epochs, own=own, **options)
         self.clip_range = clip_range
 
     def _loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
@@ -312,6 +230,3 @@ class DDPOIS(_DDPO):
     def _metrics(self, loss: Tensor, log_prob: Tensor, old_log_prob: Tensor) -> dict[str, Tensor]:
         outside = (torch.exp(log_prob - old_log_prob) - 1).abs() > self.clip_range
         return super()._metrics(loss, log_prob, old_log_prob) | {"clip_fraction": outside.float().mean()}
-
-    def _hyperparameters(self) -> dict[str, Any]:
-        return super()._hyperparameters() | {"n_epochs": self.n_epochs, "clip_range": self.clip_range}

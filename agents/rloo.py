@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
+from typing_extensions import Unpack
 
 from diffusion_gym.transitions import Reduction
 
 from .advantages import AdvantageScale, GroupBaseline, group_advantages
-from .algorithm import ENV_STREAM, Algorithm, Metrics, Schedule
+from .algorithm import ENV_STREAM, Algorithm, Metrics, Options
 from .losses import approximate_kl, clipped_surrogate_coefficients, clipped_surrogate_loss
 from .policies import Policy
 from .rollouts import Rollout
@@ -24,6 +25,7 @@ from .seeding import derived_seed, training_seed
 Ratio = Literal["trajectory", "step"]
 KLPlace = Literal["reward", "loss"]
 
+_CHOICES = {"ratio": Ratio, "baseline": GroupBaseline, "advantage_scale": AdvantageScale, "kl_place": KLPlace}
 _DEFAULT_CLIP = {"trajectory": 0.2, "step": 1e-4}
 
 
@@ -47,20 +49,15 @@ class RLOO(Algorithm):
     Source: Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740; Ye et al., 2024, section 3.3,
     https://arxiv.org/abs/2412.01243.
 
-    Args:
-        policy: What is trained: a `TimePredictor`, a `ContextFreeSchedule`, a `DenoisingPolicy` …
-        env: A torch vector environment with autoreset_mode DISABLED.
-        learning_rate: AdamW's, or a function of the remaining progress (1 … 0).
+    Args are those of `Algorithm`, and:
+        env: With autoreset_mode DISABLED.
         group_size: K ≥ 2 samples of a prompt, a divisor of `env.num_envs`.
         same_noise: Start the samples of a group from the same noise, so that they differ by the policy's draws alone.
         num_starts: Draw the groups' starts (prompt and noise) from this many; None: always new ones. With
             reward="reference_distance" a start that comes again costs no new reference.
-        samples_per_epoch: Episodes per rollout, a multiple of `env.num_envs`; None: `env.num_envs`.
-        batch_size: Episodes per optimizer step, a divisor of `samples_per_epoch`; None: all of them.
         n_epochs: Passes over a rollout (TPDM: 4).
         ratio: "trajectory" or "step"; None: "step" where the action is the next latents, else "trajectory".
         clip_range: c; None: 0.2 for trajectories (TPDM), 1e-4 for steps.
-        micro_batch_size: Transitions per forward and backward pass; None: `env.num_envs`.
         baseline: "leave_one_out", or GRPO's "group_mean" (see `agents.advantages.group_advantages`).
         advantage_scale: Divide the advantages by "none", by their standard deviation over the "rollout", or by that of
             each "group" (GRPO). The published RLOO codes do not; Adam makes up for most of a reward's scale.
@@ -69,20 +66,10 @@ class RLOO(Algorithm):
         kl_coefficient: The weight of Σ_t KL(π ‖ reference); 0: none (TPDM's launch script).
         kl_place: "loss": its exact gradient, with the updates; "reward": taken from the return once, at sampling.
         reference: What the KL is to: a policy of the same environment, such as a copy of the untrained one, or for
-            times a `ContextFreeSchedule` made from a grid.
-        max_grad_norm: The gradient is clipped to this norm; None: not at all.
-        adam_beta1: AdamW's β₁.
-        adam_beta2: AdamW's β₂.
-        adam_weight_decay: AdamW's weight decay.
-        adam_epsilon: AdamW's ε.
-        use_8bit_adam: bitsandbytes' 8-bit AdamW (needs a GPU and `pip install bitsandbytes`).
-        tensorboard_log: Folder for TensorBoard; None: no such log.
-        verbose: 1 prints the log's table.
-        seed: Of everything that is drawn in training; None: one is drawn.
+            times a `ContextFreeSchedule` made from a grid. It is not saved.
 
     Raises:
-        ValueError: an argument is out of its range, the sizes do not divide each other, or the environment resets its
-            lanes itself.
+        TypeError, ValueError: as `Algorithm`; or the environment resets its lanes itself.
     """
 
     def __init__(
@@ -90,67 +77,62 @@ class RLOO(Algorithm):
         policy: Policy,
         env: VectorEnv,
         *,
-        learning_rate: float | Schedule = 1e-4,
         group_size: int = 4,
         same_noise: bool = True,
         num_starts: int | None = None,
-        samples_per_epoch: int | None = None,
-        batch_size: int | None = None,
         n_epochs: int = 1,
         ratio: Ratio | None = None,
         clip_range: float | None = None,
-        micro_batch_size: int | None = None,
         baseline: GroupBaseline = "leave_one_out",
         advantage_scale: AdvantageScale = "none",
         log_prob_reduction: Reduction | None = None,
         kl_coefficient: float = 0.0,
         kl_place: KLPlace = "loss",
         reference: Policy | None = None,
-        max_grad_norm: float | None = 1.0,
-        adam_beta1: float = 0.9,
-        adam_beta2: float = 0.999,
-        adam_weight_decay: float = 0.0,
-        adam_epsilon: float = 1e-8,
-        use_8bit_adam: bool = False,
-        tensorboard_log: str | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
         moves_latents = bool(env.metadata.get("action_is_next_latents"))
         self.ratio: Ratio = ratio or ("step" if moves_latents else "trajectory")
-        if self.ratio not in get_args(Ratio):
-            raise ValueError(f"ratio must be one of {get_args(Ratio)}, got {ratio!r}")
         by_mean = moves_latents and self.ratio == "step"
+        own = {
+            "group_size": group_size,
+            "same_noise": same_noise,
+            "num_starts": num_starts,
+            "n_epochs": n_epochs,
+            "ratio": ratio,
+            "clip_range": clip_range,
+            "baseline": baseline,
+            "advantage_scale": advantage_scale,
+            "log_prob_reduction": log_prob_reduction,
+            "kl_coefficient": kl_coefficient,
+            "kl_place": kl_place,
+        }
+        options.setdefault("learning_rate", 1e-4)
+        options.setdefault("adam_weight_decay", 0.0)
         super().__init__(
             policy,
             env,
-            learning_rate=learning_rate,
-            samples_per_epoch=samples_per_epoch,
             log_prob_reduction=log_prob_reduction or ("mean" if by_mean else "sum"),
-            adam_beta1=adam_beta1,
-            adam_beta2=adam_beta2,
-            adam_weight_decay=adam_weight_decay,
-            adam_epsilon=adam_epsilon,
-            use_8bit_adam=use_8bit_adam,
-            max_grad_norm=max_grad_norm,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            seed=seed,
+            n_epochs=n_epochs,
+            own=own,
+            **options,
         )
         self.group_size = group_size
         self.same_noise = same_noise
         self.num_starts = num_starts
-        self.batch_size = self.samples_per_epoch if batch_size is None else batch_size
-        self.n_epochs = n_epochs
-        self.clip_range = _DEFAULT_CLIP[self.ratio] if clip_range is None else clip_range
-        self.micro_batch_size = env.num_envs if micro_batch_size is None else micro_batch_size
         self.baseline: GroupBaseline = baseline
         self.advantage_scale: AdvantageScale = advantage_scale
         self.kl_coefficient = kl_coefficient
         self.kl_place: KLPlace = kl_place
         self.reference = reference
-        self._use_8bit_adam = use_8bit_adam
+        self._check_choices()
+        self.clip_range = _DEFAULT_CLIP[self.ratio] if clip_range is None else clip_range
         self._check()
+
+    def _check_choices(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
 
     def _check(self) -> None:
         if self.env.metadata["autoreset_mode"] is not AutoresetMode.DISABLED:
@@ -162,13 +144,6 @@ class RLOO(Algorithm):
             raise ValueError(
                 f"group_size must be at least 2 and divide num_envs ({self.env.num_envs}), got {self.group_size}"
             )
-        if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
-            raise ValueError(
-                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}"
-            )
-        for name in ("n_epochs", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_starts is not None and self.num_starts < 1:
             raise ValueError(f"num_starts must be None or at least 1, got {self.num_starts}")
         if self.clip_range <= 0 or self.kl_coefficient < 0:
@@ -176,9 +151,6 @@ class RLOO(Algorithm):
                 "clip_range must be positive and kl_coefficient at least 0, "
                 f"got {self.clip_range} and {self.kl_coefficient}"
             )
-        for name, allowed in (("kl_place", KLPlace), ("baseline", GroupBaseline), ("advantage_scale", AdvantageScale)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
         if self.kl_coefficient and self.reference is None:
             raise ValueError("kl_coefficient needs a policy to stay near to: give reference")
 
@@ -295,28 +267,3 @@ class RLOO(Algorithm):
             observation = rollout.observation(k, b)
             total = total.index_add(0, b, self._kl(self.policy.distribution(observation), observation))
         return total
-
-    def _hyperparameters(self) -> dict[str, Any]:
-        group = self.optimizer.param_groups[0]
-        return {
-            "group_size": self.group_size,
-            "same_noise": self.same_noise,
-            "num_starts": self.num_starts,
-            "samples_per_epoch": self.samples_per_epoch,
-            "batch_size": self.batch_size,
-            "n_epochs": self.n_epochs,
-            "ratio": self.ratio,
-            "clip_range": self.clip_range,
-            "micro_batch_size": self.micro_batch_size,
-            "baseline": self.baseline,
-            "advantage_scale": self.advantage_scale,
-            "log_prob_reduction": self.log_prob_reduction,
-            "kl_coefficient": self.kl_coefficient,
-            "kl_place": self.kl_place,
-            "max_grad_norm": self.max_grad_norm,
-            "adam_beta1": group["betas"][0],
-            "adam_beta2": group["betas"][1],
-            "adam_weight_decay": group["weight_decay"],
-            "adam_epsilon": group["eps"],
-            "use_8bit_adam": self._use_8bit_adam,
-        }

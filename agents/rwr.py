@@ -4,14 +4,15 @@ Source: Black et al., 2023, section 4.2, https://arxiv.org/abs/2305.13301; Lee e
 https://arxiv.org/abs/2302.12192; Peters & Schaal, 2007.
 """
 
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
+from typing_extensions import Unpack
 
-from .algorithm import Algorithm, Metrics, Schedule
+from .algorithm import Algorithm, Metrics, Options
 from .policies import DenoisingPolicy, Policy
 from .replay import Replay
 from .rollouts import Rollout
@@ -72,32 +73,19 @@ class RWR(Algorithm):
         leaves 99 % of the samples effective, which is plain fine-tuning, and on kilobytes of large JPEGs (30) two or
         three of 10,000. Hence `normalise_rewards`; the published code has raw rewards.
 
-    Args:
+    Args are those of `Algorithm` (paper: a learning rate of 1e-5, 10,240 samples per rollout, batches of 128), and:
         policy: A `DenoisingPolicy`.
         env: A vector environment whose action is the next latents.
-        learning_rate: AdamW's, or a function of the remaining progress (1 … 0). Paper: 1e-5.
-        samples_per_epoch: Images per rollout, a multiple of `env.num_envs`; None: `env.num_envs`. Paper: 10,240.
-        batch_size: Images per optimizer step, a divisor of `samples_per_epoch`; None: all of them. Paper: 128.
         n_epochs: Passes over a rollout, each with fresh noise (paper: 5; sparse 50).
         inverse_temperature: β (published: 0.2, on raw rewards).
         normalise_rewards: Subtract the rollout's mean reward and divide by its standard deviation first.
         per_prompt: Weigh the samples of each prompt against each other alone, as the paper writes; the published code
             does so for the aesthetic reward only. Needs several samples of each prompt in a rollout.
         best_share: Keep this share of the samples, unweighted (RWR-sparse; published: 0.1); None: softmax weights.
-        micro_batch_size: Images per forward and backward pass; None: `env.num_envs`.
-        max_grad_norm: The gradient is clipped to this norm; None: not at all.
-        adam_beta1: AdamW's β₁.
-        adam_beta2: AdamW's β₂.
-        adam_weight_decay: AdamW's weight decay.
-        adam_epsilon: AdamW's ε.
-        use_8bit_adam: bitsandbytes' 8-bit AdamW (needs a GPU and `pip install bitsandbytes`).
-        tensorboard_log: Folder for TensorBoard; None: no such log.
-        verbose: 1 prints the log's table.
-        seed: Of everything that is drawn in training; None: one is drawn.
 
     Raises:
-        TypeError, ValueError: the policy is no `DenoisingPolicy`, the environment's action is not the next latents, an
-            argument is out of its range, or the sizes do not divide each other.
+        TypeError, ValueError: as `Algorithm`; or the policy is no `DenoisingPolicy`, or the environment's action is not
+            the next latents.
     """
 
     policy: DenoisingPolicy
@@ -107,65 +95,34 @@ class RWR(Algorithm):
         policy: Policy,
         env: VectorEnv,
         *,
-        learning_rate: float | Schedule = 1e-5,
-        samples_per_epoch: int | None = None,
-        batch_size: int | None = None,
         n_epochs: int = 5,
         inverse_temperature: float = 1.0,
         normalise_rewards: bool = True,
         per_prompt: bool = False,
         best_share: float | None = None,
-        micro_batch_size: int | None = None,
-        max_grad_norm: float | None = 1.0,
-        adam_beta1: float = 0.9,
-        adam_beta2: float = 0.999,
-        adam_weight_decay: float = 1e-4,
-        adam_epsilon: float = 1e-8,
-        use_8bit_adam: bool = False,
-        tensorboard_log: str | None = None,
-        verbose: int = 0,
-        seed: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            samples_per_epoch=samples_per_epoch,
-            log_prob_reduction="mean",
-            adam_beta1=adam_beta1,
-            adam_beta2=adam_beta2,
-            adam_weight_decay=adam_weight_decay,
-            adam_epsilon=adam_epsilon,
-            use_8bit_adam=use_8bit_adam,
-            max_grad_norm=max_grad_norm,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            seed=seed,
-        )
+        own = {
+            "n_epochs": n_epochs,
+            "inverse_temperature": inverse_temperature,
+            "normalise_rewards": normalise_rewards,
+            "per_prompt": per_prompt,
+            "best_share": best_share,
+        }
+        super().__init__(policy, env, log_prob_reduction="mean", n_epochs=n_epochs, own=own, **options)
         if not isinstance(policy, DenoisingPolicy):
             raise TypeError(f"RWR trains a denoiser: policy must be a DenoisingPolicy, got {type(policy).__name__}")
         if not env.metadata.get("action_is_next_latents"):
             raise ValueError(f"RWR learns from the images of DenoisingMDP-v0, got {env}")
-        self.batch_size = self.samples_per_epoch if batch_size is None else batch_size
-        if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
-            raise ValueError(
-                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}"
-            )
-        self.micro_batch_size = env.num_envs if micro_batch_size is None else micro_batch_size
-        for name, value in (("n_epochs", n_epochs), ("micro_batch_size", self.micro_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if inverse_temperature <= 0 or (best_share is not None and not 0 < best_share <= 1):
             raise ValueError(
                 "inverse_temperature must be positive and best_share None or in (0, 1], "
                 f"got {inverse_temperature} and {best_share}"
             )
-        self.n_epochs = n_epochs
         self.inverse_temperature = inverse_temperature
         self.normalise_rewards = normalise_rewards
         self.per_prompt = per_prompt
         self.best_share = best_share
-        self._use_8bit_adam = use_8bit_adam
 
     def weights(self, replay: Replay) -> Tensor:
         """Return the samples' weights, [N]."""
@@ -217,22 +174,3 @@ class RWR(Algorithm):
             loss.backward()
             total += loss.detach()
         return {"loss": total, "grad_norm": self._optimizer_step()}
-
-    def _hyperparameters(self) -> dict[str, Any]:
-        group = self.optimizer.param_groups[0]
-        return {
-            "samples_per_epoch": self.samples_per_epoch,
-            "batch_size": self.batch_size,
-            "n_epochs": self.n_epochs,
-            "inverse_temperature": self.inverse_temperature,
-            "normalise_rewards": self.normalise_rewards,
-            "per_prompt": self.per_prompt,
-            "best_share": self.best_share,
-            "micro_batch_size": self.micro_batch_size,
-            "max_grad_norm": self.max_grad_norm,
-            "adam_beta1": group["betas"][0],
-            "adam_beta2": group["betas"][1],
-            "adam_weight_decay": group["weight_decay"],
-            "adam_epsilon": group["eps"],
-            "use_8bit_adam": self._use_8bit_adam,
-        }

@@ -150,7 +150,7 @@ def test_a_deterministic_policy_cannot_be_trained(emoji, make_env):
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(4\), got 3"),
         ({"micro_batch_size": -1}, "micro_batch_size must be at least 1, got -1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must be in \(0, 1\], got 0.0"),
-        ({"clip_range": 0.0}, "clip_range positive"),
+        ({"clip_range": 0.0}, "clip_range must be positive"),
         ({"per_prompt_buffer_size": 4}, r"min_count must be between 1 and buffer_size \(4\), got 16"),
     ],
 )

@@ -271,7 +271,7 @@ def test_a_loaded_run_goes_on_exactly_where_it_was(time_env, latent_env, tmp_pat
     first.save(tmp_path / "run")
     again = RLOO.load(tmp_path / "run", first.env)
     assert type(again.policy) is type(first.policy)
-    assert again._hyperparameters() == first._hyperparameters()
+    assert again._hyperparameters == first._hyperparameters
     again.learn(1, log_interval=0, reset_num_timesteps=False)
     assert again.iteration == 2
     assert again.num_timesteps == whole.num_timesteps
