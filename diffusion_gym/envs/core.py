@@ -7,7 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +26,7 @@ from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
 Observation = dict[str, Tensor]
 ModelSource = str | os.PathLike[str] | DiffusionModel
 PromptSource = str | os.PathLike[str] | Sequence[str] | PromptSet | None
+RewardSource = str | Reward | Mapping[str, float]
 
 _OBSERVED_BYTES_LIMIT = 1_000_000
 
@@ -61,6 +62,26 @@ def _resolve_model(
     return model
 
 
+class EnvOptions(TypedDict, total=False):
+    """The keywords that every environment takes, single or vector; see `DenoisingEnv`."""
+
+    model: ModelSource
+    reward: RewardSource
+    prompts: PromptSource
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    image_size: int | None
+    negative_prompt: str
+    observe_embeds: bool | None
+    render_mode: str | None
+
+
+class VectorEnvOptions(EnvOptions, total=False):
+    """Those of a vector environment."""
+
+    autoreset_mode: AutoresetMode | str
+
+
 class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     """Many lanes of one diffusion MDP on one device.
 
@@ -82,16 +103,16 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self,
         num_envs: int,
         *,
-        model: ModelSource,
-        reward: str | Reward | Mapping[str, float],
-        prompts: PromptSource,
-        device: str | torch.device | None,
-        dtype: str | torch.dtype | None,
-        image_size: int | None,
-        negative_prompt: str,
-        observe_embeds: bool | None,
-        render_mode: str | None,
-        autoreset_mode: AutoresetMode | str,
+        model: ModelSource = "emoji",
+        reward: RewardSource = "incompressibility",
+        prompts: PromptSource = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        image_size: int | None = None,
+        negative_prompt: str = "",
+        observe_embeds: bool | None = None,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     ) -> None:
         if not isinstance(num_envs, int) or num_envs < 1:
             raise ValueError(f"num_envs must be an integer of at least 1, got {num_envs!r}")

@@ -1,6 +1,5 @@
 """DDPO's MDP: the action is the next latents."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,9 +8,9 @@ from gymnasium.spaces import Box, Space
 from gymnasium.utils import EzPickle
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ..rewards import Reward
-from .core import DiffusionVectorEnv, ModelSource, PromptSource
+from .core import DiffusionVectorEnv, EnvOptions, VectorEnvOptions
 from .single import DiffusionEnv
 
 
@@ -45,32 +44,11 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         self,
         num_envs: int = 1,
         *,
-        model: ModelSource = "emoji",
-        reward: str | Reward | Mapping[str, float] = "incompressibility",
-        prompts: PromptSource = None,
         num_steps: int = 20,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        image_size: int | None = None,
-        negative_prompt: str = "",
-        observe_embeds: bool | None = None,
-        render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **options: Unpack[VectorEnvOptions],
     ) -> None:
-        arguments: dict[str, Any] = {
-            "model": model,
-            "reward": reward,
-            "prompts": prompts,
-            "device": device,
-            "dtype": dtype,
-            "image_size": image_size,
-            "negative_prompt": negative_prompt,
-            "observe_embeds": observe_embeds,
-            "render_mode": render_mode,
-            "autoreset_mode": autoreset_mode,
-        }
-        EzPickle.__init__(self, num_envs, num_steps=num_steps, **arguments)
-        super().__init__(num_envs, **arguments)
+        EzPickle.__init__(self, num_envs, num_steps=num_steps, **options)
+        super().__init__(num_envs, **options)
         self.num_steps = num_steps
         self.single_action_space = Box(-np.inf, np.inf, self.model.latent_shape, np.float32)
         self._grid = self.model.schedule.timesteps(num_steps).float().numpy()
@@ -152,31 +130,6 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
     - v0: initial version.
     """
 
-    def __init__(
-        self,
-        *,
-        model: ModelSource = "emoji",
-        reward: str | Reward | Mapping[str, float] = "incompressibility",
-        prompts: PromptSource = None,
-        num_steps: int = 20,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        image_size: int | None = None,
-        negative_prompt: str = "",
-        observe_embeds: bool | None = None,
-        render_mode: str | None = None,
-    ) -> None:
-        arguments: dict[str, Any] = {
-            "model": model,
-            "reward": reward,
-            "prompts": prompts,
-            "num_steps": num_steps,
-            "device": device,
-            "dtype": dtype,
-            "image_size": image_size,
-            "negative_prompt": negative_prompt,
-            "observe_embeds": observe_embeds,
-            "render_mode": render_mode,
-        }
-        EzPickle.__init__(self, **arguments)
-        super().__init__(DenoisingVectorEnv(1, **arguments, autoreset_mode=AutoresetMode.DISABLED))
+    def __init__(self, *, num_steps: int = 20, **options: Unpack[EnvOptions]) -> None:
+        EzPickle.__init__(self, num_steps=num_steps, **options)
+        super().__init__(DenoisingVectorEnv(1, num_steps=num_steps, autoreset_mode=AutoresetMode.DISABLED, **options))

@@ -1,6 +1,5 @@
 """The time-prediction MDP: the action is the next diffusion time."""
 
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,16 +8,31 @@ from gymnasium.spaces import Box, Space
 from gymnasium.utils import EzPickle
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..grids import MAX_RATIO, MIN_RATIO
-from ..rewards import Reward, RewardOutput
+from ..rewards import RewardOutput
 from ..transitions import ddim_transition
-from .core import DiffusionVectorEnv, ModelSource, Observation, PromptSource
+from .core import DiffusionVectorEnv, EnvOptions, Observation, VectorEnvOptions
 from .reference import REFERENCE_DISTANCE, ReferenceDistance
 from .single import DiffusionEnv
 from .step_cost import StepCost, StepCostName
 
 LastStep = Literal["clean", "raw"]
+
+
+class TimePredictionOptions(EnvOptions, total=False):
+    """The keywords of a single `TimePredictionEnv`, which says what they mean."""
+
+    max_steps: int
+    guidance_scale: float | None
+    t_min: float | None
+    last_step: LastStep
+    step_cost: StepCostName
+    gamma: float
+    step_cost_weight: float
+    allow_negative: bool
+    reference_steps: int
 
 
 class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
@@ -41,9 +55,6 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         self,
         num_envs: int = 1,
         *,
-        model: ModelSource = "emoji",
-        reward: str | Reward | Mapping[str, float] = "incompressibility",
-        prompts: PromptSource = None,
         max_steps: int = 28,
         guidance_scale: float | None = None,
         t_min: float | None = None,
@@ -53,27 +64,9 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         step_cost_weight: float = 0.0,
         allow_negative: bool = False,
         reference_steps: int = 80,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        image_size: int | None = None,
-        negative_prompt: str = "",
-        observe_embeds: bool | None = None,
-        render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **options: Unpack[VectorEnvOptions],
     ) -> None:
-        shared: dict[str, Any] = {
-            "model": model,
-            "prompts": prompts,
-            "device": device,
-            "dtype": dtype,
-            "image_size": image_size,
-            "negative_prompt": negative_prompt,
-            "observe_embeds": observe_embeds,
-            "render_mode": render_mode,
-            "autoreset_mode": autoreset_mode,
-        }
         own: dict[str, Any] = {
-            "reward": reward,
             "max_steps": max_steps,
             "guidance_scale": guidance_scale,
             "t_min": t_min,
@@ -84,15 +77,15 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
             "allow_negative": allow_negative,
             "reference_steps": reference_steps,
         }
-        EzPickle.__init__(self, num_envs, **shared, **own)
+        EzPickle.__init__(self, num_envs, **{**own, **options})
         if not isinstance(max_steps, int) or max_steps < 1:
             raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
         if last_step not in get_args(LastStep):
             raise ValueError(f"last_step must be one of {get_args(LastStep)}, got {last_step!r}")
         self._step_cost = StepCost(step_cost, gamma=gamma, weight=step_cost_weight)
-        if isinstance(reward, str) and reward == REFERENCE_DISTANCE:
-            reward = ReferenceDistance(guidance_scale=guidance_scale, num_steps=reference_steps)
-        super().__init__(num_envs, reward=reward, **shared)
+        if options.get("reward") == REFERENCE_DISTANCE:
+            options["reward"] = ReferenceDistance(guidance_scale=guidance_scale, num_steps=reference_steps)
+        super().__init__(num_envs, **options)
         self.max_steps = max_steps
         self.guidance_scale = self.model.default_guidance_scale if guidance_scale is None else guidance_scale
         if not allow_negative:
@@ -331,47 +324,6 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     - v0: initial version.
     """
 
-    def __init__(
-        self,
-        *,
-        model: ModelSource = "emoji",
-        reward: str | Reward | Mapping[str, float] = "incompressibility",
-        prompts: PromptSource = None,
-        max_steps: int = 28,
-        guidance_scale: float | None = None,
-        t_min: float | None = None,
-        last_step: LastStep = "clean",
-        step_cost: StepCostName = "none",
-        gamma: float = 0.97,
-        step_cost_weight: float = 0.0,
-        allow_negative: bool = False,
-        reference_steps: int = 80,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        image_size: int | None = None,
-        negative_prompt: str = "",
-        observe_embeds: bool | None = None,
-        render_mode: str | None = None,
-    ) -> None:
-        arguments: dict[str, Any] = {
-            "model": model,
-            "reward": reward,
-            "prompts": prompts,
-            "max_steps": max_steps,
-            "guidance_scale": guidance_scale,
-            "t_min": t_min,
-            "last_step": last_step,
-            "step_cost": step_cost,
-            "gamma": gamma,
-            "step_cost_weight": step_cost_weight,
-            "allow_negative": allow_negative,
-            "reference_steps": reference_steps,
-            "device": device,
-            "dtype": dtype,
-            "image_size": image_size,
-            "negative_prompt": negative_prompt,
-            "observe_embeds": observe_embeds,
-            "render_mode": render_mode,
-        }
-        EzPickle.__init__(self, **arguments)
-        super().__init__(TimePredictionVectorEnv(1, **arguments, autoreset_mode=AutoresetMode.DISABLED))
+    def __init__(self, **options: Unpack[TimePredictionOptions]) -> None:
+        EzPickle.__init__(self, **options)
+        super().__init__(TimePredictionVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **options))
