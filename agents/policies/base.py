@@ -91,9 +91,9 @@ class Policy(nn.Module, ABC):
     def distribution(self, observation: Observation) -> Distribution:
         """Return the distribution of the actions, in float32, for observations [B, ...] each."""
 
-    @abstractmethod
     def action_dtype(self, observation: Observation) -> torch.dtype:
         """Return the precision in which the environment stores the action."""
+        return torch.float32
 
     @abstractmethod
     def save(self, folder: Path) -> None:

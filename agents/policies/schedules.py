@@ -63,10 +63,6 @@ class ContextFreeSchedule(Policy):
         """Return the Beta of the lanes' steps."""
         return BetaDistribution.from_logits(self.logits[_step_index(observation, len(self.logits))])
 
-    def action_dtype(self, observation: Observation) -> torch.dtype:
-        """Return float32."""
-        return torch.float32
-
     def save(self, folder: Path) -> None:
         """Write the logits, in safetensors."""
         write_config(folder, self, max_steps=len(self.logits))
@@ -135,10 +131,6 @@ class FixedSchedule(Policy):
         """Return the lanes' next ratios."""
         index = _step_index(observation, self.max_steps).clamp(max=len(self.ratios) - 1)
         return _Point(self.ratios[index][:, None])
-
-    def action_dtype(self, observation: Observation) -> torch.dtype:
-        """Return float32."""
-        return torch.float32
 
     def scored(self, info: Mapping[str, object]) -> np.ndarray:
         """Return that no action has a density."""

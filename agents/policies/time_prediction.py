@@ -104,10 +104,6 @@ class TimePredictor(Policy):
         h = F.adaptive_max_pool2d(F.adaptive_avg_pool2d(h, 16) if min(h.shape[2:]) > 16 else h, 1).flatten(1)
         return BetaDistribution.from_logits(self.output(F.silu(self.hidden(h))))
 
-    def action_dtype(self, observation: Observation) -> torch.dtype:
-        """Return float32."""
-        return torch.float32
-
     def save(self, folder: Path) -> None:
         """Write the head's weights, in safetensors, and its shape."""
         write_config(folder, self, shapes=self._shapes, **self._arguments)
