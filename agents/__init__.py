@@ -2,6 +2,7 @@
 
 from .ddpo import DDPOIS, DDPOSF
 from .evaluation import Evaluation, evaluate
+from .nft import DiffusionNFT
 from .policies import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Policy, TimePredictor
 from .replay import Replay
 from .rloo import RLOO
@@ -15,6 +16,7 @@ __all__ = [
     "RWR",
     "ContextFreeSchedule",
     "DenoisingPolicy",
+    "DiffusionNFT",
     "Evaluation",
     "FixedSchedule",
     "Policy",

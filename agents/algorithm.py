@@ -187,6 +187,17 @@ class Algorithm(ABC):
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `_extra_state` returned."""
 
+    @property
+    def behaviour(self) -> Policy:
+        """The policy that rollouts are collected with: the one that is trained, unless an algorithm says otherwise."""
+        return self.policy
+
+    def _save_files(self, folder: Path) -> None:
+        """Write what else a resumed run needs, and JSON cannot hold, into a checkpoint's folder."""
+
+    def _load_files(self, folder: Path) -> None:
+        """Read what `_save_files` wrote."""
+
     # ------------------------------------------------------------------ SB3's interface
     @property
     def device(self) -> torch.device:
@@ -284,6 +295,7 @@ class Algorithm(ABC):
         """
         with replaced_folder(_without_zip(path)) as folder:
             self.policy.save(folder)
+            self._save_files(folder)
             save_optimizer(self.optimizer, folder / _OPTIMIZER_FILE)
             state = {
                 "algorithm": type(self).__name__,
@@ -352,6 +364,7 @@ class Algorithm(ABC):
         for counter in ("iteration", "reward_queries", "num_updates"):
             setattr(algorithm, counter, state[counter])
         algorithm._load_extra_state(state["extra"])
+        algorithm._load_files(folder)
         return algorithm
 
     # ------------------------------------------------------------------ its parts
@@ -376,7 +389,7 @@ class Algorithm(ABC):
         starts = [self._start(batch) for batch in range(self.samples_per_epoch // self.env.num_envs)]
         rollout = collect(
             self.env,
-            self.policy,
+            self.behaviour,
             seeds=[seed for seed, _ in starts],
             options=[options for _, options in starts],
             generators=derived_generator(self.seed, _POLICY_STREAM, self.iteration),

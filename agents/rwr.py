@@ -169,7 +169,8 @@ class RWR(Algorithm):
             t = schedule.training_times(torch.rand(len(index), generator=generator)).to(device)
             noise = torch.randn(len(index), *replay.latents.shape[1:], generator=generator).to(device)
             constants = {key: value[index] for key, value in replay.constants.items()}
-            error = self.policy.denoising_error(replay.latents[index], t, noise, constants)
+            prediction = self.policy.predict_noised(replay.latents[index], t, noise, constants)
+            error = (prediction.epsilon - noise).square().flatten(1).mean(1)
             loss = (weights[index] * error).sum() / len(rows)
             loss.backward()
             total += loss.detach()

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from diffusion_gym.models.base import Conditioning, DiffusionModel, load_model
+from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, load_model
 from diffusion_gym.predictions import broadcast_to
 from diffusion_gym.transitions import GaussianTransition, ddim_scales, ddim_transition
 
@@ -129,26 +129,28 @@ class DenoisingPolicy(Policy):
             )
         return ddim_transition(prediction.x0, prediction.epsilon, schedule=self.model.schedule, t=t, s=s, eta=self.eta)
 
-    def denoising_error(self, clean: Tensor, t: Tensor, noise: Tensor, constants: Observation) -> Tensor:
-        """Return the mean squared error of ε̂ at noised clean latents, [B], with gradients: what regression minimises.
+    def predict_noised(
+        self, clean: Tensor, t: Tensor, noise: Tensor, constants: Observation, *, frozen: bool = False
+    ) -> Prediction:
+        """Return the guided prediction for noised clean latents, α_t·x_0 + σ_t·ε: what regression compares with them.
 
         Args:
             clean: [B, C, H, W] x_0.
             t: [B] the times.
             noise: [B, C, H, W] ε.
             constants: [B, ...] what is observed of the prompts: embeddings, or their indices.
+            frozen: Ask the model's frozen denoiser instead of the policy's.
         """
         schedule = self.model.schedule
         alpha, sigma = (broadcast_to(level(t), clean) for level in (schedule.alpha, schedule.sigma))
         with self._autocast():
-            prediction = self.model.denoise(
+            return self.model.denoise(
                 alpha * clean + sigma * noise,
                 t,
                 self._conditioning(constants),
                 guidance_scale=self.guidance_scale if self.train_cfg else 1.0,
-                denoiser=self.denoiser,
+                denoiser=None if frozen else self.denoiser,
             )
-        return (prediction.epsilon - noise).square().flatten(1).mean(1)
 
     def action_dtype(self, observation: Observation) -> torch.dtype:
         """Return the latents' precision."""

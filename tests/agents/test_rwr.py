@@ -67,13 +67,13 @@ def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch):
     learner = RWR(policy, env, n_epochs=1, micro_batch_size=3, inverse_temperature=0.7, seed=0)
     rollout = collect(env, policy, seeds=[0])
     drawn = []
-    original = policy.denoising_error
+    original = policy.predict_noised
 
     def remember(clean, t, noise, constants):
         drawn.append((clean, t, noise, constants))
         return original(clean, t, noise, constants)
 
-    monkeypatch.setattr(policy, "denoising_error", remember)
+    monkeypatch.setattr(policy, "predict_noised", remember)
     gradients = []
     monkeypatch.setattr(
         learner,

@@ -1,0 +1,200 @@
+"""DiffusionNFT: reinforcement learning on the forward process, without likelihoods, trajectories or a fixed sampler.
+
+Source: Zheng et al., 2025, "DiffusionNFT: Online Diffusion Reinforcement with Forward Process",
+https://arxiv.org/abs/2509.16117; NVlabs/DiffusionNFT.
+"""
+
+import copy
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+from typing_extensions import Unpack
+
+from diffusion_gym.predictions import broadcast_to
+
+from .advantages import PerPromptStats
+from .algorithm import Algorithm, Metrics, Options
+from .policies import DenoisingPolicy, Policy
+from .replay import Replay
+from .rollouts import Rollout
+
+_BEHAVIOUR_FOLDER = "behaviour"
+
+
+def negative_aware_loss(
+    pred_x0: Tensor, old_pred_x0: Tensor, clean: Tensor, optimality: Tensor, *, beta: float
+) -> Tensor:
+    """Return [r·ℓ(x̂⁺) + (1 − r)·ℓ(x̂⁻)]/β of each sample, [B].
+
+        x̂⁺ = β·x̂_θ + (1 − β)·x̂_old    x̂⁻ = (1 + β)·x̂_old − β·x̂_θ    ℓ(x̂) = mean (x̂ − x_0)² / sg(mean |x̂ − x_0|)
+
+    Good samples pull the prediction toward them, bad ones push the implicit negative prediction toward them. The
+    published code mixes velocities; at one (x_t, t) they are linear in x̂_0, so this is the same.
+
+    Source: Zheng et al., 2025, eq. 9 and section 3.3, https://arxiv.org/abs/2509.16117.
+
+    Args:
+        pred_x0: [B, ...] x̂_θ, with gradients.
+        old_pred_x0: [B, ...] x̂_old of the policy that drew the samples.
+        clean: [B, ...] x_0.
+        optimality: [B] r in [0, 1]: how good the samples are.
+        beta: How far the implicit policies are apart.
+    """
+
+    def distance(implicit: Tensor) -> Tensor:
+        away = (implicit - clean).flatten(1)
+        return away.square().mean(1) / away.detach().abs().mean(1).clamp(min=1e-5)
+
+    positive = distance(beta * pred_x0 + (1 - beta) * old_pred_x0)
+    negative = distance((1 + beta) * old_pred_x0 - beta * pred_x0)
+    return (optimality * positive + (1 - optimality) * negative) / beta
+
+
+@final
+class DiffusionNFT(Algorithm):
+    """Negative-aware fine-tuning: contrasts better and worse samples on the forward process.
+
+        r_i = clip(A_i/(2·advantage_clip) + ½, 0, 1)
+        L = advantage_clip·mean_i [r_i·ℓ(x̂⁺) + (1 − r_i)·ℓ(x̂⁻)]/β + kl_coefficient·mean_i ‖v̂_θ − v̂_ref‖²/D
+
+    at one random t and ε for each sample and pass (see `negative_aware_loss`). Samples are drawn by an older copy of
+    the policy that follows it: old ← η·old + (1 − η)·θ after every rollout, η = min(0.001·iteration, max_decay). They
+    may be drawn by any sampler, a deterministic one (`eta=0`) too.
+
+    Source: Zheng et al., 2025, https://arxiv.org/abs/2509.16117; NVlabs/DiffusionNFT train_nft_sd3.py. The pull to the
+    reference is in the code alone; without it runs are reported to collapse.
+
+    Args are those of `Algorithm`, and:
+        policy: A `DenoisingPolicy`.
+        env: A vector environment whose action is the next latents.
+        n_epochs: Passes over a rollout, each with fresh noise.
+        beta: β.
+        advantage_clip: Advantages (per prompt, of mean 0 and standard deviation 1) beyond ± this count as this.
+        kl_coefficient: The weight of the pull to the model's frozen denoiser (published: 1e-4).
+        max_decay: The largest η.
+        per_prompt_buffer_size: Rewards remembered per prompt, see `PerPromptStats`.
+        per_prompt_min_count: Rewards from which on a prompt is compared to itself.
+
+    Raises:
+        TypeError, ValueError: as `Algorithm`; or the policy is no `DenoisingPolicy`, or the environment's action is not
+            the next latents.
+    """
+
+    policy: DenoisingPolicy
+
+    def __init__(
+        self,
+        policy: Policy,
+        env: VectorEnv,
+        *,
+        n_epochs: int = 1,
+        beta: float = 1.0,
+        advantage_clip: float = 5.0,
+        kl_coefficient: float = 1e-4,
+        max_decay: float = 0.5,
+        per_prompt_buffer_size: int = 16,
+        per_prompt_min_count: int = 4,
+        **options: Unpack[Options],
+    ) -> None:
+        own = {
+            "n_epochs": n_epochs,
+            "beta": beta,
+            "advantage_clip": advantage_clip,
+            "kl_coefficient": kl_coefficient,
+            "max_decay": max_decay,
+            "per_prompt_buffer_size": per_prompt_buffer_size,
+            "per_prompt_min_count": per_prompt_min_count,
+        }
+        super().__init__(policy, env, log_prob_reduction="mean", n_epochs=n_epochs, own=own, **options)
+        if not isinstance(policy, DenoisingPolicy):
+            raise TypeError(
+                f"DiffusionNFT trains a denoiser: policy must be a DenoisingPolicy, got {type(policy).__name__}"
+            )
+        if not env.metadata.get("action_is_next_latents"):
+            raise ValueError(f"DiffusionNFT learns from the images of DenoisingMDP-v0, got {env}")
+        if beta <= 0 or advantage_clip <= 0 or kl_coefficient < 0 or not 0 <= max_decay < 1:
+            raise ValueError(
+                "beta and advantage_clip must be positive, kl_coefficient at least 0 and max_decay in [0, 1), "
+                f"got {beta}, {advantage_clip}, {kl_coefficient} and {max_decay}"
+            )
+        self.beta = beta
+        self.advantage_clip = advantage_clip
+        self.kl_coefficient = kl_coefficient
+        self.max_decay = max_decay
+        self.per_prompt_stats = PerPromptStats(per_prompt_buffer_size, per_prompt_min_count)
+        shared = [policy.model, *(parameter for parameter in policy.parameters() if not parameter.requires_grad)]
+        self._behaviour = copy.deepcopy(policy, memo={id(one): one for one in shared}).requires_grad_(False)
+
+    @property
+    def behaviour(self) -> DenoisingPolicy:
+        """The older copy of the policy that draws the samples."""
+        return self._behaviour
+
+    def train(self, rollout: Rollout) -> Metrics:
+        """Update the policy from one rollout's images, and let the policy that draws follow it."""
+        replay = Replay.from_rollout(rollout)
+        optimality = self.optimality(replay)
+        rng = self._update_generator()
+        totals: dict[str, list[Tensor]] = {}
+        for _ in range(self.n_epochs):
+            for rows in rng.permutation(len(replay)).reshape(-1, self.batch_size):
+                for name, value in self._update(replay, optimality, rows, rng).items():
+                    totals.setdefault(name, []).append(value)
+        self._follow()
+        return {name: torch.stack(values).mean() for name, values in totals.items()}
+
+    def optimality(self, replay: Replay) -> Tensor:
+        """Return how good each sample is beside those of its prompt, r in [0, 1], [N]."""
+        advantages = self.per_prompt_stats.update(replay.prompts.tolist(), replay.rewards.tolist())
+        scaled = advantages / (2 * self.advantage_clip) + 0.5
+        return torch.from_numpy(scaled.clip(0, 1)).to(replay.rewards.device)
+
+    def _update(
+        self, replay: Replay, optimality: Tensor, rows: np.ndarray, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        """Make one optimizer step from some of the samples, each at a time and with a noise of its own."""
+        schedule, device = self.policy.model.schedule, self.policy.device
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        totals = {name: torch.zeros((), device=device) for name in ("loss", "kl")}
+        for start in range(0, len(rows), self.micro_batch_size):
+            index = torch.from_numpy(rows[start : start + self.micro_batch_size]).to(device)
+            t = schedule.training_times(torch.rand(len(index), generator=generator)).to(device)
+            noise = torch.randn(len(index), *replay.latents.shape[1:], generator=generator).to(device)
+            clean = replay.latents[index]
+            inputs = (clean, t, noise, {key: value[index] for key, value in replay.constants.items()})
+            with torch.no_grad():
+                old = self._behaviour.predict_noised(*inputs).x0
+                reference = self.policy.predict_noised(*inputs, frozen=True).x0
+            x0 = self.policy.predict_noised(*inputs).x0
+            loss = negative_aware_loss(x0, old, clean, optimality[index], beta=self.beta)
+            # ‖v̂ − v̂_ref‖ = ‖x̂_0 − x̂_0,ref‖/σ, on variance-preserving processes and on flows.
+            away = (x0 - reference) / broadcast_to(schedule.sigma(t), x0)
+            kl = away.square().flatten(1).mean(1)
+            total = (self.advantage_clip * loss + self.kl_coefficient * kl).sum() / len(rows)
+            total.backward()
+            totals["loss"] += total.detach()
+            totals["kl"] += kl.detach().sum() / len(rows)
+        return totals | {"grad_norm": self._optimizer_step()}
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        decay = min(0.001 * self.iteration, self.max_decay)
+        for old, new in zip(self._behaviour.parameters(), self.policy.parameters(), strict=True):
+            old.lerp_(new, 1 - decay)
+
+    # ------------------------------------------------------------------ files
+    def _extra_state(self) -> dict[str, object]:
+        return {"per_prompt_stats": self.per_prompt_stats.state_dict()}
+
+    def _load_extra_state(self, state: dict[str, dict[str, list[float]]]) -> None:
+        self.per_prompt_stats.load_state_dict(state["per_prompt_stats"])
+
+    def _save_files(self, folder: Path) -> None:
+        self._behaviour.save(folder / _BEHAVIOUR_FOLDER)
+
+    def _load_files(self, folder: Path) -> None:
+        self._behaviour.load_weights(folder / _BEHAVIOUR_FOLDER)

@@ -1,0 +1,118 @@
+import gymnasium as gym
+import pytest
+import torch
+
+import diffusion_gym  # noqa: F401
+from agents import ContextFreeSchedule, DenoisingPolicy, DiffusionNFT, evaluate
+from agents.nft import negative_aware_loss
+from diffusion_gym.models import load_model
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return load_model("mixture")
+
+
+def make_env(model, num_envs=8, **arguments):
+    arguments = {"num_steps": 3, "reward": "brightness", "prompts": ["anything", "north"], **arguments}
+    return gym.make_vec("DenoisingMDP-v0", num_envs=num_envs, model=model, **arguments)
+
+
+def published_loss(v, old_v, x_t, x_0, t, r, beta):
+    """NVlabs/DiffusionNFT, train_nft_sd3.py: on a flow, in velocities."""
+    t = t[:, None]
+    losses = []
+    for implicit in (beta * v + (1 - beta) * old_v, (1 + beta) * old_v - beta * v):
+        x_0_pred = x_t - t * implicit
+        weight = (x_0_pred.double() - x_0.double()).abs().mean(1, keepdim=True).clip(min=0.00001)
+        losses.append(((x_0_pred - x_0) ** 2 / weight.detach()).mean(1))
+    return r * losses[0] / beta + (1.0 - r) * losses[1] / beta
+
+
+def test_the_loss_is_the_published_one():
+    generator = torch.Generator().manual_seed(0)
+    v, old_v, x_0, noise = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(4))
+    t, r = (torch.rand(5, generator=generator, dtype=torch.float64) for _ in range(2))
+    x_t = (1 - t)[:, None] * x_0 + t[:, None] * noise
+    v.requires_grad_()
+    for beta in (0.3, 1.0):
+        expected = published_loss(v, old_v, x_t, x_0, t, r, beta)
+        found = negative_aware_loss(x_t - t[:, None] * v, x_t - t[:, None] * old_v, x_0, r, beta=beta)
+        torch.testing.assert_close(found, expected)
+        (gradient,) = torch.autograd.grad(expected.sum(), v)
+        (ours,) = torch.autograd.grad(found.sum(), v)
+        torch.testing.assert_close(ours, gradient)
+
+
+def test_good_samples_attract_and_bad_ones_repel():
+    """At θ = old the gradient is that of (2r − 1)·ℓ: none for a sample that is as good as its like."""
+    x0, clean = torch.tensor([[1.0, 2.0]] * 3, requires_grad=True), torch.zeros(3, 2)
+    loss = negative_aware_loss(x0, x0.detach(), clean, torch.tensor([1.0, 0.5, 0.0]), beta=0.5)
+    (gradient,) = torch.autograd.grad(loss.sum(), x0)
+    assert (gradient[0] > 0).all()
+    torch.testing.assert_close(gradient[1], torch.zeros(2))
+    torch.testing.assert_close(gradient[2], -gradient[0])
+
+
+def test_the_policy_that_draws_follows_the_one_that_learns(mixture):
+    env = make_env(mixture)
+    policy = DenoisingPolicy(mixture, eta=0.0, seed=0)
+    learner = DiffusionNFT(policy, env, learning_rate=0.01, seed=0)
+    assert learner.behaviour.model is mixture
+    before = learner.behaviour.denoiser.last.bias.clone()
+    learner.learn(24)
+    first = policy.denoiser.last.bias.detach().clone()
+    assert not torch.equal(first, before)
+    torch.testing.assert_close(learner.behaviour.denoiser.last.bias, first)
+    learner.learn(24, reset_num_timesteps=False)
+    second = policy.denoiser.last.bias.detach()
+    torch.testing.assert_close(learner.behaviour.denoiser.last.bias, first.lerp(second, 0.999))
+
+
+def test_it_moves_the_mixture_toward_the_reward(mixture):
+    """Deterministic sampling, which no policy gradient could learn from."""
+    env = make_env(
+        mixture, 512, num_steps=10, reward=lambda images, *_: mixture.positions(images)[:, 0], prompts=["anything"]
+    )
+    policy = DenoisingPolicy(mixture, eta=0.0, seed=0)
+    held_out = {"seeds": range(512), "prompts": ["anything"] * 512}
+    before = evaluate(env, policy, **held_out)
+    learner = DiffusionNFT(policy, env, learning_rate=3e-3, n_epochs=8, advantage_clip=1.0, seed=0)
+    learner.learn(15 * 512 * 10, log_interval=0)
+    gain, error = evaluate(env, policy, **held_out).gain_over(before)
+    assert gain > 10 * error
+    assert gain > 0.8
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_an_interrupted_run_goes_on_bit_for_bit(mixture, tmp_path, use_lora):
+    def make():
+        policy = DenoisingPolicy(mixture, use_lora=use_lora, seed=0)
+        return DiffusionNFT(policy, make_env(mixture), learning_rate=1e-2, batch_size=4, seed=3)
+
+    whole = make()
+    whole.learn(4 * 24)
+    half = make()
+    half.learn(2 * 24)
+    half.save(tmp_path / "run")
+    again = DiffusionNFT.load(tmp_path / "run", make_env(mixture))
+    again.learn(2 * 24, reset_num_timesteps=False)
+    for ours, theirs in ((whole.policy, again.policy), (whole.behaviour, again.behaviour)):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"beta": 0.0}, {"advantage_clip": 0.0}, {"kl_coefficient": -1.0}, {"max_decay": 1.0}]
+)
+def test_wrong_arguments_are_named(mixture, arguments):
+    with pytest.raises(ValueError, match="beta and advantage_clip must be positive"):
+        DiffusionNFT(DenoisingPolicy(mixture), make_env(mixture), **arguments)
+
+
+def test_policies_and_environments_of_times_are_refused(mixture):
+    times = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model=mixture, autoreset_mode="DISABLED")
+    with pytest.raises(ValueError, match="the images of DenoisingMDP-v0"):
+        DiffusionNFT(DenoisingPolicy(mixture), times)
+    with pytest.raises(TypeError, match="must be a DenoisingPolicy, got ContextFreeSchedule"):
+        DiffusionNFT(ContextFreeSchedule([0.5] * 28), make_env(mixture))
