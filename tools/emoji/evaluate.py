@@ -34,7 +34,7 @@ from diffusion_gym.rewards.jpeg import jpeg_kilobytes
 from .dataset import IconData, NameSampler
 from .export import CLASSIFIER
 from .icons import ANIMALS
-from .samples import draw_grid, draw_samples
+from .samples import GUIDANCE_SCALE, draw_grid, draw_samples
 from .sources import WORK
 from .train_classifier import Classifier, animal_accuracy, total_accuracy
 from .train_scorer import retrieval_top1
@@ -118,12 +118,15 @@ def fingerprint(pipeline: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def samples(pipeline: Path, folder: Path, names: Sequence[str], seeds: Sequence[int], num_steps: int) -> Tensor:
+def samples(
+    pipeline: Path, folder: Path, names: Sequence[str], seeds: Sequence[int], num_steps: int, guidance_scale: float
+) -> Tensor:
     """Return the samples [N, 3, 64, 64] in [0, 1]: drawn, or as they were drawn before."""
-    file = folder / f"samples_{num_steps}_{fingerprint(pipeline)}.npy"
+    guidance = "" if guidance_scale == GUIDANCE_SCALE else f"_guidance{guidance_scale:g}"
+    file = folder / f"samples_{num_steps}{guidance}_{fingerprint(pipeline)}.npy"
     if not file.is_file() or len(np.load(file, mmap_mode="r")) != len(names):
         prompts = [with_article(name) for name in names]
-        images = draw_samples(load_model(pipeline), prompts, seeds, num_steps=num_steps)
+        images = draw_samples(load_model(pipeline), prompts, seeds, num_steps=num_steps, guidance_scale=guidance_scale)
         np.save(file, (images * 255).round().byte().numpy())
     return torch.from_numpy(np.load(file)) / 255
 
@@ -186,6 +189,8 @@ class Args:
     """A scorer's folder, to judge too."""
     steps: tuple[int, ...] = (5, 10, 20, 50)
     """The numbers of DDIM steps; the grids and the classification use 20."""
+    guidance_scale: float = GUIDANCE_SCALE
+    """Of the samples that are classified; the grids have 4."""
     per_prompt: int = 4
     """Samples of each prompt in the grids and in the scorer's rank correlation."""
     per_animal: int = 45
@@ -203,7 +208,10 @@ def main(args: Args) -> None:
     draw_grid(model, things, per_prompt=args.per_prompt).save(folder / "things.png")
 
     names, seeds = evaluation_set(args.per_animal)
-    drawn = {num_steps: samples(args.pipeline, folder, names, seeds, num_steps) for num_steps in args.steps}
+    drawn = {
+        num_steps: samples(args.pipeline, folder, names, seeds, num_steps, args.guidance_scale)
+        for num_steps in args.steps
+    }
     real = data.batch(names, torch.Generator().manual_seed(0)).images
     features = {num_steps: classifier.features_and_logits(images)[0] for num_steps, images in drawn.items()}
     kilobytes = jpeg_kilobytes(drawn[max(args.steps)][:256])
