@@ -7,7 +7,7 @@ callbacks, its logger and its scalar names are used as they are.
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -449,6 +449,15 @@ class Algorithm(ABC):
     def _read(value: Tensor) -> float:
         """Read a scalar from the device: waits for it."""
         return float(value)
+
+
+def mean_of(updates: Iterable[Metrics]) -> Metrics:
+    """Return the mean over updates of each scalar that they return."""
+    totals: dict[str, list[Tensor]] = {}
+    for metrics in updates:
+        for name, value in metrics.items():
+            totals.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean() for name, values in totals.items()}
 
 
 def _make_adamw(use_8bit_adam: bool) -> type[torch.optim.AdamW]:

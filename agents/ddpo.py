@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from diffusion_gym.transitions import Reduction
 
 from .advantages import PerPromptStats, clip_advantages, normalise
-from .algorithm import Algorithm, Metrics, Options
+from .algorithm import Algorithm, Metrics, Options, mean_of
 from .losses import approximate_kl, clipped_surrogate_loss, score_function_loss
 from .policies import Policy
 from .rollouts import Rollout
@@ -80,13 +80,11 @@ class _DDPO(Algorithm):
         """Update the policy from one rollout: `n_epochs` passes, one update per `batch_size` trajectories."""
         rng = self._update_generator()
         advantages = clip_advantages(self._advantages(rollout), self.advantage_clip)
-        totals: dict[str, list[Tensor]] = {}
-        for _ in range(self.n_epochs):
-            for lanes in rng.permutation(rollout.num_episodes).reshape(-1, self.batch_size):
-                metrics = self._update(rollout, advantages, lanes, rng)
-                for name, value in metrics.items():
-                    totals.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in totals.items()}
+        return mean_of(
+            self._update(rollout, advantages, lanes, rng)
+            for _ in range(self.n_epochs)
+            for lanes in rng.permutation(rollout.num_episodes).reshape(-1, self.batch_size)
+        )
 
     def _advantages(self, rollout: Rollout) -> Tensor:
         """Return the advantage of each episode, [B]."""

@@ -17,7 +17,8 @@ from typing_extensions import Unpack
 from diffusion_gym.predictions import broadcast_to
 
 from .advantages import PerPromptStats
-from .algorithm import Algorithm, Metrics, Options
+from .algorithm import Metrics, Options, mean_of
+from .forward import ForwardProcessAlgorithm
 from .policies import DenoisingPolicy, Policy
 from .replay import Replay
 from .rollouts import Rollout
@@ -55,7 +56,7 @@ def negative_aware_loss(
 
 
 @final
-class DiffusionNFT(Algorithm):
+class DiffusionNFT(ForwardProcessAlgorithm):
     """Negative-aware fine-tuning: contrasts better and worse samples on the forward process.
 
         r_i = clip(A_i/(2·advantage_clip) + ½, 0, 1)
@@ -84,8 +85,6 @@ class DiffusionNFT(Algorithm):
             the next latents.
     """
 
-    policy: DenoisingPolicy
-
     def __init__(
         self,
         policy: Policy,
@@ -109,13 +108,7 @@ class DiffusionNFT(Algorithm):
             "per_prompt_buffer_size": per_prompt_buffer_size,
             "per_prompt_min_count": per_prompt_min_count,
         }
-        super().__init__(policy, env, log_prob_reduction="mean", n_epochs=n_epochs, own=own, **options)
-        if not isinstance(policy, DenoisingPolicy):
-            raise TypeError(
-                f"DiffusionNFT trains a denoiser: policy must be a DenoisingPolicy, got {type(policy).__name__}"
-            )
-        if not env.metadata.get("action_is_next_latents"):
-            raise ValueError(f"DiffusionNFT learns from the images of DenoisingMDP-v0, got {env}")
+        super().__init__(policy, env, n_epochs=n_epochs, own=own, **options)
         if beta <= 0 or advantage_clip <= 0 or kl_coefficient < 0 or not 0 <= max_decay < 1:
             raise ValueError(
                 "beta and advantage_clip must be positive, kl_coefficient at least 0 and max_decay in [0, 1), "
@@ -126,8 +119,8 @@ class DiffusionNFT(Algorithm):
         self.kl_coefficient = kl_coefficient
         self.max_decay = max_decay
         self.per_prompt_stats = PerPromptStats(per_prompt_buffer_size, per_prompt_min_count)
-        shared = [policy.model, *(parameter for parameter in policy.parameters() if not parameter.requires_grad)]
-        self._behaviour = copy.deepcopy(policy, memo={id(one): one for one in shared}).requires_grad_(False)
+        shared = [self.policy.model, *(parameter for parameter in policy.parameters() if not parameter.requires_grad)]
+        self._behaviour = copy.deepcopy(self.policy, memo={id(one): one for one in shared}).requires_grad_(False)
 
     @property
     def behaviour(self) -> DenoisingPolicy:
@@ -139,13 +132,10 @@ class DiffusionNFT(Algorithm):
         replay = Replay.from_rollout(rollout)
         optimality = self.optimality(replay)
         rng = self._update_generator()
-        totals: dict[str, list[Tensor]] = {}
-        for _ in range(self.n_epochs):
-            for rows in rng.permutation(len(replay)).reshape(-1, self.batch_size):
-                for name, value in self._update(replay, optimality, rows, rng).items():
-                    totals.setdefault(name, []).append(value)
+        rows = np.arange(len(replay))
+        metrics = mean_of(self._update(replay, optimality, batch, rng) for batch in self._batches(rows, rng))
         self._follow()
-        return {name: torch.stack(values).mean() for name, values in totals.items()}
+        return metrics
 
     def optimality(self, replay: Replay) -> Tensor:
         """Return how good each sample is beside those of its prompt, r in [0, 1], [N]."""
@@ -157,22 +147,16 @@ class DiffusionNFT(Algorithm):
         self, replay: Replay, optimality: Tensor, rows: np.ndarray, rng: np.random.Generator
     ) -> dict[str, Tensor]:
         """Make one optimizer step from some of the samples, each at a time and with a noise of its own."""
-        schedule, device = self.policy.model.schedule, self.policy.device
-        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        totals = {name: torch.zeros((), device=device) for name in ("loss", "kl")}
-        for start in range(0, len(rows), self.micro_batch_size):
-            index = torch.from_numpy(rows[start : start + self.micro_batch_size]).to(device)
-            t = schedule.training_times(torch.rand(len(index), generator=generator)).to(device)
-            noise = torch.randn(len(index), *replay.latents.shape[1:], generator=generator).to(device)
-            clean = replay.latents[index]
-            inputs = (clean, t, noise, {key: value[index] for key, value in replay.constants.items()})
+        totals = {name: torch.zeros((), device=self.policy.device) for name in ("loss", "kl")}
+        for index, inputs in self._noised(replay, rows, rng):
+            clean, t, _, _ = inputs
             with torch.no_grad():
                 old = self._behaviour.predict_noised(*inputs).x0
                 reference = self.policy.predict_noised(*inputs, frozen=True).x0
             x0 = self.policy.predict_noised(*inputs).x0
             loss = negative_aware_loss(x0, old, clean, optimality[index], beta=self.beta)
             # ‖v̂ − v̂_ref‖ = ‖x̂_0 − x̂_0,ref‖/σ, on variance-preserving processes and on flows.
-            away = (x0 - reference) / broadcast_to(schedule.sigma(t), x0)
+            away = (x0 - reference) / broadcast_to(self.policy.model.schedule.sigma(t), x0)
             kl = away.square().flatten(1).mean(1)
             total = (self.advantage_clip * loss + self.kl_coefficient * kl).sum() / len(rows)
             total.backward()

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from diffusion_gym.transitions import Reduction
 
 from .advantages import AdvantageScale, GroupBaseline, group_advantages
-from .algorithm import ENV_STREAM, Algorithm, Metrics, Options
+from .algorithm import ENV_STREAM, Algorithm, Metrics, Options, mean_of
 from .losses import approximate_kl, clipped_surrogate_coefficients, clipped_surrogate_loss
 from .policies import Policy
 from .rollouts import Rollout
@@ -185,12 +185,11 @@ class RLOO(Algorithm):
         if self.kl_coefficient and self.kl_place == "reward":
             returns = returns - self.kl_coefficient * self._kl_per_episode(rollout)
         advantages = self._advantages(returns)
-        totals: dict[str, list[Tensor]] = {}
-        for _ in range(self.n_epochs):
-            for lanes in rng.permutation(rollout.num_episodes).reshape(-1, self.batch_size):
-                for name, value in self._update(rollout, advantages, lanes).items():
-                    totals.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in totals.items()}
+        return mean_of(
+            self._update(rollout, advantages, lanes)
+            for _ in range(self.n_epochs)
+            for lanes in rng.permutation(rollout.num_episodes).reshape(-1, self.batch_size)
+        )
 
     def _update(self, rollout: Rollout, advantages: Tensor, lanes: np.ndarray) -> dict[str, Tensor]:
         """Make one optimizer step from whole episodes."""

@@ -12,8 +12,9 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .algorithm import Algorithm, Metrics, Options
-from .policies import DenoisingPolicy, Policy
+from .algorithm import Metrics, Options, mean_of
+from .forward import ForwardProcessAlgorithm
+from .policies import Policy
 from .replay import Replay
 from .rollouts import Rollout
 
@@ -58,7 +59,7 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 
 
 @final
-class RWR(Algorithm):
+class RWR(ForwardProcessAlgorithm):
     """Reward-weighted regression, dense (softmax) or sparse (the best share of the samples).
 
         w_i = N·softmax(β·r)_i    L = mean_i w_i·‖ε − ε̂_θ(α_t·x_0 + σ_t·ε, t, c_i)‖²/D,  one random t and ε each
@@ -88,8 +89,6 @@ class RWR(Algorithm):
             the next latents.
     """
 
-    policy: DenoisingPolicy
-
     def __init__(
         self,
         policy: Policy,
@@ -109,11 +108,7 @@ class RWR(Algorithm):
             "per_prompt": per_prompt,
             "best_share": best_share,
         }
-        super().__init__(policy, env, log_prob_reduction="mean", n_epochs=n_epochs, own=own, **options)
-        if not isinstance(policy, DenoisingPolicy):
-            raise TypeError(f"RWR trains a denoiser: policy must be a DenoisingPolicy, got {type(policy).__name__}")
-        if not env.metadata.get("action_is_next_latents"):
-            raise ValueError(f"RWR learns from the images of DenoisingMDP-v0, got {env}")
+        super().__init__(policy, env, n_epochs=n_epochs, own=own, **options)
         if inverse_temperature <= 0 or (best_share is not None and not 0 < best_share <= 1):
             raise ValueError(
                 "inverse_temperature must be positive and best_share None or in (0, 1], "
@@ -149,28 +144,15 @@ class RWR(Algorithm):
         rng = self._update_generator()
         weights = self.weights(replay)
         rows = np.flatnonzero(weights.cpu().numpy())
-        totals: dict[str, list[Tensor]] = {}
-        for _ in range(self.n_epochs):
-            order = rng.permutation(rows)
-            for start in range(0, len(order), self.batch_size):
-                metrics = self._update(replay, weights, order[start : start + self.batch_size], rng)
-                for name, value in metrics.items():
-                    totals.setdefault(name, []).append(value)
-        means = {name: torch.stack(values).mean() for name, values in totals.items()}
-        return means | {"effective_sample_size": effective_sample_size(weights)}
+        means = mean_of(self._update(replay, weights, batch, rng) for batch in self._batches(rows, rng))
+        return {**means, "effective_sample_size": effective_sample_size(weights)}
 
     def _update(self, replay: Replay, weights: Tensor, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         """Make one optimizer step from some of the samples, each at a time and with a noise of its own."""
-        schedule, device = self.policy.model.schedule, self.policy.device
-        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        total = torch.zeros((), device=device)
-        for start in range(0, len(rows), self.micro_batch_size):
-            index = torch.from_numpy(rows[start : start + self.micro_batch_size]).to(device)
-            t = schedule.training_times(torch.rand(len(index), generator=generator)).to(device)
-            noise = torch.randn(len(index), *replay.latents.shape[1:], generator=generator).to(device)
-            constants = {key: value[index] for key, value in replay.constants.items()}
-            prediction = self.policy.predict_noised(replay.latents[index], t, noise, constants)
-            error = (prediction.epsilon - noise).square().flatten(1).mean(1)
+        total = torch.zeros((), device=self.policy.device)
+        for index, inputs in self._noised(replay, rows, rng):
+            _, _, noise, _ = inputs
+            error = (self.policy.predict_noised(*inputs).epsilon - noise).square().flatten(1).mean(1)
             loss = (weights[index] * error).sum() / len(rows)
             loss.backward()
             total += loss.detach()

@@ -1,0 +1,55 @@
+"""What algorithms share that learn on the forward process: from finished images, noised anew, without trajectories."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .algorithm import Algorithm, Options
+from .policies import DenoisingPolicy, Policy
+from .replay import Replay
+
+Noised = tuple[Tensor, tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]]
+
+
+class ForwardProcessAlgorithm(Algorithm):
+    """An algorithm that trains a denoiser on finished images; the arguments are those of `Algorithm`.
+
+    Raises:
+        TypeError, ValueError: as `Algorithm`; or the policy is no `DenoisingPolicy`, or the environment's action is not
+            the next latents.
+    """
+
+    policy: DenoisingPolicy
+
+    def __init__(
+        self, policy: Policy, env: VectorEnv, *, n_epochs: int, own: Mapping[str, Any], **options: Unpack[Options]
+    ) -> None:
+        super().__init__(policy, env, log_prob_reduction="mean", n_epochs=n_epochs, own=own, **options)
+        name = type(self).__name__
+        if not isinstance(policy, DenoisingPolicy):
+            raise TypeError(f"{name} trains a denoiser: policy must be a DenoisingPolicy, got {type(policy).__name__}")
+        if not env.metadata.get("action_is_next_latents"):
+            raise ValueError(f"{name} learns from the images of DenoisingMDP-v0, got {env}")
+
+    def _batches(self, rows: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield the rows of each update: `n_epochs` passes, shuffled, `batch_size` at a time."""
+        for _ in range(self.n_epochs):
+            order = rng.permutation(rows)
+            for start in range(0, len(order), self.batch_size):
+                yield order[start : start + self.batch_size]
+
+    def _noised(self, replay: Replay, rows: np.ndarray, rng: np.random.Generator) -> Iterator[Noised]:
+        """Yield the indices of each micro-batch and what `predict_noised` takes: a time and a noise for each sample."""
+        schedule, device = self.policy.model.schedule, self.policy.device
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        for start in range(0, len(rows), self.micro_batch_size):
+            index = torch.from_numpy(rows[start : start + self.micro_batch_size]).to(device)
+            t = schedule.training_times(torch.rand(len(index), generator=generator)).to(device)
+            noise = torch.randn(len(index), *replay.latents.shape[1:], generator=generator).to(device)
+            constants = {key: value[index] for key, value in replay.constants.items()}
+            yield index, (replay.latents[index], t, noise, constants)
