@@ -16,6 +16,7 @@ class Options(TypedDict, total=False):
     learning_rate: float | Schedule
     samples_per_epoch: int | None
     batch_size: int | None
+    group_size: int
     micro_batch_size: int | None
     max_grad_norm: float | None
     adam_beta1: float

@@ -56,7 +56,7 @@ class RLOO(TrajectoryAlgorithm):
 
     Args are those of `TrajectoryAlgorithm`, and:
         env: With autoreset_mode DISABLED.
-        group_size: K ≥ 2 samples of a prompt, a divisor of `env.num_envs`.
+        group_size: K ≥ 2 samples of a prompt, a divisor of `env.num_envs` (4).
         same_noise: Start the samples of a group from the same noise, so that they differ by the policy's draws alone.
         num_starts: Draw the groups' starts (prompt and noise) from this many; None: always new ones. With
             reward="reference_distance" a start that comes again costs no new reference.
@@ -68,7 +68,7 @@ class RLOO(TrajectoryAlgorithm):
             each "group" (GRPO). The published RLOO codes do not; Adam makes up for most of a reward's scale.
         log_prob_reduction: Over an action's dimensions. None: "mean" where the action is the next latents and `ratio`
             is "step", as the published codes do; else "sum".
-        timestep_fraction: Below 1 it goes with ratio="step" alone.
+        timestep_fraction, step_weights: Below 1, or not "equal", they go with ratio="step" alone.
         reference: For times also a `ContextFreeSchedule` made from a grid (TPDM's; its launch script has no KL).
 
     Raises:
@@ -80,7 +80,6 @@ class RLOO(TrajectoryAlgorithm):
         policy: Policy,
         env: VectorEnv,
         *,
-        group_size: int = 4,
         same_noise: bool = True,
         num_starts: int | None = None,
         n_epochs: int = 1,
@@ -95,7 +94,6 @@ class RLOO(TrajectoryAlgorithm):
         self.ratio: Ratio = ratio or ("step" if moves_latents else "trajectory")
         by_mean = moves_latents and self.ratio == "step"
         own = {
-            "group_size": group_size,
             "same_noise": same_noise,
             "num_starts": num_starts,
             "n_epochs": n_epochs,
@@ -105,6 +103,7 @@ class RLOO(TrajectoryAlgorithm):
             "advantage_scale": advantage_scale,
             "log_prob_reduction": log_prob_reduction,
         }
+        options.setdefault("group_size", 4)
         options.setdefault("learning_rate", 1e-4)
         options.setdefault("adam_weight_decay", 0.0)
         super().__init__(
@@ -115,7 +114,6 @@ class RLOO(TrajectoryAlgorithm):
             own=own,
             **options,
         )
-        self.group_size = group_size
         self.same_noise = same_noise
         self.num_starts = num_starts
         self.baseline: GroupBaseline = baseline
@@ -135,37 +133,31 @@ class RLOO(TrajectoryAlgorithm):
                 "RLOO launches whole groups and lets them end: make the environment with "
                 f'autoreset_mode="DISABLED", got {self.env.metadata["autoreset_mode"].name}'
             )
-        if self.group_size < 2 or self.env.num_envs % self.group_size:
-            raise ValueError(
-                f"group_size must be at least 2 and divide num_envs ({self.env.num_envs}), got {self.group_size}"
-            )
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, got {self.group_size}")
         if self.num_starts is not None and self.num_starts < 1:
             raise ValueError(f"num_starts must be None or at least 1, got {self.num_starts}")
         if self.clip_range <= 0:
             raise ValueError(f"clip_range must be positive, got {self.clip_range}")
-        if self.ratio == "trajectory" and self.timestep_fraction < 1:
+        if self.ratio == "trajectory" and (self.timestep_fraction < 1 or self.step_weights != "equal"):
             raise ValueError(
-                'timestep_fraction goes with ratio="step": the ratio of a trajectory is that of all its steps; '
-                f"got {self.timestep_fraction}"
+                'timestep_fraction and step_weights go with ratio="step": the ratio of a trajectory is that of all its '
+                f"steps; got {self.timestep_fraction} and {self.step_weights!r}"
             )
 
     # ------------------------------------------------------------------ groups
     def _start(self, batch: int) -> tuple[int | Sequence[int], Mapping[str, Any] | None]:
         """Return the lanes' seeds, and their prompts where the seeds do not give them: groups lie side by side."""
-        groups = range(self.env.num_envs // self.group_size)
-        starts = [self._group_seed(batch, group) for group in groups]
         if self.same_noise:
-            return [start for start in starts for _ in range(self.group_size)], None
-        seeds = [training_seed(start, sample) for start in starts for sample in range(self.group_size)]
-        num_prompts = int(self.env.single_observation_space["prompt_id"].high[0]) + 1  # type: ignore[index]
-        ids = [derived_seed(start) % num_prompts for start in starts]
-        return seeds, {"prompt_id": [index for index in ids for _ in range(self.group_size)]}
+            return [start for start in self._group_seeds(batch) for _ in range(self.group_size)], None
+        return super()._start(batch)
 
-    def _group_seed(self, batch: int, group: int) -> int:
+    def _group_seeds(self, batch: int) -> list[int]:
         if self.num_starts is None:
-            return training_seed(self.seed, ENV_STREAM, self.iteration, batch, group)
-        drawn = derived_seed(self.seed, ENV_STREAM, self.iteration, batch, group) % self.num_starts
-        return training_seed(self.seed, ENV_STREAM, drawn)
+            return super()._group_seeds(batch)
+        groups = range(self.env.num_envs // self.group_size)
+        drawn = (derived_seed(self.seed, ENV_STREAM, self.iteration, batch, group) for group in groups)
+        return [training_seed(self.seed, ENV_STREAM, number % self.num_starts) for number in drawn]
 
     def _advantages(self, rollout: Rollout) -> Tensor:
         """Return the advantage of each episode, [B]."""

@@ -238,14 +238,14 @@ def test_own_resets_are_refused(tiny, time_env):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"group_size": 3}, r"group_size must be at least 2 and divide num_envs \(4\), got 3"),
+        ({"group_size": 3}, r"group_size must be at least 1 and divide num_envs \(4\), got 3"),
         ({"group_size": 1}, "group_size must be at least 2"),
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(4\), got 3"),
         ({"ratio": "token"}, "ratio must be one of .*got 'token'"),
         ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
         ({"clip_range": 0.0}, "clip_range must be positive"),
-        ({"timestep_fraction": 0.5}, 'timestep_fraction goes with ratio="step"'),
+        ({"timestep_fraction": 0.5}, 'timestep_fraction and step_weights go with ratio="step"'),
         ({"kl_place": "both"}, "kl_place must be one of .*got 'both'"),
         ({"baseline": "value"}, "baseline must be one of .*got 'value'"),
         ({"advantage_scale": None}, "advantage_scale must be one of .*got None"),

@@ -31,7 +31,7 @@ ITERATIONS = 2
 SAMPLES = {"samples_per_epoch": 16, "seed": 5}
 PROMPTS = ["north", "south", "anything"]
 CASES = {
-    "ddpo-sf": (DDPOSF, {"per_prompt_buffer_size": None, "n_epochs": 2}),
+    "ddpo-sf": (DDPOSF, {"per_prompt_buffer_size": None, "n_epochs": 2, "step_weights": "inverse_sensitivity"}),
     "ddpo-is": (
         DDPOIS,
         {"batch_size": 4, "n_epochs": 2, "timestep_fraction": 0.5, "micro_batch_size": 3, "clip_range": 0.1}
@@ -54,7 +54,7 @@ CASES = {
         | {"kl_coefficient": 0.1, "kl_place": "reward"},
     ),
     "rwr": (RWR, {"n_epochs": 2, "batch_size": 8}),
-    "rwr-sparse": (RWR, {"n_epochs": 2, "batch_size": 8, "best_share": 0.3, "per_prompt": True}),
+    "rwr-sparse": (RWR, {"n_epochs": 2, "batch_size": 8, "best_share": 0.3, "per_prompt": True, "group_size": 2}),
     "nft": (DiffusionNFT, {"batch_size": 8, "per_prompt_min_count": 2}),
     # fp16 scales the losses, and has to where there are none.
     "ddpo-fp16": (DDPOSF, {"samples_per_epoch": 8, "batch_size": 1, "timestep_fraction": 0.5}),
