@@ -23,10 +23,10 @@ from diffusion_gym.transitions import Reduction
 from .averaging import WeightAverage
 from .distributed import Processes, gathered
 from .guard import GradientGuard
-from .options import LogXAxis, OnNonfinite, Schedule, adamw_class
+from .options import LogXAxis, OnNonfinite, RolloutDtype, Schedule, adamw_class
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
-from .rollouts import Rollout, collect
+from .rollouts import Rollout, Storage, collect
 from .saving import SavedRun
 from .seeding import derived_generator, derived_seed, training_seed
 
@@ -77,6 +77,8 @@ class Algorithm(SavedRun, ABC):
             of the embedded model's: three times the variance), whose mean groups tell from the first rollout on.
         micro_batch_size: Transitions per forward and backward pass of a process; None: `env.num_envs`. Only memory and
             speed depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
+        rollout_device: Where to keep the rollout's latents and features, such as "cpu"; None: on the policy's device.
+        rollout_dtype: Keep them in "float16" or "bfloat16", see `agents.rollouts.Storage`; None: as they are.
         max_grad_norm: The gradient is clipped to this norm; None: not at all.
         adam_beta1: AdamW's β₁.
         adam_beta2: AdamW's β₂.
@@ -123,6 +125,8 @@ class Algorithm(SavedRun, ABC):
         batch_size: int | None = None,
         group_size: int = 1,
         micro_batch_size: int | None = None,
+        rollout_device: str | None = None,
+        rollout_dtype: RolloutDtype | None = None,
         max_grad_norm: float | None = 1.0,
         adam_beta1: float = 0.9,
         adam_beta2: float = 0.999,
@@ -161,11 +165,17 @@ class Algorithm(SavedRun, ABC):
         for name in ("micro_batch_size", "n_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if log_x_axis not in get_args(LogXAxis):
-            raise ValueError(f"log_x_axis must be one of {get_args(LogXAxis)}, got {log_x_axis!r}")
+        for name, value, kind in (("log_x_axis", log_x_axis, LogXAxis), ("rollout_dtype", rollout_dtype, RolloutDtype)):
+            if value is not None and value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
         self.policy = policy
         self.env = env
         self.group_size = group_size
+        self.storage = Storage(
+            None if rollout_device is None else torch.device(rollout_device),
+            None if rollout_dtype is None else getattr(torch, rollout_dtype),
+        )
+        self.storage.check(env)
         self.log_prob_reduction: Reduction = log_prob_reduction
         self.max_grad_norm = max_grad_norm
         self.tensorboard_log = tensorboard_log
@@ -183,6 +193,8 @@ class Algorithm(SavedRun, ABC):
             "batch_size": batch_size,
             "group_size": group_size,
             "micro_batch_size": micro_batch_size,
+            "rollout_device": rollout_device,
+            "rollout_dtype": rollout_dtype,
             "max_grad_norm": max_grad_norm,
             "adam_beta1": adam_beta1,
             "adam_beta2": adam_beta2,
@@ -357,6 +369,7 @@ class Algorithm(SavedRun, ABC):
             reduction=self.log_prob_reduction,
             after_step=after_step,
             max_images=_LOGGED_IMAGES,
+            storage=self.storage,
         )
         stopped, taken = self.processes.totals(rollout is None, taken)
         self.num_timesteps = before + taken

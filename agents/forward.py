@@ -17,8 +17,18 @@ from .replay import Replay
 Noised = tuple[Tensor, tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]]
 
 
+class ForwardOptions(Options, total=False):
+    """The keywords that they all take; see `ForwardProcessAlgorithm`."""
+
+    noise_draws: int
+
+
 class ForwardProcessAlgorithm(Algorithm):
-    """An algorithm that trains a denoiser on finished images; the arguments are those of `Algorithm`.
+    """An algorithm that trains a denoiser on finished images.
+
+    Args are those of `Algorithm`, and:
+        noise_draws: Times and noises at which each sample counts in an update (DiffusionNFT's code: as many as the
+            sampler has steps; RWR's: 1). One says little of a sample.
 
     Raises:
         TypeError, ValueError: as `Algorithm`; or the policy is no `DenoisingPolicy`, or the environment's action is not
@@ -28,9 +38,20 @@ class ForwardProcessAlgorithm(Algorithm):
     policy: DenoisingPolicy
 
     def __init__(
-        self, policy: Policy, env: VectorEnv, *, n_epochs: int, own: Mapping[str, Any], **options: Unpack[Options]
+        self,
+        policy: Policy,
+        env: VectorEnv,
+        *,
+        n_epochs: int,
+        own: Mapping[str, Any],
+        noise_draws: int = 1,
+        **options: Unpack[Options],
     ) -> None:
+        own = {**own, "noise_draws": noise_draws}
         super().__init__(policy, env, log_prob_reduction="mean", n_epochs=n_epochs, own=own, **options)
+        if noise_draws < 1:
+            raise ValueError(f"noise_draws must be at least 1, got {noise_draws}")
+        self.noise_draws = noise_draws
         name = type(self).__name__
         if not isinstance(policy, DenoisingPolicy):
             raise TypeError(f"{name} trains a denoiser: policy must be a DenoisingPolicy, got {type(policy).__name__}")
@@ -38,11 +59,11 @@ class ForwardProcessAlgorithm(Algorithm):
             raise ValueError(f"{name} learns from the images of DenoisingMDP-v0, got {env}")
 
     def _batches(self, rows: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """Yield the rows of each update: `n_epochs` passes, shuffled, `batch_size` at a time."""
+        """Yield the rows of each update, `noise_draws` times each: shuffled passes, `batch_size` at a time."""
         for _ in range(self.n_epochs):
             order = self._shuffled(rows, rng)
             for start in range(0, len(order), self.batch_size):
-                yield order[start : start + self.batch_size]
+                yield np.tile(order[start : start + self.batch_size], self.noise_draws)
 
     def _noised(self, replay: Replay, rows: np.ndarray, rng: np.random.Generator) -> Iterator[Noised]:
         """Yield the indices of each micro-batch and what `predict_noised` takes: a time and a noise for each sample.

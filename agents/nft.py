@@ -18,8 +18,7 @@ from diffusion_gym.predictions import broadcast_to
 
 from .advantages import PerPromptStats
 from .algorithm import Metrics, mean_of
-from .forward import ForwardProcessAlgorithm
-from .options import Options
+from .forward import ForwardOptions, ForwardProcessAlgorithm
 from .policies import DenoisingPolicy, Policy
 from .replay import Replay
 from .rollouts import Rollout
@@ -70,7 +69,7 @@ class DiffusionNFT(ForwardProcessAlgorithm):
     Source: Zheng et al., 2025, https://arxiv.org/abs/2509.16117; NVlabs/DiffusionNFT train_nft_sd3.py. The pull to the
     reference is in the code alone; without it runs are reported to collapse.
 
-    Args are those of `Algorithm`, and:
+    Args are those of `ForwardProcessAlgorithm`, and:
         policy: A `DenoisingPolicy`.
         env: A vector environment whose action is the next latents.
         n_epochs: Passes over a rollout, each with fresh noise.
@@ -98,7 +97,7 @@ class DiffusionNFT(ForwardProcessAlgorithm):
         max_decay: float = 0.5,
         per_prompt_buffer_size: int = 16,
         per_prompt_min_count: int = 4,
-        **options: Unpack[Options],
+        **options: Unpack[ForwardOptions],
     ) -> None:
         own = {
             "n_epochs": n_epochs,

@@ -8,6 +8,7 @@ import torch
 Schedule = Callable[[float], float]
 OnNonfinite = Literal["raise", "skip"]
 LogXAxis = Literal["timesteps", "reward_queries"]
+RolloutDtype = Literal["float16", "bfloat16"]
 
 
 class Options(TypedDict, total=False):
@@ -18,6 +19,8 @@ class Options(TypedDict, total=False):
     batch_size: int | None
     group_size: int
     micro_batch_size: int | None
+    rollout_device: str | None
+    rollout_dtype: RolloutDtype | None
     max_grad_norm: float | None
     adam_beta1: float
     adam_beta2: float

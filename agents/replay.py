@@ -60,7 +60,8 @@ class Replay:
     @classmethod
     def from_rollout(cls, rollout: Rollout) -> "Replay":
         """Return the ends of a rollout of the denoising MDP, whose last action is x_0."""
-        return cls(rollout.actions[-1].float(), rollout.constants, rollout.returns, rollout.prompt_id, rollout.first)
+        ends = rollout.ends[rollout.first : rollout.first + rollout.actions.shape[1]].float()
+        return cls(ends, rollout.constants, rollout.returns, rollout.prompt_id, rollout.first)
 
     @classmethod
     def from_folder(cls, folder: Path | str, model: DiffusionModel, *, negative_prompt: str = "") -> "Replay":

@@ -15,7 +15,45 @@ from .policies.base import Generators, Observation, Policy
 
 Options = Mapping[str, Any] | None
 
-_CHANGING = ("latents", "timestep", "next_timestep", "step", "features", "time_embedding")
+_LARGE = ("latents", "features", "time_embedding")
+_CHANGING = (*_LARGE, "timestep", "next_timestep", "step")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where, and how precisely, a rollout keeps what is large: latents, features, and actions that are latents.
+
+    Args:
+        device: Where; None: where they are made. From another device they come back in micro-batches.
+        dtype: How precisely, torch.float16 or torch.bfloat16 (which rounds latents 8 times as coarsely); None: as they
+            come. What the policy sees, and its actions before they are scored, are rounded to it too: ratios before the
+            first update are 1 all the same, and what is trained is a policy of rounded latents.
+    """
+
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+
+    def check(self, env: VectorEnv) -> None:
+        """Raise ValueError if the environment's own precision is not float32, and so rounded already."""
+        own = env.unwrapped.dtype  # type: ignore[attr-defined]
+        if self.dtype is not None and own != torch.float32:
+            raise ValueError(f"the rollout cannot be stored in {self.dtype}: the environment's latents are {own}")
+
+    def seen(self, observation: Observation) -> dict[str, Tensor]:
+        """Return an observation as it will be remembered."""
+        if self.dtype is None:
+            return dict(observation)
+        rounded = {key: observation[key].to(self.dtype).float() for key in _LARGE if key in observation}
+        return {**observation, **rounded}
+
+    def kept(self, values: Tensor) -> Tensor:
+        """Return large values as they are stored."""
+        return values.to(device=self.device, dtype=self.dtype)
+
+    def read(self, values: Tensor, device: torch.device, *index: Tensor) -> Tensor:
+        """Return some of the stored values, on the device that they are needed on."""
+        taken = values[tuple(part.to(values.device) for part in index)].to(device)
+        return taken.float() if taken.dtype == self.dtype else taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +79,7 @@ class Rollout:
         ends: [B, …] the last actions; where the action is the next latents, x_0.
         images: [k, 3, H, W] of the first k episodes.
         first: The index of the first episode whose observations and actions are here.
+        storage: How the latents and features among the observations, and actions that are latents, are kept.
     """
 
     changing: Mapping[str, Tensor]
@@ -55,6 +94,7 @@ class Rollout:
     ends: Tensor
     images: Tensor
     first: int = 0
+    storage: Storage = Storage()
 
     @property
     def num_steps(self) -> int:
@@ -73,12 +113,15 @@ class Rollout:
     def observation(self, steps: Tensor, lanes: Tensor) -> dict[str, Tensor]:
         """Return what the policy saw in M transitions, [M, …] each, given their indices on the device."""
         lanes = lanes - self.first
-        changing = {key: value[steps, lanes] for key, value in self.changing.items()}
+        changing = {key: self._read(value, steps, lanes) for key, value in self.changing.items()}
         return changing | {key: value[lanes] for key, value in self.constants.items()}
 
     def action(self, steps: Tensor, lanes: Tensor) -> Tensor:
         """Return what it did in them, [M, …]."""
-        return self.actions[steps, lanes - self.first]
+        return self._read(self.actions, steps, lanes - self.first)
+
+    def _read(self, values: Tensor, *index: Tensor) -> Tensor:
+        return self.storage.read(values, self.returns.device, *index)
 
     def micro_batches(self, steps: np.ndarray, lanes: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the indices (steps, lanes) of those transitions that are here, on the device, `size` at a time."""
@@ -125,6 +168,7 @@ def collect(
     reduction: Reduction = "mean",
     after_step: Callable[[int], bool] | None = None,
     max_images: int = 16,
+    storage: Storage | None = None,
 ) -> Rollout | None:
     """Return one episode of every lane for each seed.
 
@@ -144,25 +188,29 @@ def collect(
         after_step: Called after each step of the environment with the number of lanes that took it; False stops the
             collection.
         max_images: How many images to keep.
+        storage: How latents and features are kept; None: as they come.
 
     Returns:
         The rollout; None if `after_step` stopped it.
 
     Raises:
-        ValueError: the environment is of another kind, or its lanes end apart from each other and reset themselves.
+        ValueError: the environment is of another kind, or its lanes end apart from each other and reset themselves, or
+            its latents are of low precision themselves and `storage` names another.
     """
     if not env.metadata.get("torch"):
         raise ValueError(f"{env} is not a torch vector environment of diffusion_gym, such as DenoisingMDP-v0")
+    storage = storage or Storage()
+    storage.check(env)
     each = [options] * len(seeds) if options is None or isinstance(options, Mapping) else options
     drawn_from = generators if isinstance(generators, Sequence) else [generators] * len(seeds)
     batches = []
     for seed, reset_options, draws in zip(seeds, each, drawn_from, strict=True):
         observation, info = env.reset(seed=seed, options=reset_options)  # type: ignore[arg-type]
-        batch = _run(env, policy, observation, info, draws, deterministic, reduction, after_step)
+        batch = _run(env, policy, observation, info, draws, deterministic, reduction, after_step, storage)
         if batch is None:
             return None
         batches.append(batch)
-    return _assemble(batches, max_images)
+    return _assemble(batches, max_images, storage)
 
 
 def _run(
@@ -174,9 +222,12 @@ def _run(
     deterministic: bool,
     reduction: Reduction,
     after_step: Callable[[int], bool] | None,
+    storage: Storage,
 ) -> _Batch | None:
     mode = env.metadata["autoreset_mode"]
     stored_once = env.metadata.get("action_is_next_latents", False)
+    precision = storage.dtype if stored_once else None
+    observation = storage.seen(observation)
     observed = tuple(key for key in _CHANGING if key in observation and not (stored_once and key == "latents"))
     batch = _Batch(observation, info["prompt_id"], observed)
     active = np.ones(env.num_envs, dtype=bool)
@@ -186,15 +237,22 @@ def _run(
         batch.scored.append(active if scored is None else scored & active)
         if batch.scored[-1].any():
             action, log_prob = policy.sample(
-                observation, generators=generators, deterministic=deterministic, reduction=reduction
+                observation,
+                generators=generators,
+                deterministic=deterministic,
+                reduction=reduction,
+                precision=precision,
             )
         else:
-            action = policy.act(observation, generators=generators, deterministic=deterministic)
+            action = policy.act(observation, generators=generators, deterministic=deterministic, precision=precision)
             log_prob = torch.zeros(env.num_envs, device=action.device)
-        batch.changing.append({key: observation[key] for key in batch.observed})
-        batch.actions.append(action)
+        batch.changing.append(
+            {key: storage.kept(observation[key]) if key in _LARGE else observation[key] for key in batch.observed}
+        )
+        batch.actions.append(storage.kept(action) if stored_once else action)
         batch.log_probs.append(log_prob)
-        observation, reward, _, _, info = env.step(action)
+        following, reward, _, _, info = env.step(action)
+        observation = storage.seen(following)
         batch.rewards.append(reward)
         ended = info["ended"] & active
         if ended.any():
@@ -210,7 +268,7 @@ def _run(
     return batch
 
 
-def _assemble(batches: Sequence[_Batch], max_images: int) -> Rollout:
+def _assemble(batches: Sequence[_Batch], max_images: int, storage: Storage) -> Rollout:
     """Put the batches side by side, time-major; shorter ones are filled up with zeros that nobody looks at.
 
     What the batches hold is taken from them key by key, so that large features are never there three times.
@@ -236,21 +294,24 @@ def _assemble(batches: Sequence[_Batch], max_images: int) -> Rollout:
     actions = side_by_side("actions")
     changing = {key: side_by_side("changing", key) for key in first.observed}
     if "latents" not in changing:
-        latents = torch.cat([torch.cat([batch.first["latents"] for batch in batches])[None], actions])
+        starts = torch.cat([storage.kept(batch.first["latents"]) for batch in batches])
+        latents = torch.cat([starts[None], actions])
         changing["latents"], actions = latents[:-1], latents[1:]
-    weights = torch.from_numpy(scored).to(actions.device)
+    log_probs = side_by_side("log_probs")
+    weights = torch.from_numpy(scored).to(log_probs.device)
     return Rollout(
         changing=changing,
         constants={
             key: torch.cat([batch.first[key] for batch in batches]) for key in first.first if key not in _CHANGING
         },
         actions=actions,
-        log_probs=side_by_side("log_probs").masked_fill(~weights, 0.0),
+        log_probs=log_probs.masked_fill(~weights, 0.0),
         scored=scored,
         lengths=on_the_host("active").sum(0),
         returns=side_by_side("rewards").sum(0),
         prompt_id=np.concatenate([batch.prompt_id for batch in batches]),
         extras={key: torch.cat([batch.finals[key] for batch in batches]) for key in first.finals if key != "images"},
-        ends=actions[-1],
+        ends=storage.read(actions, log_probs.device, torch.tensor(-1)),
         images=torch.cat([batch.finals["images"][:max_images] for batch in batches])[:max_images],
+        storage=storage,
     )

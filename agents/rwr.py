@@ -14,8 +14,7 @@ from typing_extensions import Unpack
 
 from .algorithm import Metrics, mean_of
 from .diagnostics import effective_sample_size
-from .forward import ForwardProcessAlgorithm
-from .options import Options
+from .forward import ForwardOptions, ForwardProcessAlgorithm
 from .policies import Policy
 from .replay import Replay
 from .rollouts import Rollout
@@ -71,7 +70,8 @@ class RWR(ForwardProcessAlgorithm):
         leaves 99 % of the samples effective, which is plain fine-tuning, and on kilobytes of large JPEGs (30) two or
         three of 10,000. Hence `normalise_rewards`; the published code has raw rewards.
 
-    Args are those of `Algorithm` (paper: a learning rate of 1e-5, 10,240 samples per rollout, batches of 128), and:
+    Args are those of `ForwardProcessAlgorithm` (paper: a learning rate of 1e-5, 10,240 samples per rollout, batches of
+    128), and:
         policy: A `DenoisingPolicy`.
         env: A vector environment whose action is the next latents.
         n_epochs: Passes over a rollout, each with fresh noise (paper: 5; sparse 50).
@@ -96,7 +96,7 @@ class RWR(ForwardProcessAlgorithm):
         normalise_rewards: bool = True,
         per_prompt: bool = False,
         best_share: float | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[ForwardOptions],
     ) -> None:
         own = {
             "n_epochs": n_epochs,

@@ -149,6 +149,7 @@ class Policy(nn.Module, ABC):
         generators: Generators | None = None,
         deterministic: bool = False,
         reduction: Reduction = "sum",
+        precision: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return actions [B, ...] and their log-probs [B], at the price of one.
 
@@ -160,18 +161,24 @@ class Policy(nn.Module, ABC):
             generators: Where the draws come from, one or one per lane; None: the policy's own.
             deterministic: Take the mode instead of a draw.
             reduction: "sum": the log-density; "mean": divided by the number of dimensions.
+            precision: In which somebody will store the actions, if it is less than the environment's.
         """
         distribution = self.distribution(observation)
-        action = self._draw(distribution, observation, generators, deterministic)
+        action = self._draw(distribution, observation, generators, deterministic, precision)
         return action, distribution.log_prob(action, reduction)
 
     @final
     @torch.no_grad()
     def act(
-        self, observation: Observation, *, generators: Generators | None = None, deterministic: bool = False
+        self,
+        observation: Observation,
+        *,
+        generators: Generators | None = None,
+        deterministic: bool = False,
+        precision: torch.dtype | None = None,
     ) -> Tensor:
         """Return actions [B, ...]; the arguments are those of `sample`."""
-        return self._draw(self.distribution(observation), observation, generators, deterministic)
+        return self._draw(self.distribution(observation), observation, generators, deterministic, precision)
 
     @final
     def log_prob(self, observation: Observation, action: Tensor, reduction: Reduction = "sum") -> Tensor:
@@ -179,7 +186,12 @@ class Policy(nn.Module, ABC):
         return self.distribution(observation).log_prob(action, reduction)
 
     def _draw(
-        self, distribution: Distribution, observation: Observation, generators: Generators | None, deterministic: bool
+        self,
+        distribution: Distribution,
+        observation: Observation,
+        generators: Generators | None,
+        deterministic: bool,
+        precision: torch.dtype | None,
     ) -> Tensor:
         drawn = distribution.mode if deterministic else distribution.sample(generators or self.generator)
-        return drawn.detach().to(self.action_dtype(observation))
+        return drawn.detach().to(precision or drawn.dtype).to(self.action_dtype(observation))

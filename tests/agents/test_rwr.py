@@ -56,11 +56,13 @@ def test_the_best_share_is_kept():
 
 
 # ---------------------------------------------------------------------- updates
-def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch):
+@pytest.mark.parametrize(("noise_draws", "passes"), [(1, [3, 1]), (2, [3, 3, 2])])
+def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch, noise_draws, passes):
     """Against the loss written out, with the same times and noises."""
     env = make_env(tiny, num_envs=4)
     policy = DenoisingPolicy(tiny, guidance_scale=2.0, seed=0)
-    learner = RWR(policy, env, n_epochs=1, micro_batch_size=3, inverse_temperature=0.7, seed=0)
+    sizes = {"n_epochs": 1, "micro_batch_size": 3, "noise_draws": noise_draws}
+    learner = RWR(policy, env, inverse_temperature=0.7, seed=0, **sizes)
     rollout = collect(env, policy, seeds=[0])
     drawn = []
     original = policy.predict_noised
@@ -91,9 +93,10 @@ def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch):
             for key in ("negative_prompt_embeds", "prompt_embeds")
         ]
         guided = outputs[0] + 2.0 * (outputs[1] - outputs[0])
-        total = total + (weights[rows] * (guided - noise).square().mean((1, 2, 3))).sum() / 4
+        total = total + (weights[rows] * (guided - noise).square().mean((1, 2, 3))).sum() / (4 * noise_draws)
     total.backward()
-    assert [len(clean) for clean, *_ in drawn] == [3, 1]
+    assert [len(clean) for clean, *_ in drawn] == passes
+    assert len(set(torch.cat([t for _, t, *_ in drawn]).tolist())) == 4 * noise_draws
     assert float(metrics["loss"]) == pytest.approx(float(total.detach()), rel=1e-4)
     assert float(metrics["effective_sample_size"]) == pytest.approx(float(effective_sample_size(weights)), rel=1e-4)
     largest = max(float(parameter.grad.abs().max()) for parameter in policy.parameters())
@@ -185,6 +188,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(line, tmp_path):
     [
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(8\), got 3"),
         ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
+        ({"noise_draws": 0}, "noise_draws must be at least 1, got 0"),
         ({"inverse_temperature": 0.0}, r"inverse_temperature must be positive .* got 0\.0"),
         ({"best_share": 1.5}, r"best_share None or in \(0, 1\], got .* 1\.5"),
     ],
