@@ -50,10 +50,9 @@ class Storage:
         """Return large values as they are stored."""
         return values.to(device=self.device, dtype=self.dtype)
 
-    def read(self, values: Tensor, device: torch.device, *index: Tensor) -> Tensor:
-        """Return some of the stored values, on the device that they are needed on."""
-        taken = values[tuple(part.to(values.device) for part in index)].to(device)
-        return taken.float() if taken.dtype == self.dtype else taken
+    def read(self, values: Tensor, device: torch.device) -> Tensor:
+        """Return stored values as they were seen, on the device that they are needed on."""
+        return values.to(device=device, dtype=torch.float32 if values.dtype == self.dtype else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +120,7 @@ class Rollout:
         return self._read(self.actions, steps, lanes - self.first)
 
     def _read(self, values: Tensor, *index: Tensor) -> Tensor:
-        return self.storage.read(values, self.returns.device, *index)
+        return self.storage.read(values[tuple(part.to(values.device) for part in index)], self.returns.device)
 
     def micro_batches(self, steps: np.ndarray, lanes: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the indices (steps, lanes) of those transitions that are here, on the device, `size` at a time."""
@@ -311,7 +310,7 @@ def _assemble(batches: Sequence[_Batch], max_images: int, storage: Storage) -> R
         returns=side_by_side("rewards").sum(0),
         prompt_id=np.concatenate([batch.prompt_id for batch in batches]),
         extras={key: torch.cat([batch.finals[key] for batch in batches]) for key in first.finals if key != "images"},
-        ends=storage.read(actions, log_probs.device, torch.tensor(-1)),
+        ends=storage.read(actions[-1], log_probs.device),
         images=torch.cat([batch.finals["images"][:max_images] for batch in batches])[:max_images],
         storage=storage,
     )

@@ -170,6 +170,33 @@ def test_residency_of_an_update_with_a_kl_penalty_and_a_window(on_device, named_
     assert (named_places["reward"], named_places["update"]) == (2, 1)
 
 
+def test_residency_of_an_update_with_weighted_steps(on_device, named_places):
+    env = make()
+    policy = DenoisingPolicy(env.unwrapped.model, seed=0)
+    on_device(env, policy)
+    sizes = {"samples_per_epoch": 3, "batch_size": 3, "group_size": 3, "per_prompt_buffer_size": None}
+    learner = DDPOIS(policy, env, step_weights="inverse_sensitivity", seed=0, **sizes)
+    learner.learn(6, log_interval=0)
+    assert (named_places["reward"], named_places["update"]) == (2, 1)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_a_rollout_on_the_host_comes_back_in_micro_batches(on_device, named_places, monkeypatch, dtype):
+    env = make()
+    policy = DenoisingPolicy(env.unwrapped.model, seed=0)
+    on_device(env, policy)
+    sizes = {"samples_per_epoch": 3, "batch_size": 3, "micro_batch_size": 2, "per_prompt_buffer_size": None}
+    learner = DDPOIS(policy, env, rollout_device="cpu", rollout_dtype=dtype, seed=0, **sizes)
+    rollouts, train = [], learner.train
+    monkeypatch.setattr(learner, "train", lambda rollout: rollouts.append(rollout) or train(rollout))
+    learner.learn(6)
+    kept = (rollouts[0].actions, rollouts[0].changing["latents"])
+    assert {values.device.type for values in kept} == {"cpu"}
+    assert {values.dtype for values in kept} == {torch.float32 if dtype is None else torch.float16}
+    assert {values.device.type for values in (rollouts[0].log_probs, rollouts[0].ends)} == {DEVICE}
+    assert learner.num_updates == 1
+
+
 def test_a_reward_that_waits_is_caught(on_device, named_places):
     def impatient(images, prompts, metadata):
         return images.mean((1, 2, 3)) * float(images.max())
