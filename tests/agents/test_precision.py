@@ -55,3 +55,35 @@ def test_the_ratio_begins_at_one_and_nothing_becomes_nan_in_ten_runs(env, precis
         after = [p for p in policy.parameters() if p.requires_grad]
         assert all(torch.isfinite(parameter).all() for parameter in after)
         assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def first_gradient(env, **arguments):
+    """Return the gradient of a first update, and how often the UNet's last block was computed for it."""
+    compiled = arguments.pop("compiled", False)
+    policy = DenoisingPolicy(env.unwrapped.model, seed=0, **arguments)
+    if compiled:
+        policy.denoiser.compile(backend="aot_eager")  # traced and differentiated as by default, but not made C++
+    rollout = collect(env, policy, seeds=[0], reduction="mean")
+    passes = []
+    policy.denoiser.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    steps, lanes = (torch.from_numpy(index) for index in np.nonzero(rollout.scored))
+    log_prob = policy.log_prob(rollout.observation(steps, lanes), rollout.action(steps, lanes), "mean")
+    (log_prob * torch.arange(1.0, 5.0)).sum().backward()
+    return {name: p.grad for name, p in policy.denoiser.named_parameters() if p.requires_grad}, len(passes)
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(env, use_lora):
+    plain, once = first_gradient(env, use_lora=use_lora)
+    checkpointed, twice = first_gradient(env, use_lora=use_lora, gradient_checkpointing=True)
+    assert (once, twice) == (1, 2)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_compiled_denoiser_has_the_same_gradient_and_names(env):
+    plain, _ = first_gradient(env)
+    compiled, _ = first_gradient(env, compiled=True)
+    assert plain.keys() == compiled.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-6)
