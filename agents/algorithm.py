@@ -7,8 +7,8 @@ callbacks, its logger and its scalar names are used as they are.
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,21 +17,22 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
+from typing_extensions import Unpack
 
 from diffusion_gym.transitions import Reduction
 
 from .averaging import WeightAverage
+from .diagnostics import Metrics
 from .distributed import Processes, gathered
 from .guard import GradientGuard
-from .options import LogXAxis, OnNonfinite, RolloutDtype, Schedule, adamw_class
+from .options import Options, Settings
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
-from .rollouts import Rollout, Storage, collect
+from .rollouts import Rollout, collect
 from .saving import SavedRun
 from .seeding import derived_generator, derived_seed, training_seed
 
 MaybeCallback = BaseCallback | Sequence[BaseCallback] | Callable[[dict[str, Any], dict[str, Any]], bool] | None
-Metrics = Mapping[str, Tensor]
 Self = TypeVar("Self", bound="Algorithm")
 
 ENV_STREAM, _POLICY_STREAM, _UPDATE_STREAM = range(3)
@@ -67,36 +68,10 @@ class Algorithm(SavedRun, ABC):
         log_prob_reduction: How log-probs are reduced over an action's dimensions.
         n_epochs: Passes over a rollout.
         own: A subclass's keywords that JSON can hold, for `save`; `load` gives them to the constructor again.
-        learning_rate: AdamW's, or a function of the remaining progress (1 … 0).
-        samples_per_epoch: Images per rollout, of all processes together, a multiple of `env.num_envs` times their
-            number; None: just that. (ddpo-pytorch: `sample.batch_size` × `sample.num_batches_per_epoch`.)
-        batch_size: Images per optimizer step, of all processes together, a divisor of `samples_per_epoch`; None: all
-            of them. (ddpo-pytorch: `train.batch_size` × `train.gradient_accumulation_steps`.)
-        group_size: Images of one prompt that are drawn side by side, a divisor of `env.num_envs`; 1: each image's
-            prompt is drawn for itself. Rewards differ more between prompts than among images of one prompt (kilobytes
-            of the embedded model's: three times the variance), whose mean groups tell from the first rollout on.
-        micro_batch_size: Transitions per forward and backward pass of a process; None: `env.num_envs`. Only memory and
-            speed depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
-        rollout_device: Where to keep the rollout's latents and features, such as "cpu"; None: on the policy's device.
-        rollout_dtype: Keep them in "float16" or "bfloat16", see `agents.rollouts.Storage`; None: as they are.
-        max_grad_norm: The gradient is clipped to this norm; None: not at all.
-        adam_beta1: AdamW's β₁.
-        adam_beta2: AdamW's β₂.
-        adam_weight_decay: AdamW's weight decay.
-        adam_epsilon: AdamW's ε.
-        use_8bit_adam: bitsandbytes' 8-bit AdamW (needs a GPU and `pip install bitsandbytes`).
-        ema_decay: Keep an average of the trained weights over the updates, see `WeightAverage`; None: none.
-        on_nonfinite: What an update whose loss or gradient is NaN or infinite does, before it touches the weights:
-            "raise", or "skip" with a warning, counted as `train/skipped_updates`. With a policy in fp16, gradients that
-            overflow because of the loss scale are no such case: torch's `GradScaler` skips them and halves the scale
-            (`train/overflowed_updates`).
-        tensorboard_log: Folder for TensorBoard; None: no such log.
-        log_x_axis: What TensorBoard draws over: environment steps, as in SB3, or images rewarded so far, by which
-            algorithms of different step counts compare.
-        verbose: 1 prints the log's table.
-        seed: Of everything that is drawn in training; None: one is drawn.
+        options: Those that `agents.options.Settings` describes: learning rate, sizes, AdamW, storage, log, seed.
 
     Attributes:
+        settings: What it was told.
         num_timesteps: Environment steps so far, over all lanes.
         iteration: Rollouts learnt from so far.
         reward_queries: Images rewarded so far.
@@ -120,104 +95,60 @@ class Algorithm(SavedRun, ABC):
         log_prob_reduction: Reduction,
         own: Mapping[str, Any],
         n_epochs: int = 1,
-        learning_rate: float | Schedule = 1e-5,
-        samples_per_epoch: int | None = None,
-        batch_size: int | None = None,
-        group_size: int = 1,
-        micro_batch_size: int | None = None,
-        rollout_device: str | None = None,
-        rollout_dtype: RolloutDtype | None = None,
-        max_grad_norm: float | None = 1.0,
-        adam_beta1: float = 0.9,
-        adam_beta2: float = 0.999,
-        adam_weight_decay: float = 1e-4,
-        adam_epsilon: float = 1e-8,
-        use_8bit_adam: bool = False,
-        ema_decay: float | None = None,
-        on_nonfinite: OnNonfinite = "raise",
-        tensorboard_log: str | None = None,
-        log_x_axis: LogXAxis = "timesteps",
-        verbose: int = 0,
-        seed: int | None = None,
+        **options: Unpack[Options],
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a Policy, such as DenoisingPolicy(env.unwrapped.model); got {policy!r}")
         if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
             raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
         self.processes = Processes()
-        together = env.num_envs * self.processes.count
-        self.samples_per_epoch = together if samples_per_epoch is None else samples_per_epoch
-        self.batch_size = self.samples_per_epoch if batch_size is None else batch_size
-        self.micro_batch_size = env.num_envs if micro_batch_size is None else micro_batch_size
+        self.policy = policy
+        self.env = env
+        self.settings = Settings(**options)
         self.n_epochs = n_epochs
+        self._set_sizes()
+        self.storage = self.settings.storage()
+        self.storage.check(env)
+        self.log_prob_reduction: Reduction = log_prob_reduction
+        seed = self.settings.seed
+        self.seed = self.processes.from_main(derived_seed(time.time_ns()) if seed is None else seed)
+        self.num_timesteps = self.iteration = self.reward_queries = self.num_updates = 0
+        self._timesteps_at_boundary = 0
+        self._progress_remaining = 1.0
+        self._learning_rate = self.settings.learning_rate
+        self._has_own_logger = False
+        self._hyperparameters = {**own, **self.settings.hyperparameters()}
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError(f"{type(policy).__name__} has nothing to train")
+        self.processes.join(trained)
+        self.optimizer = self.settings.optimizer(trained, self._current_learning_rate())
+        on_nonfinite, ema_decay = self.settings.on_nonfinite, self.settings.ema_decay
+        self.guard = GradientGuard(policy.device, on_nonfinite=on_nonfinite, scale_losses=policy.needs_loss_scaling)
+        self.average = None if ema_decay is None else WeightAverage(trained, ema_decay)
+
+    def _set_sizes(self) -> None:
+        given, num_envs = self.settings, self.env.num_envs
+        together = num_envs * self.processes.count
+        self.samples_per_epoch = together if given.samples_per_epoch is None else given.samples_per_epoch
+        self.batch_size = self.samples_per_epoch if given.batch_size is None else given.batch_size
+        self.micro_batch_size = num_envs if given.micro_batch_size is None else given.micro_batch_size
+        self.group_size = given.group_size
         if self.samples_per_epoch < 1 or self.samples_per_epoch % together:
             times = f" × {self.processes.count} processes" if self.processes.count > 1 else ""
             raise ValueError(
-                f"samples_per_epoch must be a multiple of the environment's num_envs ({env.num_envs}){times}, "
+                f"samples_per_epoch must be a multiple of the environment's num_envs ({num_envs}){times}, "
                 f"got {self.samples_per_epoch}"
             )
         if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
             raise ValueError(
                 f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}"
             )
-        if group_size < 1 or env.num_envs % group_size:
-            raise ValueError(f"group_size must be at least 1 and divide num_envs ({env.num_envs}), got {group_size}")
+        if self.group_size < 1 or num_envs % self.group_size:
+            raise ValueError(f"group_size must be at least 1 and divide num_envs ({num_envs}), got {self.group_size}")
         for name in ("micro_batch_size", "n_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, value, kind in (("log_x_axis", log_x_axis, LogXAxis), ("rollout_dtype", rollout_dtype, RolloutDtype)):
-            if value is not None and value not in get_args(kind):
-                raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
-        self.policy = policy
-        self.env = env
-        self.group_size = group_size
-        self.storage = Storage(
-            None if rollout_device is None else torch.device(rollout_device),
-            None if rollout_dtype is None else getattr(torch, rollout_dtype),
-        )
-        self.storage.check(env)
-        self.log_prob_reduction: Reduction = log_prob_reduction
-        self.max_grad_norm = max_grad_norm
-        self.tensorboard_log = tensorboard_log
-        self.log_x_axis: LogXAxis = log_x_axis
-        self.verbose = verbose
-        self.seed = self.processes.from_main(derived_seed(time.time_ns()) if seed is None else seed)
-        self.num_timesteps = self.iteration = self.reward_queries = self.num_updates = 0
-        self._timesteps_at_boundary = 0
-        self._progress_remaining = 1.0
-        self._learning_rate = learning_rate
-        self._has_own_logger = False
-        self._hyperparameters = {
-            **own,
-            "samples_per_epoch": samples_per_epoch,
-            "batch_size": batch_size,
-            "group_size": group_size,
-            "micro_batch_size": micro_batch_size,
-            "rollout_device": rollout_device,
-            "rollout_dtype": rollout_dtype,
-            "max_grad_norm": max_grad_norm,
-            "adam_beta1": adam_beta1,
-            "adam_beta2": adam_beta2,
-            "adam_weight_decay": adam_weight_decay,
-            "adam_epsilon": adam_epsilon,
-            "use_8bit_adam": use_8bit_adam,
-            "ema_decay": ema_decay,
-            "on_nonfinite": on_nonfinite,
-            "log_x_axis": log_x_axis,
-        }
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        if not trained:
-            raise ValueError(f"{type(policy).__name__} has nothing to train")
-        self.processes.join(trained)
-        self.optimizer = adamw_class(use_8bit_adam=use_8bit_adam)(
-            trained,
-            lr=self._current_learning_rate(),
-            betas=(adam_beta1, adam_beta2),
-            weight_decay=adam_weight_decay,
-            eps=adam_epsilon,
-        )
-        self.guard = GradientGuard(policy.device, on_nonfinite=on_nonfinite, scale_losses=policy.needs_loss_scaling)
-        self.average = None if ema_decay is None else WeightAverage(trained, ema_decay)
 
     # ------------------------------------------------------------------ what an algorithm has to provide
     @abstractmethod
@@ -277,7 +208,7 @@ class Algorithm(SavedRun, ABC):
             total_timesteps += self.num_timesteps
         if not self._has_own_logger:
             name = tb_log_name or type(self).__name__
-            shown = (self.verbose, self.tensorboard_log) if self.processes.is_main else (0, None)
+            shown = (self.settings.verbose, self.settings.tensorboard_log) if self.processes.is_main else (0, None)
             self.logger = configure_logger(*shown, name, reset_num_timesteps)
         callbacks = self._callbacks(callback, progress_bar and self.processes.is_main)
         callbacks.init_callback(self)  # type: ignore[arg-type]
@@ -431,7 +362,7 @@ class Algorithm(SavedRun, ABC):
         self.processes.sum_gradients(parameters)
         self.guard.agree(self.processes)
         self.guard.unscale(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or float("inf"))
         for group in self.optimizer.param_groups:
             group["lr"] = self._current_learning_rate()
         where = f"iteration {self.iteration}, after {self.num_updates} updates"
@@ -461,17 +392,4 @@ class Algorithm(SavedRun, ABC):
             "time/reward_queries": self.reward_queries,
         }
         report(self.logger, rollout, metrics, env=self.env.unwrapped, stopwatch=stopwatch, counters=counters)  # type: ignore[arg-type]
-        self.logger.dump(step=self.num_timesteps if self.log_x_axis == "timesteps" else self.reward_queries)
-
-
-def mean_of(updates: Iterable[Metrics]) -> Metrics:
-    """Return the mean over updates of each scalar that they return; the extreme of those named …_min and …_max."""
-    totals: dict[str, list[Tensor]] = {}
-    for metrics in updates:
-        for name, value in metrics.items():
-            totals.setdefault(name, []).append(value)
-    reductions = {"min": torch.amin, "max": torch.amax}
-    return {
-        name: reductions.get(name.rpartition("_")[2], torch.mean)(torch.stack(values))
-        for name, values in totals.items()
-    }
+        self.logger.dump(step=self.num_timesteps if self.settings.log_x_axis == "timesteps" else self.reward_queries)

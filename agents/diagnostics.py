@@ -2,15 +2,30 @@
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Metrics = Mapping[str, Tensor]
+
 _COMPARED_PER_PROMPT = 64
 _TABLE_ROWS = 64
 _PROMPT_LENGTH = 100
+
+
+def mean_of(updates: Iterable[Metrics]) -> Metrics:
+    """Return the mean over updates of each scalar that they return; the extreme of those named …_min and …_max."""
+    totals: dict[str, list[Tensor]] = {}
+    for metrics in updates:
+        for name, value in metrics.items():
+            totals.setdefault(name, []).append(value)
+    reductions = {"min": torch.amin, "max": torch.amax}
+    return {
+        name: reductions.get(name.rpartition("_")[2], torch.mean)(torch.stack(values))
+        for name, values in totals.items()
+    }
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:

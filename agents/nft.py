@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from diffusion_gym.predictions import broadcast_to
 
 from .advantages import PerPromptStats
-from .algorithm import Metrics, mean_of
+from .diagnostics import Metrics, mean_of
 from .forward import ForwardOptions, ForwardProcessAlgorithm
 from .policies import DenoisingPolicy, Policy
 from .replay import Replay

@@ -1,9 +1,13 @@
-"""What every algorithm can be told, and the optimizer that it makes of it."""
+"""What every algorithm can be told, and what is made of it."""
 
-from collections.abc import Callable
-from typing import Literal, TypedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
+from torch import Tensor
+
+from .rollouts import Storage
 
 Schedule = Callable[[float], float]
 OnNonfinite = Literal["raise", "skip"]
@@ -12,7 +16,7 @@ RolloutDtype = Literal["float16", "bfloat16"]
 
 
 class Options(TypedDict, total=False):
-    """The keywords that every algorithm takes; see `Algorithm`."""
+    """The keywords that every algorithm takes; see `Settings`."""
 
     learning_rate: float | Schedule
     samples_per_epoch: int | None
@@ -33,6 +37,97 @@ class Options(TypedDict, total=False):
     log_x_axis: LogXAxis
     verbose: int
     seed: int | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every algorithm can be told.
+
+    Args:
+        learning_rate: AdamW's, or a function of the remaining progress (1 … 0).
+        samples_per_epoch: Images per rollout, of all processes together, a multiple of `env.num_envs` times their
+            number; None: just that. (ddpo-pytorch: `sample.batch_size` × `sample.num_batches_per_epoch`.)
+        batch_size: Images per optimizer step, of all processes together, a divisor of `samples_per_epoch`; None: all
+            of them. (ddpo-pytorch: `train.batch_size` × `train.gradient_accumulation_steps`.)
+        group_size: Images of one prompt that are drawn side by side, a divisor of `env.num_envs`; 1: each image's
+            prompt is drawn for itself. Rewards differ more between prompts than among images of one prompt (kilobytes
+            of the embedded model's: three times the variance), whose mean groups tell from the first rollout on.
+        micro_batch_size: Transitions per forward and backward pass of a process; None: `env.num_envs`. Only memory and
+            speed depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
+        rollout_device: Where to keep the rollout's latents and features, such as "cpu"; None: on the policy's device.
+        rollout_dtype: Keep them in "float16" or "bfloat16", see `agents.rollouts.Storage`; None: as they are.
+        max_grad_norm: The gradient is clipped to this norm; None: not at all.
+        adam_beta1: AdamW's β₁.
+        adam_beta2: AdamW's β₂.
+        adam_weight_decay: AdamW's weight decay.
+        adam_epsilon: AdamW's ε.
+        use_8bit_adam: bitsandbytes' 8-bit AdamW (needs a GPU and `pip install bitsandbytes`).
+        ema_decay: Keep an average of the trained weights over the updates, see `WeightAverage`; None: none.
+        on_nonfinite: What an update whose loss or gradient is NaN or infinite does, before it touches the weights:
+            "raise", or "skip" with a warning, counted as `train/skipped_updates`. With a policy in fp16, gradients that
+            overflow because of the loss scale are no such case: torch's `GradScaler` skips them and halves the scale
+            (`train/overflowed_updates`).
+        tensorboard_log: Folder for TensorBoard; None: no such log.
+        log_x_axis: What TensorBoard draws over: environment steps, as in SB3, or images rewarded so far, by which
+            algorithms of different step counts compare.
+        verbose: 1 prints the log's table.
+        seed: Of everything that is drawn in training; None: one is drawn.
+
+    Raises:
+        ValueError: a value is none of those that there are.
+    """
+
+    learning_rate: float | Schedule = 1e-5
+    samples_per_epoch: int | None = None
+    batch_size: int | None = None
+    group_size: int = 1
+    micro_batch_size: int | None = None
+    rollout_device: str | None = None
+    rollout_dtype: RolloutDtype | None = None
+    max_grad_norm: float | None = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-4
+    adam_epsilon: float = 1e-8
+    use_8bit_adam: bool = False
+    ema_decay: float | None = None
+    on_nonfinite: OnNonfinite = "raise"
+    tensorboard_log: str | None = None
+    log_x_axis: LogXAxis = "timesteps"
+    verbose: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("log_x_axis", LogXAxis), ("rollout_dtype", RolloutDtype)):
+            value = getattr(self, name)
+            if value is not None and value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return those that a saved run keeps as they are; `load` gives them to the constructor again."""
+        apart = ("learning_rate", "tensorboard_log", "verbose", "seed")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}
+
+    def storage(self) -> Storage:
+        """Return how rollouts are kept."""
+        return Storage(
+            None if self.rollout_device is None else torch.device(self.rollout_device),
+            None if self.rollout_dtype is None else getattr(torch, self.rollout_dtype),
+        )
+
+    def optimizer(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.AdamW:
+        """Return AdamW over some parameters: torch's, or bitsandbytes' with 8-bit states.
+
+        Raises:
+            ImportError: bitsandbytes is missing.
+        """
+        return adamw_class(use_8bit_adam=self.use_8bit_adam)(
+            parameters,
+            lr=learning_rate,
+            betas=(self.adam_beta1, self.adam_beta2),
+            weight_decay=self.adam_weight_decay,
+            eps=self.adam_epsilon,
+        )
 
 
 def adamw_class(*, use_8bit_adam: bool) -> type[torch.optim.AdamW]:

@@ -12,8 +12,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .algorithm import Metrics, mean_of
-from .diagnostics import effective_sample_size
+from .diagnostics import Metrics, effective_sample_size, mean_of
 from .forward import ForwardOptions, ForwardProcessAlgorithm
 from .policies import Policy
 from .replay import Replay

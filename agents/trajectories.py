@@ -14,7 +14,8 @@ from typing_extensions import Unpack
 
 from diffusion_gym.transitions import Reduction
 
-from .algorithm import Algorithm, Metrics, mean_of
+from .algorithm import Algorithm
+from .diagnostics import Metrics, mean_of
 from .kl import KLPenalty, KLPlace, later_kl_advantages
 from .options import Options
 from .policies import DenoisingPolicy, Policy

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.algorithm import mean_of
-from agents.diagnostics import effective_sample_size, latent_diversity, prompt_table, ratio_metrics
+from agents.diagnostics import effective_sample_size, latent_diversity, mean_of, prompt_table, ratio_metrics
 
 
 def test_effective_sample_size():

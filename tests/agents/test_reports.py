@@ -161,7 +161,7 @@ def test_the_x_axis_is_steps_or_reward_queries(model, axis):
 def test_the_x_axis_is_saved_and_checked(model, tmp_path):
     learner = make(model, log_x_axis="reward_queries")
     learner.save(tmp_path / "run")
-    assert DDPOIS.load(tmp_path / "run", learner.env).log_x_axis == "reward_queries"
+    assert DDPOIS.load(tmp_path / "run", learner.env).settings.log_x_axis == "reward_queries"
     with pytest.raises(ValueError, match="log_x_axis must be one of"):
         make(model, log_x_axis="wall")
 
