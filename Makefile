@@ -15,8 +15,8 @@ MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_
 demo: $(VENV)/.installed  ## train the embedded model with DDPO-IS and show before and after
 	$(MALLOC) $(BIN)/python examples/ddpo_incompressibility.py
 
-test: $(VENV)/.installed  ## run all tests
-	$(MALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(VENV)/.installed  ## run all tests, a process on each core
+	$(MALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/.installed  ## run all that CI runs: formatting, linting, types, tests
 	$(BIN)/ruff format --check .

@@ -53,6 +53,8 @@ class Args:
     """Stop training after this time too."""
     num_envs: int = 64
     """Images drawn together, a share of them by each process; one update each time."""
+    group_size: int = 4
+    """Of them, images of one prompt."""
     num_steps: int = 10
     """Denoising steps per image."""
     learning_rate: float = 2e-4
@@ -135,6 +137,8 @@ def main() -> None:
         learning_rate=warmed_up(args),
         samples_per_epoch=args.num_envs,
         batch_size=args.num_envs,
+        group_size=args.group_size,
+        step_weights="inverse_sensitivity",
         per_prompt_min_count=4,
         center_advantages=True,
         tensorboard_log=str(args.output / "tensorboard"),

@@ -26,7 +26,16 @@ SHORT = {
     ],
     "reinforce.py": ["--iterations", "1", "--num-envs", "4", "--num-steps", "2", "--num-eval", "4"],
     "ddpo_incompressibility.py": [
-        "--reward-queries", "8", "--num-envs", "4", "--num-steps", "2", "--num-eval", "24", "--output", "OUTPUT",
+        "--reward-queries", "8", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--num-eval", "24",
+        "--output", "OUTPUT",
+    ],
+    "rloo_denoising.py": [
+        "--updates", "1", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--num-eval", "4",
+        "--output", "OUTPUT",
+    ],
+    "compare_algorithms.py": [
+        "--reward-queries", "8", "--num-envs", "4", "--group-size", "4", "--num-steps", "2", "--num-eval", "4",
+        "--eval-every", "4", "--seeds", "0", "--output", "OUTPUT",
     ],
 }  # fmt: skip
 
@@ -75,6 +84,34 @@ def test_ddpo_incompressibility(tmp_path, processes):
         assert picture.size[0] > 1000
     UNet2DConditionModel.from_pretrained(output / "model" / "unet")
     assert len(list((output / "tensorboard").glob("*/events.*"))) == 1
+
+
+def test_rloo_denoising(tmp_path):
+    output = tmp_path / "out"
+    assert re.search(r"paired difference: [+-]\d\.\d+ ± \d\.\d+ kB", run("rloo_denoising.py", output))
+    UNet2DConditionModel.from_pretrained(output / "model" / "unet")
+
+
+def test_compare_algorithms(tmp_path):
+    """All of them run to their end; what was there before is not run again, and a run that was cut off goes on."""
+    output = tmp_path / "out"
+    text = run("compare_algorithms.py", output)
+    curves = {file.stem: file.read_text() for file in output.glob("*.csv")}
+    assert len(curves) == 8
+    for curve in curves.values():
+        rows = [row.split(",") for row in curve.splitlines()]
+        assert [int(row[0]) for row in rows] == [0, 4, 8]
+        assert {len(row) for row in rows} == {5}
+    assert len({curve.splitlines()[0] for curve in curves.values()}) == 1  # all start from the same model
+    assert len({curve.splitlines()[2] for curve in curves.values()}) > 5
+    (output / "GRPO_0.csv").unlink()  # then it starts anew
+    (output / "RWR_0.csv").write_text("".join(curves["RWR_0"].splitlines(keepends=True)[:2]))
+    again = run("compare_algorithms.py", output)
+    assert re.findall(r"^(\S+), seed (\d)", again, re.MULTILINE) == [("GRPO", "0"), ("RWR", "0")]
+    assert re.findall(r"^\|.*\|$", again, re.MULTILINE) == re.findall(r"^\|.*\|$", text, re.MULTILINE)
+    assert len((output / "table.md").read_text().splitlines()) == 10
+    with Image.open(output / "curves.png") as picture:
+        assert picture.size[0] > 1000
 
 
 def test_rloo_tpm(tmp_path):
