@@ -27,10 +27,11 @@ import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, evaluate
 from agents.algorithm import Algorithm
 
-_POLICY_GRADIENT = {"learning_rate": 2e-4, "step_weights": "inverse_sensitivity"}
+_TRAINED = ("bias", "norm", "time_emb", "conv_in")
+_POLICY_GRADIENT = {"learning_rate": 5e-3, "step_weights": "inverse_sensitivity"}
 _DDPO = {"per_prompt_min_count": 4, "center_advantages": True}
 _GROUPS = {"same_noise": False, "advantage_scale": "rollout"}
-_FORWARD = {"learning_rate": 1e-4, "n_epochs": 1, "noise_draws": 10}
+_FORWARD = {"learning_rate": 2e-3, "n_epochs": 1, "noise_draws": 10}
 _ALGORITHMS: Mapping[str, tuple[Callable[..., Algorithm], Mapping[str, Any]]] = {
     "DDPO-IS": (DDPOIS, _POLICY_GRADIENT | _DDPO),
     "DDPO-SF": (DDPOSF, _POLICY_GRADIENT | _DDPO),
@@ -80,7 +81,7 @@ def warmed_up(learning_rate: float, args: Args) -> Callable[[float], float]:
 
 def make_algorithm(name: str, env: VectorEnv, seed: int, args: Args) -> Algorithm:
     """Return an untrained run of one of the algorithms."""
-    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=seed)
+    policy = DenoisingPolicy(env.unwrapped.model, trained=_TRAINED, mixed_precision="bf16", seed=seed)
     algorithm, own = _ALGORITHMS[name]
     options = {"group_size": args.group_size, "samples_per_epoch": args.num_envs, "seed": seed, **own}
     if name.startswith("DDPO-IS"):

@@ -25,7 +25,7 @@ class Args:
 
     reward: str = "incompressibility"
     """A reward's name."""
-    updates: int = 10
+    updates: int = 8
     """Rollouts to learn from, one update each."""
     num_envs: int = 64
     """Images drawn together."""
@@ -33,7 +33,9 @@ class Args:
     """Of them, samples of one prompt."""
     num_steps: int = 10
     """Denoising steps per image."""
-    learning_rate: float = 2e-4
+    trained: tuple[str, ...] = ("bias", "norm", "time_emb", "conv_in")
+    """The weights that are trained, by parts of their names."""
+    learning_rate: float = 5e-3
     """AdamW's, after a warm-up over four updates."""
     num_eval: int = 128
     """Held-out images before and after; a multiple of num_envs."""
@@ -58,7 +60,7 @@ def main() -> None:
         reward=args.reward,
         autoreset_mode="DISABLED",
     )
-    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=args.seed)
+    policy = DenoisingPolicy(env.unwrapped.model, trained=args.trained, mixed_precision="bf16", seed=args.seed)
     algorithm = RLOO(
         policy,
         env,
