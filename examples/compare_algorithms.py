@@ -27,11 +27,10 @@ import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, evaluate
 from agents.algorithm import Algorithm
 
-_TRAINED = ("bias", "norm", "time_emb", "conv_in")
-_POLICY_GRADIENT = {"learning_rate": 5e-3, "step_weights": "inverse_sensitivity"}
+_POLICY_GRADIENT = {"learning_rate": 2e-4, "step_weights": "inverse_sensitivity"}
 _DDPO = {"per_prompt_min_count": 4, "center_advantages": True}
 _GROUPS = {"same_noise": False, "advantage_scale": "rollout"}
-_FORWARD = {"learning_rate": 2e-3, "n_epochs": 1, "noise_draws": 10}
+_FORWARD = {"learning_rate": 1e-4, "n_epochs": 1, "noise_draws": 10}
 _ALGORITHMS: Mapping[str, tuple[Callable[..., Algorithm], Mapping[str, Any]]] = {
     "DDPO-IS": (DDPOIS, _POLICY_GRADIENT | _DDPO),
     "DDPO-SF": (DDPOSF, _POLICY_GRADIENT | _DDPO),
@@ -39,7 +38,7 @@ _ALGORITHMS: Mapping[str, tuple[Callable[..., Algorithm], Mapping[str, Any]]] = 
     "GRPO": (RLOO, _POLICY_GRADIENT | _GROUPS | {"baseline": "group_mean", "advantage_scale": "group"}),
     "RWR": (RWR, _FORWARD | {"per_prompt": True}),
     "RWR-sparse": (RWR, _FORWARD | {"per_prompt": True, "best_share": 0.25}),
-    "NFT": (DiffusionNFT, _FORWARD | {"per_prompt_buffer_size": 4}),
+    "NFT": (DiffusionNFT, _FORWARD | {"per_prompt_buffer_size": 8}),
     "DDPO-IS, equal steps": (DDPOIS, _POLICY_GRADIENT | _DDPO | {"step_weights": "equal"}),
 }
 """Each algorithm's class and settings; IS makes two updates of each rollout, the others one."""
@@ -63,7 +62,7 @@ class Args:
     """A reward's name."""
     num_envs: int = 64
     """Images drawn together and learnt from."""
-    group_size: int = 4
+    group_size: int = 8
     """Of them, images of one prompt."""
     num_steps: int = 10
     """Denoising steps per image."""
@@ -81,7 +80,7 @@ def warmed_up(learning_rate: float, args: Args) -> Callable[[float], float]:
 
 def make_algorithm(name: str, env: VectorEnv, seed: int, args: Args) -> Algorithm:
     """Return an untrained run of one of the algorithms."""
-    policy = DenoisingPolicy(env.unwrapped.model, trained=_TRAINED, mixed_precision="bf16", seed=seed)
+    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=seed)
     algorithm, own = _ALGORITHMS[name]
     options = {"group_size": args.group_size, "samples_per_epoch": args.num_envs, "seed": seed, **own}
     if name.startswith("DDPO-IS"):

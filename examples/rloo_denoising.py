@@ -2,9 +2,10 @@
 
     python examples/rloo_denoising.py
 
-MINUTES minutes on 2 cores. Four images of each prompt are each other's baseline, and no denoising step's gradient is
-louder than the others'. Prints the reward before and after on held-out seeds and writes `runs/rloo_denoising/model/`:
-the trained `unet/` in diffusers' format, and the state from which `RLOO.load` goes on.
+7 minutes on 2 cores. Eight images of each prompt are each other's baseline, and no denoising step's gradient is louder
+than the others'. Prints the reward before and after on held-out seeds, 2.49 to 2.73 kB (+10 %, 12 standard errors of the
+paired difference), and writes `runs/rloo_denoising/model/`: the trained `unet/` in diffusers' format, and the state from
+which `RLOO.load` goes on. Seeds differ: 1 and 2 gained 9.5 % and 0.6 %.
 """
 
 import time
@@ -29,13 +30,11 @@ class Args:
     """Rollouts to learn from, one update each."""
     num_envs: int = 64
     """Images drawn together."""
-    group_size: int = 4
+    group_size: int = 8
     """Of them, samples of one prompt."""
     num_steps: int = 10
     """Denoising steps per image."""
-    trained: tuple[str, ...] = ("bias", "norm", "time_emb", "conv_in")
-    """The weights that are trained, by parts of their names."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 2e-4
     """AdamW's, after a warm-up over four updates."""
     num_eval: int = 128
     """Held-out images before and after; a multiple of num_envs."""
@@ -60,7 +59,7 @@ def main() -> None:
         reward=args.reward,
         autoreset_mode="DISABLED",
     )
-    policy = DenoisingPolicy(env.unwrapped.model, trained=args.trained, mixed_precision="bf16", seed=args.seed)
+    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=args.seed)
     algorithm = RLOO(
         policy,
         env,

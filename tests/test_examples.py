@@ -26,8 +26,7 @@ SHORT = {
     ],
     "reinforce.py": ["--iterations", "1", "--num-envs", "4", "--num-steps", "2", "--num-eval", "4"],
     "ddpo_incompressibility.py": [
-        "--reward-queries", "8", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--num-eval", "24",
-        "--output", "OUTPUT",
+        "--reward-queries", "8", "--num-envs", "4", "--num-steps", "2", "--num-eval", "24", "--output", "OUTPUT",
     ],
     "rloo_denoising.py": [
         "--updates", "1", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--num-eval", "4",

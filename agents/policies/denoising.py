@@ -54,9 +54,8 @@ class DenoisingPolicy(Policy):
         lora_rank: LoRA's rank (ddpo-pytorch: 4).
         lora_alpha: LoRA's scale; None: the rank.
         lora_targets: Names of the layers that LoRA adapts; None: the model's attention projections.
-        trained: Train only the weights whose names contain one of these; None: all. Not with LoRA. With ("bias",
-            "norm", "time_emb", "conv_in"), 5 % of the embedded UNet, a few hundred rewards go much further than with
-            all: there are fewer weights for the gradient's noise to move.
+        trained: Train only the weights whose names contain one of these, such as ("bias", "norm", "time_emb"); None:
+            all. Not with LoRA.
         mixed_precision: Precision of the denoiser's arithmetic: "no" (that of its weights), "fp16" or "bf16"
             (autocast). Trained weights, distributions and log-probs are float32 in any case. With "fp16" the
             algorithms scale the loss, or small gradients would vanish; "bf16" has no such limit.
