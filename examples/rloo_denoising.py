@@ -2,10 +2,10 @@
 
     python examples/rloo_denoising.py
 
-7 minutes on 2 cores. Eight images of each prompt are each other's baseline, and no step's gradient is louder than the
-others'. Prints the reward before and after on held-out seeds, 2.49 to 2.73 kB (+10 %, 12 standard errors of the paired
+5 minutes on 2 cores. Eight images of each prompt are each other's baseline, and no step's gradient is louder than the
+others'. Prints the reward before and after on held-out seeds, 2.49 to 2.76 kB (+11 %, 14 standard errors of the paired
 difference), and writes `runs/rloo_denoising/model/`: the trained `unet/` in diffusers' format, and the state from which
-`RLOO.load` goes on. Seeds differ: 1 and 2 gained 9.5 % and 0.6 %.
+`RLOO.load` goes on. Seeds differ: 1 and 2 gained 10 % and 1 %.
 """
 
 import time
