@@ -50,9 +50,8 @@ class TrajectoryAlgorithm(Algorithm):
         timestep_fraction: Share of each trajectory's steps to learn from, in an order drawn for each.
         step_weights: What multiplies the advantage at each step. "equal", as published: 1. "inverse_sensitivity": the
             inverse of `DenoisingPolicy.sensitivity`, scaled to a mean of 1, so that each step's gradient is noise of
-            about the same size. With equal weights the steps whose σ shrinks most give nearly all of the gradient, and
-            next to nothing but noise: the embedded model learns several times as fast without them. (TempFlow-GRPO
-            weighs by the noise level to the same end, https://arxiv.org/abs/2508.04324.)
+            about the same size. With equal weights the steps whose σ shrinks most give nearly all of the gradient.
+            (TempFlow-GRPO weighs by the noise level to the same end, https://arxiv.org/abs/2508.04324.)
         sde_window: So many steps side by side are stochastic, and learnt from; those around them are deterministic
             (η = 0) and have no density. The window is drawn anew for each rollout (Flow-GRPO-Fast: 2 or 3 steps).
             In between the policy samples as it was made. None: all steps.
