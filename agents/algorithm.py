@@ -346,7 +346,8 @@ class Algorithm(SavedRun, ABC):
 
     def _current_learning_rate(self) -> float:
         rate = self._learning_rate
-        return float(rate(self._progress_remaining)) if callable(rate) else float(rate)
+        warm = min(1.0, (self.num_updates + 1) / max(1, self.settings.warmup_updates))
+        return warm * float(rate(self._progress_remaining) if callable(rate) else rate)
 
     def _backward(self, loss: Tensor) -> None:
         """Accumulate a loss's gradient: every backward pass of every algorithm."""

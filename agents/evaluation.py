@@ -61,7 +61,7 @@ def evaluate(
     policy: Policy,
     *,
     seeds: Sequence[int],
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None = None,
     deterministic: bool = False,
     max_images: int = 64,
 ) -> Evaluation:
@@ -74,13 +74,16 @@ def evaluate(
         env: A vector environment; with autoreset_mode DISABLED where episodes differ in length.
         policy: The policy.
         seeds: [N] a multiple of `env.num_envs`.
-        prompts: [N] each episode's prompt.
+        prompts: [N] each episode's prompt; None: the environment's in turn, seed k gets the k-th (modulo their number).
         deterministic: Take the policy's mode instead of draws.
         max_images: How many images to keep.
 
     Raises:
         ValueError: the numbers of seeds, prompts and lanes do not fit.
     """
+    if prompts is None:
+        texts = env.unwrapped.prompts  # type: ignore[attr-defined]
+        prompts = [texts[int(seed) % len(texts)] for seed in seeds]
     if len(seeds) != len(prompts) or len(seeds) % env.num_envs:
         raise ValueError(
             f"evaluate needs as many prompts as seeds, a multiple of num_envs={env.num_envs}; "

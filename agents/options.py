@@ -19,6 +19,7 @@ class Options(TypedDict, total=False):
     """The keywords that every algorithm takes; see `Settings`."""
 
     learning_rate: float | Schedule
+    warmup_updates: int
     samples_per_epoch: int | None
     batch_size: int | None
     group_size: int
@@ -45,6 +46,8 @@ class Settings:
 
     Args:
         learning_rate: AdamW's, or a function of the remaining progress (1 … 0).
+        warmup_updates: So many first updates have 1/n, 2/n … of the learning rate, for Adam knows little then of the
+            gradient's size.
         samples_per_epoch: Images per rollout, of all processes together, a multiple of `env.num_envs` times their
             number; None: just that. (ddpo-pytorch: `sample.batch_size` × `sample.num_batches_per_epoch`.)
         batch_size: Images per optimizer step, of all processes together, a divisor of `samples_per_epoch`; None: all
@@ -78,6 +81,7 @@ class Settings:
     """
 
     learning_rate: float | Schedule = 1e-5
+    warmup_updates: int = 0
     samples_per_epoch: int | None = None
     batch_size: int | None = None
     group_size: int = 1
@@ -102,6 +106,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
+        if self.warmup_updates < 0:
+            raise ValueError(f"warmup_updates must be at least 0, got {self.warmup_updates}")
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return those that a saved run keeps as they are; `load` gives them to the constructor again."""

@@ -72,20 +72,20 @@ class Args:
     """Where to write."""
 
 
-def warmed_up(learning_rate: float, args: Args) -> Callable[[float], float]:
-    """Return the learning rate over the remaining progress: in the first four rollouts it is smaller."""
-    num_rollouts = args.reward_queries / args.num_envs
-    return lambda remaining: learning_rate * min(1.0, ((1 - remaining) * num_rollouts + 1) / 4)
-
-
 def make_algorithm(name: str, env: VectorEnv, seed: int, args: Args) -> Algorithm:
     """Return an untrained run of one of the algorithms."""
     policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=seed)
     algorithm, own = _ALGORITHMS[name]
-    options = {"group_size": args.group_size, "samples_per_epoch": args.num_envs, "seed": seed, **own}
+    options = {
+        "group_size": args.group_size,
+        "samples_per_epoch": args.num_envs,
+        "warmup_updates": 4,
+        "seed": seed,
+        **own,
+    }
     if name.startswith("DDPO-IS"):
         options["batch_size"] = args.num_envs // 2
-    return algorithm(policy, env, **options | {"learning_rate": warmed_up(own["learning_rate"], args)})
+    return algorithm(policy, env, **options)
 
 
 def read_curve(file: Path) -> dict[int, np.ndarray]:
@@ -118,9 +118,7 @@ class Judge(BaseCallback):
         curve, queries = read_curve(self.file), self.model.reward_queries
         if queries % self.args.eval_every or queries in curve:
             return
-        env, seeds = self.model.get_env(), range(self.args.num_eval)
-        prompts = [env.unwrapped.prompts[seed % len(env.unwrapped.prompts)] for seed in seeds]
-        result = evaluate(env, self.model.policy, seeds=seeds, prompts=prompts)
+        result = evaluate(self.model.get_env(), self.model.policy, seeds=range(self.args.num_eval))
         write_curve(self.file, curve | {queries: result.rewards})
 
     _on_training_end = _on_rollout_start
@@ -145,8 +143,7 @@ def run(name: str, seed: int, args: Args) -> None:
     algorithm = make_algorithm(name, env, seed, args)
     checkpoints = Checkpoints(args.output / "checkpoints" / f"{name}_{seed}", every=4, keep=1)
     if checkpoints.found() and read_curve(file):
-        rate = warmed_up(_ALGORITHMS[name][1]["learning_rate"], args)
-        algorithm = type(algorithm).load(checkpoints.folder, env, policy=algorithm.policy, learning_rate=rate)
+        algorithm = type(algorithm).load(checkpoints.folder, env, policy=algorithm.policy)
     else:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
         file.unlink(missing_ok=True)

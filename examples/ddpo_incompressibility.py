@@ -19,7 +19,6 @@ their backgrounds. Watch the picture, not the number alone.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,12 +68,6 @@ class Args:
     """Of the training; the held-out seeds are 0, 1, 2 …"""
     output: Path = Path("runs/ddpo_incompressibility")
     """Where to write."""
-
-
-def warmed_up(args: Args) -> Callable[[float], float]:
-    """Return the learning rate as a function of the remaining progress, 1 to 0."""
-    num_updates = args.reward_queries / args.num_envs
-    return lambda remaining: args.learning_rate * min(1.0, ((1 - remaining) * num_updates + 1) / 4)
 
 
 class StopEarly(BaseCallback):
@@ -132,7 +125,8 @@ def main() -> None:
     algorithm = DDPOIS(
         policy,
         env,
-        learning_rate=warmed_up(args),
+        learning_rate=args.learning_rate,
+        warmup_updates=4,
         samples_per_epoch=args.num_envs,
         batch_size=args.num_envs,
         per_prompt_min_count=4,
@@ -140,18 +134,14 @@ def main() -> None:
         tensorboard_log=str(args.output / "tensorboard"),
         seed=args.seed,
     )
-    prompts = env.unwrapped.prompts
-    seeds = list(range(args.num_eval))
-    held_out = {"seeds": seeds, "prompts": [prompts[seed % len(prompts)] for seed in seeds]}
-
     unit = env.unwrapped.reward.unit
-    before = evaluate(env, policy, **held_out)
+    before = evaluate(env, policy, seeds=range(args.num_eval))
     if processes.is_main:
         scored = f"{before.mean:.3f} ± {before.standard_error:.3f} {unit}"
         print(f"before: {scored} on {args.num_eval} held-out seeds", flush=True)
     stop = StopEarly(before.mean + args.target_gain * abs(before.mean), max_minutes=args.max_minutes)
     algorithm.learn(args.reward_queries * args.num_steps, callback=stop, progress_bar=True)
-    after = evaluate(env, policy, **held_out)
+    after = evaluate(env, policy, seeds=range(args.num_eval))
     if not processes.is_main:
         return
     gain, error = after.gain_over(before)

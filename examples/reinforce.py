@@ -53,13 +53,9 @@ def main() -> None:
     args = tyro.cli(Args)
     env = gym.make_vec("DenoisingMDP-v0", num_envs=args.num_envs, num_steps=args.num_steps, reward="brightness")
     policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=0)
-    held_out = {
-        "seeds": list(range(args.num_eval)),
-        "prompts": [env.unwrapped.prompts[seed % len(env.unwrapped.prompts)] for seed in range(args.num_eval)],
-    }
-    before = evaluate(env, policy, **held_out)
+    before = evaluate(env, policy, seeds=range(args.num_eval))
     train(env, policy, args)
-    after = evaluate(env, policy, **held_out)
+    after = evaluate(env, policy, seeds=range(args.num_eval))
     gain, error = after.gain_over(before)
     print(f"brightness {before.mean:.4f} -> {after.mean:.4f}: {gain:+.4f} ± {error:.4f} ({gain / error:.1f} s.e.)")
 

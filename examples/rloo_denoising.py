@@ -9,7 +9,6 @@ difference), and writes `runs/rloo_denoising/model/`: the trained `unet/` in dif
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +43,6 @@ class Args:
     """Where to write."""
 
 
-def warmed_up(args: Args) -> Callable[[float], float]:
-    """Return the learning rate over the remaining progress: Adam's first steps, of which it knows little, are small."""
-    return lambda remaining: args.learning_rate * min(1.0, ((1 - remaining) * args.updates + 1) / 4)
-
-
 def main() -> None:
     args = tyro.cli(Args)
     started = time.monotonic()
@@ -67,18 +61,16 @@ def main() -> None:
         same_noise=False,
         advantage_scale="rollout",
         step_weights="inverse_sensitivity",
-        learning_rate=warmed_up(args),
+        learning_rate=args.learning_rate,
+        warmup_updates=4,
         tensorboard_log=str(args.output / "tensorboard"),
         seed=args.seed,
     )
-    prompts = env.unwrapped.prompts
-    seeds = list(range(args.num_eval))
-    held_out = {"seeds": seeds, "prompts": [prompts[seed % len(prompts)] for seed in seeds]}
     unit = env.unwrapped.reward.unit
-    before = evaluate(env, policy, **held_out)
+    before = evaluate(env, policy, seeds=range(args.num_eval))
     print(f"before: {before.mean:.3f} ± {before.standard_error:.3f} {unit}", flush=True)
     algorithm.learn(args.updates * args.num_envs * args.num_steps, progress_bar=True)
-    after = evaluate(env, policy, **held_out)
+    after = evaluate(env, policy, seeds=range(args.num_eval))
     gain, error = after.gain_over(before)
     print(f"after:  {after.mean:.3f} ± {after.standard_error:.3f} {unit}, {algorithm.reward_queries} reward queries")
     print(

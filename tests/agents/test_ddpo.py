@@ -112,6 +112,24 @@ def test_learning_rate_schedule(emoji, make_env, tmp_path):
     assert DDPOIS.load(tmp_path / "run", make_env(), learning_rate=1e-5)._current_learning_rate() == 1e-5
 
 
+def test_learning_rate_warms_up_over_the_first_updates_and_a_loaded_run_goes_on(emoji, make_env, tmp_path):
+    rates = []
+
+    class Watch(BaseCallback):
+        def _on_rollout_start(self):
+            rates.append(self.model._current_learning_rate())
+
+        def _on_step(self):
+            return True
+
+    learner = make(DDPOIS, emoji, make_env(), learning_rate=3e-4, warmup_updates=3, batch_size=4)
+    learner.learn(2 * 12, Watch(), log_interval=0)
+    learner.save(tmp_path / "run")
+    resumed = DDPOIS.load(tmp_path / "run", make_env())
+    resumed.learn(2 * 12, Watch(), log_interval=0, reset_num_timesteps=False)
+    assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4])
+
+
 def test_timestep_fraction_takes_that_share_of_each_trajectory(emoji, make_env):
     learner = make(DDPOIS, emoji, make_env(), timestep_fraction=0.5)
     scored = np.ones((10, 4), dtype=bool)
@@ -148,6 +166,7 @@ def test_a_deterministic_policy_cannot_be_trained(emoji, make_env):
     [
         ({"samples_per_epoch": 6}, r"multiple of the environment's num_envs \(4\), got 6"),
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(4\), got 3"),
+        ({"warmup_updates": -1}, "warmup_updates must be at least 0, got -1"),
         ({"micro_batch_size": -1}, "micro_batch_size must be at least 1, got -1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must be in \(0, 1\], got 0.0"),
         ({"clip_range": 0.0}, "clip_range must be positive"),

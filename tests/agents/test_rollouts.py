@@ -121,6 +121,12 @@ def test_evaluation_depends_on_the_seeds_alone(emoji, make_env):
         evaluate(make_env(num_envs=2), policy, seeds=[1, 2], prompts=["a cat"] * 2).gain_over(four)
 
 
+def test_evaluation_without_prompts_takes_the_environments_in_turn(emoji, make_env):
+    env = make_env(num_envs=2)
+    given = env.unwrapped.prompts
+    assert evaluate(env, DenoisingPolicy(emoji), seeds=[0, len(given) + 1]).prompts == (given[0], given[1])
+
+
 def test_evaluation_noise_is_not_the_initial_noise(emoji, make_env):
     """The policy's draws and x_T come from streams of their own."""
     env = make_env(num_envs=1, num_steps=20)
