@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from .rollouts import Storage
+from .storage import Storage
 
 Schedule = Callable[[float], float]
 OnNonfinite = Literal["raise", "skip"]
@@ -58,7 +58,7 @@ class Settings:
         micro_batch_size: Transitions per forward and backward pass of a process; None: `env.num_envs`. Only memory and
             speed depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
         rollout_device: Where to keep the rollout's latents and features, such as "cpu"; None: on the policy's device.
-        rollout_dtype: Keep them in "float16" or "bfloat16", see `agents.rollouts.Storage`; None: as they are.
+        rollout_dtype: Keep them in "float16" or "bfloat16", see `agents.storage.Storage`; None: as they are.
         max_grad_norm: The gradient is clipped to this norm; None: not at all.
         adam_beta1: AdamW's β₁.
         adam_beta2: AdamW's β₂.

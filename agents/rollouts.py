@@ -12,47 +12,11 @@ from torch import Tensor
 from diffusion_gym.transitions import Reduction
 
 from .policies.base import Generators, Observation, Policy
+from .storage import LARGE, Storage
 
 Options = Mapping[str, Any] | None
 
-_LARGE = ("latents", "features", "time_embedding")
-_CHANGING = (*_LARGE, "timestep", "next_timestep", "step")
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Where, and how precisely, a rollout keeps what is large: latents, features, and actions that are latents.
-
-    Args:
-        device: Where; None: where they are made. From another device they come back in micro-batches.
-        dtype: How precisely, torch.float16 or torch.bfloat16 (which rounds latents 8 times as coarsely); None: as they
-            come. What the policy sees, and its actions before they are scored, are rounded to it too: ratios before the
-            first update are 1 all the same, and what is trained is a policy of rounded latents.
-    """
-
-    device: torch.device | None = None
-    dtype: torch.dtype | None = None
-
-    def check(self, env: VectorEnv) -> None:
-        """Raise ValueError if the environment's own precision is not float32, and so rounded already."""
-        own = env.unwrapped.dtype  # type: ignore[attr-defined]
-        if self.dtype is not None and own != torch.float32:
-            raise ValueError(f"the rollout cannot be stored in {self.dtype}: the environment's latents are {own}")
-
-    def seen(self, observation: Observation) -> dict[str, Tensor]:
-        """Return an observation as it will be remembered."""
-        if self.dtype is None:
-            return dict(observation)
-        rounded = {key: observation[key].to(self.dtype).float() for key in _LARGE if key in observation}
-        return {**observation, **rounded}
-
-    def kept(self, values: Tensor) -> Tensor:
-        """Return large values as they are stored."""
-        return values.to(device=self.device, dtype=self.dtype)
-
-    def read(self, values: Tensor, device: torch.device) -> Tensor:
-        """Return stored values as they were seen, on the device that they are needed on."""
-        return values.to(device=device, dtype=torch.float32 if values.dtype == self.dtype else None)
+_CHANGING = (*LARGE, "timestep", "next_timestep", "step")
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +210,7 @@ def _run(
             action = policy.act(observation, generators=generators, deterministic=deterministic, precision=precision)
             log_prob = torch.zeros(env.num_envs, device=action.device)
         batch.changing.append(
-            {key: storage.kept(observation[key]) if key in _LARGE else observation[key] for key in batch.observed}
+            {key: storage.kept(observation[key]) if key in LARGE else observation[key] for key in batch.observed}
         )
         batch.actions.append(storage.kept(action) if stored_once else action)
         batch.log_probs.append(log_prob)

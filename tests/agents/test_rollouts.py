@@ -5,7 +5,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from agents import DDPOIS, DenoisingPolicy, TimePredictor, collect, evaluate
-from agents.rollouts import Storage
+from agents.storage import Storage
 from diffusion_gym.models import load_model
 from tests.tiny import make_tiny_stable_diffusion
 
