@@ -57,7 +57,7 @@ class Rollout:
     ends: Tensor
     images: Tensor
     first: int = 0
-    storage: Storage = Storage()
+    storage: Storage = field(default_factory=Storage)
 
     @property
     def num_steps(self) -> int:
