@@ -1,12 +1,16 @@
 """What the rewards have in common that a pretrained network gives."""
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers.utils import cached_file
 
 from .base import Metadata, Reward, RewardOutput
 
@@ -67,23 +71,83 @@ class ModelReward(Reward):
         return RewardOutput(values.to(images.device), {name: one.to(images.device) for name, one in extras.items()})
 
 
-def pretrained(load: Callable[[str], T], source: str, *, what: str, keyword: str) -> T:
+def pretrained(load: Callable[[str], T], source: str | Path, *, what: str, keyword: str) -> T:
     """Return `load(source)`, a folder's or the Hub's.
 
     Args:
         load: A `from_pretrained`, or what else opens the source.
-        source: A folder, a file or an id on the Hugging Face Hub.
+        source: A folder, a file or an id on the Hugging Face Hub ("owner/name", or "owner/name/file" for a file).
         what: What it is, for the error: "CLIP ViT-L/14".
         keyword: The reward's keyword that names the source.
 
     Raises:
         ValueError: it could not be had; says what is needed and how to name a local copy.
     """
+    source = str(source)
     try:
         return load(source)
     except OSError as error:
+        owner, _, rest = source.partition("/")
+        fetch = f"for example with `hf download {owner}/{rest.replace('/', ' ', 1)}`" if owner and rest else "there"
         raise ValueError(
-            f"{what} could not be loaded from {source!r}: there is no such folder here, and the Hugging Face Hub did "
-            f"not give it ({error}). Fetch it where there is a network, for example with `hf download {source}`, "
-            f"and name the folder: {keyword}=..."
+            f"{what} could not be loaded from {source!r}: there is no such file or folder here, and the Hugging Face "
+            f"Hub did not give it ({error}). Fetch it where there is a network, {fetch}, and name the local copy: "
+            f"{keyword}=..."
         ) from error
+
+
+def read_weights(source: str | Path, *, what: str, keyword: str, sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint by name, on the CPU, without executing anything that stands in it.
+
+    Args:
+        source: A file, or "owner/name/file" on the Hugging Face Hub: `.safetensors`, or what `torch.save` wrote, of
+            which only tensors are read (`weights_only=True`). Tensors under the key "state_dict" are found there.
+        what: What it is, for the errors.
+        keyword: The reward's keyword that names the source.
+        sha256: What the file's SHA-256 must be; None: it is not checked.
+
+    Raises:
+        ValueError: the file could not be had, or it is another one.
+    """
+    path = pretrained(_find_file, source, what=what, keyword=keyword)
+    if sha256 is not None:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != sha256.lower():
+            raise ValueError(
+                f"{path} is not the expected file of {what}: its SHA-256 is {found}, expected {sha256}. Fetch it again, "
+                f"or, if it is meant, give {keyword}_sha256={found!r}"
+            )
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    return weights.get("state_dict", weights)
+
+
+def _find_file(source: str) -> Path:
+    """Return the file's path: a local one's, or the Hub's in its cache."""
+    if Path(source).is_file():
+        return Path(source)
+    owner, name, file = [*source.split("/", 2), "", ""][:3]
+    if not (owner and name and file):
+        raise FileNotFoundError(f"{source!r} is neither a file nor owner/name/file on the Hub")
+    return Path(cached_file(f"{owner}/{name}", file))
+
+
+def fill(network: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Copy a checkpoint's tensors into a network; what else is in the checkpoint is passed over.
+
+    Raises:
+        ValueError: one of the network's tensors is not in the checkpoint, or has another shape there.
+    """
+    wanted = network.state_dict()
+    missing = [name for name in wanted if name not in weights]
+    if missing:
+        raise ValueError(
+            f"{source} is not a checkpoint of this reward: {len(missing)} of the {len(wanted)} tensors that the network "
+            f"needs are not in it, for example {missing[0]!r}; it has {sorted(weights)[:3]} ..."
+        )
+    for name, tensor in wanted.items():
+        if weights[name].shape != tensor.shape:
+            shapes = f"{tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+            raise ValueError(f"{source} is not a checkpoint of this reward: {name!r} has the shape {shapes}")
+    network.load_state_dict({name: weights[name] for name in wanted})
