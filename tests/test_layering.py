@@ -26,7 +26,17 @@ BELOW = {
 OF_DIFFUSION_GYM = {"schedules", "grids", "predictions", "transitions", "models"}
 HEAVY = {
     "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py", "agents/averaging.py"},
-    "transformers": {"diffusion_gym/models", "diffusion_gym/loading.py", "diffusion_gym/rewards/emoji_alignment.py"},
+    "transformers": {
+        "diffusion_gym/models",
+        "diffusion_gym/loading.py",
+        "diffusion_gym/rewards/emoji_alignment.py",
+        "diffusion_gym/rewards/model_based.py",
+        "diffusion_gym/rewards/image_preparation.py",
+        "diffusion_gym/rewards/aesthetic.py",
+        "diffusion_gym/rewards/clip.py",
+        "diffusion_gym/rewards/hps_v2.py",
+        "diffusion_gym/rewards/image_reward.py",
+    },
     "peft": {"diffusion_gym/models", "agents/policies"},
     "accelerate": {"agents/distributed.py"},
     "stable_baselines3": {"agents/algorithm.py", "agents/checkpoints.py", "agents/reports.py", "agents/adapters"},

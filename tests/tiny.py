@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPConfig, CLIPModel
 
 EMOJI = Path(__file__).parents[1] / "diffusion_gym" / "models" / "emoji"
 
@@ -50,4 +51,30 @@ def make_tiny_stable_diffusion(folder: Path, **scheduler_config) -> Path:
         **scheduler_config,
     }
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_tiny_clip(folder: Path, *, image_size: int = 32) -> Path:
+    """Write a folder of the layout of openai/clip-vit-large-patch14: CLIP with 2 + 2 layers, the emoji tokenizer."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": 3037, "bos_token_id": 3035, "eos_token_id": 3036, "pad_token_id": 3036}
+    text = {**sizes, **ids, "max_position_embeddings": 16, "hidden_act": "gelu"}
+    vision = {**sizes, "hidden_size": 48, "image_size": image_size, "patch_size": 8, "hidden_act": "gelu"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+        for name, parameter in clip.named_parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+        clip.save_pretrained(folder)
+    shutil.copytree(EMOJI / "tokenizer", folder, dirs_exist_ok=True)
+    config = {
+        "size": {"shortest_edge": image_size},
+        "crop_size": {"height": image_size, "width": image_size},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
     return folder

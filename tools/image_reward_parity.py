@@ -7,9 +7,8 @@ it in an environment of its own:
     old/bin/pip install --no-deps image-reward==1.5
     old/bin/python tools/image_reward_parity.py tests/diffusion_gym/image_reward_parity.json
 
-timm, fairscale, torchvision, and what else the package imports but scoring does not need, are stood in for; the stand-in
-for torchvision resizes with Pillow, as torchvision does with Pillow's images. The network has the published one's
-classes, with other sizes.
+timm, fairscale and torchvision are stood in for; the stand-in for torchvision resizes with Pillow, as torchvision does
+with Pillow's images. The network has the published one's classes and is smaller.
 """
 
 import importlib
@@ -27,7 +26,23 @@ from PIL import Image
 from torch import nn
 
 SIZES = {"image": 32, "patch": 8, "vision": 192, "layers": 2, "text": 128, "positions": 40}
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fox", "cat", "red", "wash", "##ing", "dishes", "the", "##s", ","]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "fox",
+    "cat",
+    "red",
+    "wash",
+    "##ing",
+    "dishes",
+    "the",
+    "##s",
+    ",",
+]
 PROMPTS = ["a red fox", "The cat, washing the dishes", "a zebra", "cats, " * 30]
 IMAGES = [(32, 32), (64, 64), (48, 40), (20, 28)]
 
@@ -62,6 +77,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the patches, [B, L, E]."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
@@ -116,8 +132,6 @@ def stand_ins() -> dict[str, types.ModuleType]:
         "timm.models.helpers": {"named_apply": None, "adapt_input_conv": None},
         "timm.models.hub": {"download_cached_file": None},
         "fairscale.nn.checkpoint.checkpoint_activations": {"checkpoint_wrapper": None},
-        "clip": {},
-        "datasets": {},
     }
     modules = {}
     for name, contents in needed.items():
@@ -129,8 +143,10 @@ def stand_ins() -> dict[str, types.ModuleType]:
 
 
 def package_modules() -> tuple[types.ModuleType, types.ModuleType, types.ModuleType]:
-    """Return the package's `ImageReward`, `blip_pretrain` and `vit` without running its `__init__`, which wants more."""
-    root = next(Path(folder) / "ImageReward" for folder in sys.path if (Path(folder) / "ImageReward" / "ReFL.py").is_file())
+    """Return the package's `ImageReward`, `blip_pretrain` and `vit`, without its `__init__`, which imports more."""
+    root = next(
+        Path(folder) / "ImageReward" for folder in sys.path if (Path(folder) / "ImageReward" / "ReFL.py").is_file()
+    )
     for name, folder in {"ImageReward": root, "ImageReward.models": root / "models"}.items():
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(folder)]
@@ -167,11 +183,10 @@ def make_reward(folder: Path) -> nn.Module:
         num_heads=SIZES["vision"] // 64,
         drop_path_rate=0.1,
     )
-    head = scoring.MLP
     with (
-        mock.patch.object(blip, "create_vit", lambda *args: (encoder, SIZES["vision"])),
-        mock.patch.object(blip, "init_tokenizer", lambda: BertTokenizer(str(folder / "vocab.txt"))),
-        mock.patch.object(scoring, "MLP", lambda width: head(SIZES["text"])),
+        mock.patch.object(blip, "create_vit", return_value=(encoder, SIZES["vision"])),
+        mock.patch.object(blip, "init_tokenizer", return_value=BertTokenizer(str(folder / "vocab.txt"))),
+        mock.patch.object(scoring, "MLP", return_value=scoring.MLP(SIZES["text"])),
     ):
         reward = scoring.ImageReward(med_config=str(folder / "med_config.json"))
     reward.preprocess = scoring._transform(SIZES["image"])

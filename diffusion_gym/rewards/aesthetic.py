@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPModel
 
 from .affine_head import AffineHead
 from .base import Metadata, RewardOutput
@@ -19,20 +19,26 @@ PUBLISHED_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0
 
 
 class AestheticPredictor(nn.Module):
-    """An affine function of CLIP's image embedding, which is scaled to length 1 before."""
+    """An affine function of CLIP's image embedding, which is scaled to length 1 before.
 
-    def __init__(self, clip: CLIPVisionModelWithProjection, head: AffineHead) -> None:
+    Args:
+        clip: Its image half is kept.
+        head: The affine function.
+    """
+
+    def __init__(self, clip: CLIPModel, head: AffineHead) -> None:
         super().__init__()
-        self.clip = clip
+        self.vision_model = clip.vision_model
+        self.visual_projection = clip.visual_projection
         self.head = head
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the ratings [B], float32, of prepared images."""
-        embeds = self.clip(pixel_values=pixel_values).image_embeds
+        embeds = self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
         return self.head(F.normalize(embeds.float(), dim=-1))
 
 
-class Aesthetic(ModelReward):
+class Aesthetic(ModelReward[AestheticPredictor]):
     """How much people like an image, on LAION's scale from 1 to 10: r = head(e/‖e‖), e = CLIP's image embedding.
 
     The scale is what people were asked for, not a bound: the head is affine in a point of the unit sphere. Images of
@@ -73,10 +79,10 @@ class Aesthetic(ModelReward):
     def load(self) -> AestheticPredictor:  # noqa: D102
         what = "the head of LAION's aesthetic predictor"
         weights = read_weights(self.head, what=what, keyword="head", sha256=self.head_sha256)
-        clip = pretrained(CLIPVisionModelWithProjection.from_pretrained, self.clip, what="CLIP ViT-L/14", keyword="clip")
+        clip = pretrained(CLIPModel.from_pretrained, self.clip, what="CLIP ViT-L/14", keyword="clip")
         head = AffineHead(clip.config.projection_dim)
         fill(head, weights, self.head)
-        return AestheticPredictor(clip.float(), head)
+        return AestheticPredictor(clip, head)
 
     @cached_property
     def _prepare(self) -> ImagePreparation:

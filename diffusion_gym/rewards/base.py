@@ -112,6 +112,11 @@ _NAMED = {
     "compressibility": "jpeg:Compressibility",
     "brightness": "pixels:Brightness",
     "emoji_alignment": "emoji_alignment:EmojiAlignment",
+    "aesthetic": "aesthetic:Aesthetic",
+    "clip_score": "clip:ClipScore",
+    "pick_score": "clip:PickScore",
+    "hps_v2": "hps_v2:HPSv2",
+    "image_reward": "image_reward:ImageReward",
 }
 
 
@@ -119,7 +124,7 @@ def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> 
     """Return a reward.
 
     Args:
-        reward: A name ("incompressibility", "compressibility", "brightness", "emoji_alignment"), a `Reward`, a callable
+        reward: A name ("incompressibility", "aesthetic", …: the README's table has them all), a `Reward`, a callable
             `f(images [B, 3, H, W], prompts, metadata) -> [B]`, or {name: weight} for a weighted sum.
 
     Raises:

@@ -34,7 +34,7 @@ def embed_texts(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: Sequ
     return F.normalize(clip.text_projection(pooled).float(), dim=-1)
 
 
-class ClipReward(ModelReward):
+class ClipReward(ModelReward[CLIPModel]):
     """A reward by the cosine similarity of CLIP's embeddings of an image and of its prompt.
 
     Args:

@@ -39,9 +39,9 @@ class ImagePreparation:
     Images are rounded to bytes before and after the resize, as those were that the published models saw.
 
     Note:
-        Equal to transformers' CLIPImageProcessor on Pillow but for single levels (1/255) in rare pixels: where Pillow
-        computes in fixed point. The centre is cut at ⌊(h − c)/2⌋, as there; torchvision rounds to the nearest, which
-        is another row or column where the sides differ by an odd number.
+        Equal to transformers' CLIPImageProcessor on Pillow but for a level or two (1/255) in rare pixels, where sums in
+        float32 round another way: of noise, 0.05 % of the values from 512² to 224², 0.6 % from 64². The centre is cut
+        at ⌊(h − c)/2⌋, as there; torchvision rounds to the nearest, which can be the next row or column.
 
     Args:
         size: The shorter side after the resize, pixels.

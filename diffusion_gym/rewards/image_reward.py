@@ -109,7 +109,7 @@ class BlipRewardModel(nn.Module):
         return (self.mlp(states[:, 0]) - MEAN) / STD
 
 
-class ImageReward(ModelReward):
+class ImageReward(ModelReward[BlipRewardModel]):
     """r = (head(h) − 0.167)/1.033, h the state of [CLS] in BLIP's text encoder that looks at the image.
 
     In standard deviations of the scores on the authors' data: mostly in [−2, 2], not bounded. TPDM's reward. BLIP

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -15,9 +15,10 @@ from transformers.utils import cached_file
 from .base import Metadata, Reward, RewardOutput
 
 T = TypeVar("T")
+Network = TypeVar("Network", bound=nn.Module)
 
 
-class ModelReward(Reward):
+class ModelReward(Reward, Generic[Network]):
     """A reward that a frozen network gives: loaded when it is first asked, called in chunks, without gradients.
 
     Args:
@@ -43,7 +44,7 @@ class ModelReward(Reward):
         self.batch_size = batch_size
 
     @abstractmethod
-    def load(self) -> nn.Module:
+    def load(self) -> Network:
         """Return the network, from its files."""
 
     @abstractmethod
@@ -51,7 +52,7 @@ class ModelReward(Reward):
         """Return the rewards of at most `batch_size` images, which are on the network's device."""
 
     @cached_property
-    def network(self) -> nn.Module:
+    def network(self) -> Network:
         """The frozen network."""
         return self.load().to(self.device, self.dtype).eval().requires_grad_(False)
 
@@ -91,8 +92,8 @@ def pretrained(load: Callable[[str], T], source: str | Path, *, what: str, keywo
         fetch = f"for example with `hf download {owner}/{rest.replace('/', ' ', 1)}`" if owner and rest else "there"
         raise ValueError(
             f"{what} could not be loaded from {source!r}: there is no such file or folder here, and the Hugging Face "
-            f"Hub did not give it ({error}). Fetch it where there is a network, {fetch}, and name the local copy: "
-            f"{keyword}=..."
+            f"Hub did not give it ({str(error).splitlines()[0]}). Fetch it where there is a network, {fetch}, and name "
+            f"the local copy: {keyword}=..."
         ) from error
 
 
@@ -114,8 +115,8 @@ def read_weights(source: str | Path, *, what: str, keyword: str, sha256: str | N
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != sha256.lower():
             raise ValueError(
-                f"{path} is not the expected file of {what}: its SHA-256 is {found}, expected {sha256}. Fetch it again, "
-                f"or, if it is meant, give {keyword}_sha256={found!r}"
+                f"{path} is not the expected file of {what}: its SHA-256 is {found}, expected {sha256}. Fetch it "
+                f"again, or, if it is meant, give {keyword}_sha256={found!r}"
             )
     if path.suffix == ".safetensors":
         return load_file(path)
@@ -143,8 +144,8 @@ def fill(network: nn.Module, weights: Mapping[str, torch.Tensor], source: str | 
     missing = [name for name in wanted if name not in weights]
     if missing:
         raise ValueError(
-            f"{source} is not a checkpoint of this reward: {len(missing)} of the {len(wanted)} tensors that the network "
-            f"needs are not in it, for example {missing[0]!r}; it has {sorted(weights)[:3]} ..."
+            f"{source} is not a checkpoint of this reward: {len(missing)} of the {len(wanted)} tensors that the "
+            f"network needs are not in it, for example {missing[0]!r}; it has {sorted(weights)[:3]} ..."
         )
     for name, tensor in wanted.items():
         if weights[name].shape != tensor.shape:
