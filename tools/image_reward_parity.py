@@ -1,9 +1,9 @@
 """Score images with the package image-reward itself, on a small network with weights that anyone can make again.
 
 Its numbers are the fixture of `tests/diffusion_gym/test_image_reward.py`. The package needs libraries of 2023, so run
-it in an environment of its own:
+it in an environment of its own, on Python 3.11 or older:
 
-    python -m venv old && old/bin/pip install torch pillow "numpy<2" transformers==4.30.2
+    python -m venv old && old/bin/pip install torch pillow numpy transformers==4.30.2
     old/bin/pip install --no-deps image-reward==1.5
     old/bin/python tools/image_reward_parity.py tests/diffusion_gym/image_reward_parity.json
 

@@ -123,10 +123,10 @@ class ClipScore(ClipReward):
 
 
 class PickScore(ClipReward):
-    """exp(s)·cos(e_image, e_text), s the checkpoint's `logit_scale` (exp(s) ≤ 100); 20 to 23 for good images.
+    """exp(s)·cos(e_image, e_text), s the checkpoint's `logit_scale` (exp(s) ≤ 100); 20 to 24 for good images.
 
-    A difference of two images' scores is the logit of the probability that people prefer the one for the prompt. CLIP-H
-    has 986 M parameters, 3.9 GB in float32.
+    The difference of two images' scores is the logit of the probability that people prefer the first. CLIP-H has 986 M
+    parameters, 3.9 GB in float32.
 
     Source: Kirstain et al., 2023, equation 1, https://arxiv.org/abs/2305.01569; the model card of
     yuvalkirstain/PickScore_v1.
@@ -154,7 +154,13 @@ class PickScore(ClipReward):
     ) -> None:
         super().__init__(clip=clip, processor=processor, device=device, dtype=dtype, batch_size=batch_size)
 
+    def load(self) -> CLIPModel:  # noqa: D102
+        clip = super().load()
+        self.scale = float(clip.logit_scale.double().exp())  # before it is rounded: 1 % in bfloat16
+        return clip
+
     def score(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
     ) -> RewardOutput:
-        return RewardOutput(self.network.logit_scale.float().exp() * self.cosines(images, prompts))
+        cosines = self.cosines(images, prompts)
+        return RewardOutput(self.scale * cosines)

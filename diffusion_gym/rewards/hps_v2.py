@@ -68,7 +68,7 @@ def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class HPSv2(ClipReward):
-    """cos(e_image, e_text) of a CLIP-H that was trained on people's choices; in [−1, 1], 0.25 to 0.32 for good images.
+    """cos(e_image, e_text) of a CLIP-H that was trained on people's choices; in [−1, 1], 0.25 to 0.33 for good images.
 
     CLIP-H has 986 M parameters, 3.9 GB in float32.
 

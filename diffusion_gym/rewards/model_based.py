@@ -89,10 +89,10 @@ def pretrained(load: Callable[[str], T], source: str | Path, *, what: str, keywo
         return load(source)
     except OSError as error:
         owner, _, rest = source.partition("/")
-        fetch = f"for example with `hf download {owner}/{rest.replace('/', ' ', 1)}`" if owner and rest else "there"
+        fetch = f", for example with `hf download {owner}/{rest.replace('/', ' ', 1)}`," if owner and rest else ""
         raise ValueError(
             f"{what} could not be loaded from {source!r}: there is no such file or folder here, and the Hugging Face "
-            f"Hub did not give it ({str(error).splitlines()[0]}). Fetch it where there is a network, {fetch}, and name "
+            f"Hub did not give it ({str(error).splitlines()[0]}). Fetch it where there is a network{fetch} and name "
             f"the local copy: {keyword}=..."
         ) from error
 

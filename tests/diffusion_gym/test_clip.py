@@ -59,6 +59,13 @@ def test_chunks_and_neighbours_change_nothing(folder):
     torch.testing.assert_close(whole, chunks, atol=1e-6, rtol=0)
 
 
+def test_the_learned_scale_is_not_rounded_in_half_precision(folder):
+    half = PickScore(clip=folder, processor=folder, dtype=torch.bfloat16)
+    values = half(pictures(4), PROMPTS).values
+    torch.testing.assert_close(values, half.cosines(pictures(4), PROMPTS) * half.scale)
+    assert half.scale == pytest.approx(published_scores(folder, pictures(4))[1].item(), rel=1e-6)
+
+
 def test_half_precision_comes_near(folder):
     half = ClipScore(clip=folder, dtype=torch.bfloat16)(pictures(4), PROMPTS).values
     torch.testing.assert_close(half, ClipScore(clip=folder)(pictures(4), PROMPTS).values, atol=0.02, rtol=0)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
-from transformers import CLIPImageProcessor
 
 from diffusion_gym.rewards.image_preparation import CLIP_MEAN, CLIP_STD, ImagePreparation, resize
 
@@ -23,9 +23,8 @@ def as_images(pixels):
 
 def pillow_processor(**kwargs):
     """Return transformers' processor that needs no torchvision: a class of its own since version 5."""
-    import transformers.models.clip as clip
-
-    return getattr(clip, "CLIPImageProcessorPil", CLIPImageProcessor)(**kwargs)
+    newer = hasattr(transformers, "CLIPImageProcessorPil")
+    return (transformers.CLIPImageProcessorPil if newer else transformers.CLIPImageProcessor)(**kwargs)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (512, 512), (300, 200), (224, 224), (111, 333), (448, 448)])
