@@ -36,6 +36,8 @@ HEAVY = {
         "diffusion_gym/rewards/clip.py",
         "diffusion_gym/rewards/hps_v2.py",
         "diffusion_gym/rewards/image_reward.py",
+        "diffusion_gym/rewards/llava.py",
+        "diffusion_gym/rewards/bertscore.py",
     },
     "peft": {"diffusion_gym/models", "agents/policies"},
     "accelerate": {"agents/distributed.py"},

@@ -117,6 +117,9 @@ _NAMED = {
     "pick_score": "clip:PickScore",
     "hps_v2": "hps_v2:HPSv2",
     "image_reward": "image_reward:ImageReward",
+    "prompt_alignment": "prompt_alignment:PromptAlignment",
+    "strict_vqa": "strict_vqa:StrictVQA",
+    "vlm_judge": "vlm_judge:VLMJudge",
 }
 
 

@@ -1,0 +1,88 @@
+"""Does the image pass an examination? A vision-language model answers the prompt's questions."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Metadata, RewardOutput
+from .llava import LLAVA_13B, Llava
+from .model_based import ModelReward
+
+
+class StrictVQA(ModelReward):
+    """The share of a prompt's questions that LLaVA answers rightly: the answer occurs, as spelled, in what it says.
+
+    r = mean_i [answer_i in response_i]
+
+    Questions and answers are the prompt's metadata, {"questions": [...], "answers": [...]}: those of the DDPO paper's
+    counting prompts, or a `.jsonl` file's. With the default it takes 26 GB for LLaVA-1.5-13B in half precision.
+
+    Source: Black et al. 2023, appendix on typographic attacks, https://arxiv.org/abs/2305.13301;
+    https://github.com/kvablack/ddpo-pytorch (rewards.py, `llava_strict_satisfaction`).
+
+    Note:
+        As in the published code "four" is not found in "Four dogs", but in "fourteen dogs" it is.
+
+    Args:
+        llava: The model: a folder or a Hub id of the LLaVA family.
+        max_new_tokens: The longest response, in tokens.
+        device: Where it lives; None: where the first images are.
+        dtype: The type that it computes in.
+        batch_size: The most images at once, each with all its questions.
+
+    Raises:
+        ValueError: when called: a prompt has no such metadata, or the model cannot be had.
+    """
+
+    name = "strict_vqa"
+    range = (0.0, 1.0)
+
+    def __init__(
+        self,
+        *,
+        llava: str = LLAVA_13B,
+        max_new_tokens: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float16,
+        batch_size: int = 4,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, batch_size=batch_size)
+        self.llava = llava
+        self.max_new_tokens = max_new_tokens
+
+    def load(self) -> Llava:  # noqa: D102
+        return Llava.load(self.llava, max_new_tokens=self.max_new_tokens)
+
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:  # noqa: D102
+        asked = [
+            questions_and_answers(prompt, of_prompt)
+            for prompt, of_prompt in zip(prompts, metadata or [{}] * len(prompts), strict=True)
+        ]
+        owner = torch.tensor([image for image, (questions, _) in enumerate(asked) for _ in questions])
+        network = self.network
+        assert isinstance(network, Llava)
+        responses = network.answer(images[owner.to(images.device)], [q for questions, _ in asked for q in questions])
+        answers = [answer for _, answers in asked for answer in answers]
+        right = torch.tensor([float(answer in said) for answer, said in zip(answers, responses, strict=True)])
+        total = torch.zeros(len(images)).index_add(0, owner, right)
+        return RewardOutput(total / owner.bincount(minlength=len(images)))
+
+
+def questions_and_answers(prompt: str, metadata: Metadata) -> tuple[list[str], list[str]]:
+    """Return a prompt's questions and as many answers.
+
+    Raises:
+        ValueError: they are missing, or not lists of strings of the same length, at least 1.
+    """
+    both = [metadata.get(key) for key in ("questions", "answers")]
+    lists = [
+        list(one) for one in both if isinstance(one, Sequence) and one and all(isinstance(text, str) for text in one)
+    ]
+    if len(lists) != 2 or any(isinstance(one, str) for one in both) or len(lists[0]) != len(lists[1]):
+        raise ValueError(
+            'strict_vqa needs the metadata {"questions": ["..."], "answers": ["..."]} of every prompt, with as many '
+            f"answers as questions; of {prompt!r} it got {dict(metadata)}. Take a prompt set that has them or a "
+            '.jsonl file: {"prompt": "two cats", "questions": ["How many cats are there?"], "answers": ["two"]} a line.'
+        )
+    return lists[0], lists[1]

@@ -1,0 +1,218 @@
+"""A vision-language model behind an OpenAI-compatible endpoint grades each image."""
+
+import base64
+import io
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import requests
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .base import Metadata, Reward, RewardOutput, to_uint8
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+TEMPLATE = (
+    'This image was drawn for the prompt "{prompt}". How well does it show what the prompt says, and how well is it '
+    "drawn? Reply with one number from {low:g} (not at all) to {high:g} (perfectly), and nothing else."
+)
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+WORTH_ANOTHER_TRY = {408, 429, 500, 502, 503, 504}
+
+
+class _TryAgain(Exception):  # noqa: N818
+    """What went wrong this time, and how long the server wants to be left alone."""
+
+    def __init__(self, reason: str, *, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class VLMJudge(Reward):
+    """The number that a vision-language model gives an image, asked over HTTP.
+
+    Any server with OpenAI's POST /chat/completions will do (vLLM, SGLang, llama.cpp, a provider's). Each image goes as
+    a PNG in a request of its own. When the reply is anything but a number of the range, or the server does not answer,
+    is busy (429) or fails (5xx), it is asked again, after 1, 2, 4 … seconds or what its Retry-After says. After the
+    last try, or at once at any other status, there is an error: never a made-up score.
+
+    Args:
+        base_url: Where the endpoint is, up to and without "/chat/completions".
+        model: The model's name there; None: the only one that the server lists.
+        token_variable: The environment variable that holds the token; None: the server wants none.
+        template: The question. "{prompt}" stands for the prompt, "{low:g}" and "{high:g}" for the range.
+        score_range: The least and the greatest number to ask for and to accept.
+        options: Further fields of the request: temperature, max_tokens (reasoning models need more), seed …
+        timeout: How long to wait for a connection, and then for each part of the reply, in seconds.
+        max_tries: How often to ask for one score.
+        backoff: The wait before the second try in seconds; it doubles up to a minute.
+        max_concurrency: The most requests at once.
+
+    Raises:
+        ValueError: a keyword is out of its range, the template has no "{prompt}" or unknown fields, or, when called,
+            the environment has no token or the server lists several models.
+        RuntimeError: when called: the server refused, or gave no score in `max_tries` tries.
+    """
+
+    name = "vlm_judge"
+
+    def __init__(
+        self,
+        *,
+        base_url: str = "http://127.0.0.1:8000/v1",
+        model: str | None = None,
+        token_variable: str | None = None,
+        template: str = TEMPLATE,
+        score_range: tuple[float, float] = (0.0, 10.0),
+        options: Mapping[str, object] | None = None,
+        timeout: float = 120.0,
+        max_tries: int = 6,
+        backoff: float = 1.0,
+        max_concurrency: int = 8,
+    ) -> None:
+        if not score_range[0] < score_range[1]:
+            raise ValueError(f"score_range must be (least, greatest), got {score_range}")
+        if max_tries < 1 or max_concurrency < 1 or timeout <= 0 or backoff < 0:
+            raise ValueError(
+                "max_tries and max_concurrency must be at least 1, timeout positive and backoff not negative, got "
+                f"{max_tries}, {max_concurrency}, {timeout} and {backoff}"
+            )
+        self.base_url = base_url.rstrip("/")
+        self.token_variable = token_variable
+        self.template = template
+        self.range = (float(score_range[0]), float(score_range[1]))
+        self.options = {"temperature": 0, "max_tokens": 16} if options is None else dict(options)
+        self.timeout = timeout
+        self.max_tries = max_tries
+        self.backoff = backoff
+        self.max_concurrency = max_concurrency
+        if model is not None:
+            self.model = model
+        try:
+            asks = self.question("\0")
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"template may only contain {{prompt}}, {{low}} and {{high}}, got {template!r}") from error
+        if "\0" not in asks:
+            raise ValueError(f'template must contain "{{prompt}}", got {template!r}')
+
+    def question(self, prompt: str) -> str:
+        """Return what the model is asked about an image of this prompt."""
+        return self.template.format(prompt=prompt, low=self.range[0], high=self.range[1])
+
+    @cached_property
+    def model(self) -> str:
+        """The model's name."""
+        names = self._ask("GET", "/models", None, read=_model_names, over=threading.Event())
+        if len(names) != 1:
+            raise ValueError(f"{self.base_url} serves {names}: say which one is to judge, model=...")
+        return names[0]
+
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        self.model  # noqa: B018  (asked for once, before the threads)
+        over = threading.Event()
+        pool = ThreadPoolExecutor(self.max_concurrency)
+        try:
+            pixels = to_uint8(images).numpy()
+            futures = [pool.submit(self.judge, *one, over) for one in zip(pixels, prompts, strict=True)]
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+            values = [future.result() for future in futures]
+        finally:
+            over.set()
+            pool.shutdown(cancel_futures=True)
+        return RewardOutput(torch.tensor(values, dtype=torch.float32, device=images.device))
+
+    def judge(self, pixels: np.ndarray, prompt: str, over: threading.Event) -> float:
+        """Return the model's number for an image [H, W, 3] uint8; gives up between two tries once `over` is set."""
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        picture = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        content = [
+            {"type": "text", "text": self.question(prompt)},
+            {"type": "image_url", "image_url": {"url": picture}},
+        ]
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], **self.options}
+        return self._ask("POST", "/chat/completions", json.dumps(body).encode(), read=self._number, over=over)
+
+    def _ask(
+        self, method: str, path: str, body: bytes | None, *, read: Callable[[object], T], over: threading.Event
+    ) -> T:
+        """Return what `read` makes of the reply, after as many tries as it takes."""
+        reason, after = "", 0.0
+        for tries in range(self.max_tries):
+            if tries and over.wait(max(after, min(self.backoff * 2 ** (tries - 1), 60.0))):
+                break
+            try:
+                return read(self._send(method, self.base_url + path, body))
+            except _TryAgain as error:
+                reason, after = str(error), error.after
+                logger.warning("%s, try %d of %d: %s", self.base_url, tries + 1, self.max_tries, reason)
+        raise RuntimeError(f"{self.base_url} gave no usable reply in {self.max_tries} tries; the last: {reason}")
+
+    def _send(self, method: str, url: str, body: bytes | None) -> object:
+        """Return the JSON that the server replies."""
+        try:
+            response = requests.request(
+                method,
+                url,
+                data=body,
+                headers={"Content-Type": "application/json"},
+                auth=self._authorise,
+                timeout=self.timeout,
+                allow_redirects=False,
+            )
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            raise _TryAgain(f"{type(error).__name__}: {error}") from error
+        shown = response.text[:200]
+        if response.status_code in WORTH_ANOTHER_TRY:
+            asked = response.headers.get("Retry-After", "")
+            after = float(asked) if NUMBER.fullmatch(asked) else 0.0
+            raise _TryAgain(f"status {response.status_code}: {shown}", after=min(after, 60.0))
+        if response.status_code != 200:
+            raise RuntimeError(f"{url} refused with status {response.status_code}: {shown}")
+        try:
+            return response.json()
+        except requests.exceptions.JSONDecodeError as error:
+            raise _TryAgain(f"expected JSON, got {shown!r}") from error
+
+    def _authorise(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self.token_variable is not None:
+            token = os.environ.get(self.token_variable)
+            if not token:
+                raise ValueError(
+                    f"the environment variable {self.token_variable} must hold the token, but it is not set"
+                )
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    def _number(self, reply: object) -> float:
+        """Return the number of a reply, which must be all that it says."""
+        try:
+            text = reply["choices"][0]["message"]["content"]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError) as error:
+            raise _TryAgain(f"expected a chat completion, got {str(reply)[:200]}") from error
+        number = NUMBER.fullmatch(text.strip()) if isinstance(text, str) else None
+        if number is None or not self.range[0] <= float(number.group()) <= self.range[1]:
+            low, high = self.range
+            raise _TryAgain(f"expected a number from {low:g} to {high:g}, got {str(text)[:200]!r}")
+        return float(number.group())
+
+
+def _model_names(reply: object) -> list[str]:
+    try:
+        return [str(model["id"]) for model in reply["data"]]  # type: ignore[index]
+    except (KeyError, TypeError) as error:
+        raise _TryAgain(f"expected a list of models, got {str(reply)[:200]}") from error

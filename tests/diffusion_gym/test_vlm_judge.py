@@ -1,0 +1,225 @@
+"""The judge against a small server of this test's, which is slow, busy, broken or rude when told so."""
+
+import base64
+import io
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_gym.rewards import make_reward, to_uint8
+from diffusion_gym.rewards.vlm_judge import VLMJudge
+
+
+def completion(text):
+    return 200, json.dumps({"choices": [{"message": {"content": text}}]})
+
+
+class Judge(ThreadingHTTPServer):
+    """Grades an image by its mean level, 0 to 10; what `script` holds for a prompt comes first, a reply a try."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.requests, self.lock = {}, [], threading.Lock()
+        self.models, self.delay = ["tiny-vlm"], 0.0
+        self.busy, self.most_busy = 0, 0
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        self.reply(200, json.dumps({"data": [{"id": name} for name in self.server.models]}))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text, picture = body["messages"][0]["content"]
+        prompt = text["text"].split('"')[1]
+        with self.server.lock:
+            self.server.requests.append((time.monotonic(), prompt, self.path, dict(self.headers), body))
+            self.server.busy += 1
+            self.server.most_busy = max(self.server.most_busy, self.server.busy)
+            planned = self.server.script.get(prompt, [])
+            step = planned.pop(0) if planned else "grade"
+        time.sleep(self.server.delay)
+        with self.server.lock:
+            self.server.busy -= 1
+        if step == "grade":
+            data = base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,"))
+            self.reply(*completion(f" {np.asarray(Image.open(io.BytesIO(data))).mean() / 25.5:.3f}\n"))
+        elif step == "hang up":
+            self.connection.close()
+        elif step == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"choices"')
+        elif step == "sleep":
+            time.sleep(1.0)
+        else:
+            self.reply(*step)
+
+    def reply(self, status, text, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(text.encode()), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@pytest.fixture
+def server():
+    with Judge() as judge:
+        thread = threading.Thread(target=judge.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield judge
+        judge.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return (
+        torch.rand(6, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+        * torch.linspace(0.1, 1, 6)[:, None, None, None]
+    )
+
+
+PROMPTS = ["a cat", "a dog", "a fox", "a bear", "an {ant}", "a bee"]
+
+
+def grades(images):
+    return to_uint8(images).double().mean((1, 2, 3)) / 25.5
+
+
+def judge(server, **keywords):
+    return VLMJudge(**{"base_url": server.url, "model": "tiny-vlm", "backoff": 0.01, "timeout": 5.0, **keywords})
+
+
+def test_images_reach_the_server_whole_and_numbers_come_back_in_order(server, images):
+    server.delay = 0.02
+    output = judge(server)(images, PROMPTS)
+    torch.testing.assert_close(output.values.double(), grades(images), atol=6e-4, rtol=0)
+    assert output.values.dtype == torch.float32
+    bodies = {prompt: (path, body) for _, prompt, path, _, body in server.requests}
+    assert sorted(bodies) == sorted(PROMPTS)
+    path, body = bodies["an {ant}"]
+    assert path == "/v1/chat/completions"
+    assert body["model"] == "tiny-vlm"
+    assert (body["temperature"], body["max_tokens"]) == (0, 16)
+    assert "one number from 0 (not at all) to 10 (perfectly)" in body["messages"][0]["content"][0]["text"]
+
+
+def test_what_goes_wrong_is_tried_again_and_no_score_is_lost(server, images):
+    server.script = {
+        "a cat": ["hang up", "half", (500, "oops")],
+        "a dog": [(429, "busy"), (503, "starting")],
+        "a fox": [(200, "not JSON"), (200, "[]"), (200, '{"choices": []}'), completion(None)],
+        "a bear": [
+            completion("I would give it 7"),
+            completion("11"),
+            completion("7/10"),
+            completion("nan"),
+            completion(""),
+        ],
+        "a bee": ["sleep"],
+    }
+    output = judge(server, timeout=0.4)(images, PROMPTS)
+    torch.testing.assert_close(output.values.double(), grades(images), atol=6e-4, rtol=0)
+    asked = [prompt for _, prompt, *_ in server.requests]
+    assert [asked.count(prompt) for prompt in PROMPTS] == [4, 3, 5, 6, 1, 2]
+
+
+def test_waits_double(server, images):
+    server.script = {"a cat": [(500, "")] * 3}
+    judge(server, backoff=0.1)(images[:1], ["a cat"])
+    times = np.array([at for at, *_ in server.requests])
+    assert (np.diff(times) > [0.1, 0.2, 0.4]).all()
+    assert (np.diff(times) < [0.2, 0.4, 0.8]).all()
+
+
+def test_after_the_last_try_there_is_an_error_and_no_score(server, images):
+    server.script = {"a dog": [completion("great!")] * 3}
+    message = r"http://127\.0\.0\.1:\d+/v1 gave no usable reply in 3 tries; the last: .*from 0 to 10, got 'great!'"
+    with pytest.raises(RuntimeError, match=message):
+        judge(server, max_tries=3)(images, PROMPTS)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(RuntimeError, match="gave no usable reply in 2 tries; the last: ConnectionError"):
+        judge(server, max_tries=2)(images, PROMPTS)
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 404])
+def test_a_refusal_is_an_error_at_once_that_ends_the_others_tries(server, images, status):
+    server.script = {"a dog": [(status, "no, thanks")], "a fox": [(500, "")] * 5}
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=rf"v1/chat/completions refused with status {status}: no, thanks"):
+        judge(server, backoff=2.0)(images, PROMPTS)
+    assert time.monotonic() - started < 1.5
+    assert [prompt for _, prompt, *_ in server.requests].count("a dog") == 1
+
+
+def test_no_more_requests_at_once_than_allowed(server, images):
+    server.delay = 0.05
+    judge(server, max_concurrency=2)(images, PROMPTS)
+    assert server.most_busy == 2
+
+
+def test_the_token_comes_from_the_environment(server, images, monkeypatch):
+    reward = judge(server, token_variable="SOME_TOKEN")
+    monkeypatch.delenv("SOME_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="the environment variable SOME_TOKEN must hold the token, but it is not set"):
+        reward(images[:1], ["a cat"])
+    monkeypatch.setenv("SOME_TOKEN", "s3cret")
+    reward(images[:1], ["a cat"])
+    judge(server)(images[:1], ["a cat"])
+    assert [headers.get("Authorization") for *_, headers, _ in server.requests] == ["Bearer s3cret", None]
+    assert "s3cret" not in str(vars(reward))
+
+
+def test_the_only_model_is_found_and_one_of_many_must_be_named(server, images):
+    judge(server, model=None)(images[:1], ["a cat"])
+    assert server.requests[0][4]["model"] == "tiny-vlm"
+    server.models = ["one", "two"]
+    with pytest.raises(ValueError, match=r"serves \['one', 'two'\]: say which one is to judge, model=\.\.\."):
+        judge(server, model=None)(images[:1], ["a cat"])
+
+
+def test_question_range_and_options_are_the_users(server, images):
+    server.script = {"a cat": [completion("0.5"), completion("-1")]}
+    reward = judge(
+        server,
+        template='Rate "{prompt}" from {low} to {high}',
+        score_range=(-1, 1),
+        options={"max_completion_tokens": 9},
+    )
+    assert [reward(images[:1], ["a cat"]).values.item() for _ in range(2)] == [0.5, -1.0]
+    body = server.requests[0][4]
+    assert body["messages"][0]["content"][0]["text"] == 'Rate "a cat" from -1.0 to 1.0'
+    assert set(body) == {"model", "messages", "max_completion_tokens"}
+    assert reward.range == (-1, 1)
+
+
+def test_keywords_out_of_their_range_are_named():
+    assert isinstance(make_reward("vlm_judge"), VLMJudge)
+    for keywords, message in [
+        ({"score_range": (1, 1)}, r"score_range must be \(least, greatest\), got \(1, 1\)"),
+        ({"max_tries": 0}, "max_tries and max_concurrency must be at least 1"),
+        ({"template": "Rate it from 0 to 10"}, r'template must contain "\{prompt\}"'),
+        ({"template": "{prompt} {subject}"}, r"template may only contain \{prompt\}, \{low\} and \{high\}"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            VLMJudge(**keywords)
