@@ -9,6 +9,8 @@ from transformers import (
     BertConfig,
     BertModel,
     CLIPVisionConfig,
+    DebertaConfig,
+    DebertaModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -131,4 +133,32 @@ def make_tiny_bert(folder: Path, **config) -> Path:
             )
         )
     model.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_deberta(folder: Path) -> Path:
+    """Write a DeBERTa folder of three layers that reads bytes, and names no longest sentence, as the published do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "DebertaTokenizer"}))
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = DebertaModel(
+            DebertaConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                initializer_range=0.3,
+                relative_attention=True,
+                pos_att_type=["c2p", "p2c"],
+                position_biased_input=False,
+                type_vocab_size=0,
+                pad_token_id=1,
+            )
+        )
+    model.half().save_pretrained(folder)
     return folder

@@ -13,7 +13,7 @@ from diffusion_gym.rewards import make_reward, to_uint8
 from diffusion_gym.rewards.bertscore import BertScore
 from diffusion_gym.rewards.llava import Llava
 from diffusion_gym.rewards.prompt_alignment import QUESTION, PromptAlignment
-from tests.tiny_language import SIZE, make_tiny_bert, make_tiny_llava
+from tests.tiny_language import SIZE, make_tiny_bert, make_tiny_deberta, make_tiny_llava
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 PROMPTS = ["a cat riding a bike", "a dog", "two bears washing dishes"]
@@ -68,7 +68,7 @@ def reference_description(folder, image, question, max_new_tokens):
 def reference_bert_score(folder, candidate, reference, num_layers):
     """BERTScore's equations 1 to 3, with the authors' weights: special tokens may be matched but do not count."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder).eval()
+    model = AutoModel.from_pretrained(folder).float().eval()
     embeddings, counts = [], []
     for sentence in (candidate, reference):
         ids = tokenizer(sentence, return_tensors="pt").input_ids
@@ -176,14 +176,16 @@ def test_bert_score_with_a_real_sentence_model(tmp_path):
     assert recalls[0] > recalls[1] + 0.1
 
 
-def test_bert_score_computes_in_float32_and_bounds_sentences_whatever_the_folder_says(bert, tmp_path):
-    half = AutoModel.from_pretrained(bert).half()
-    half.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
-    score = BertScore(str(tmp_path), num_layers=2, device=CPU)
-    long = "a dog " * 600
+def test_deberta_computes_in_float32_and_reads_as_much_as_it_can(tmp_path):
+    """The default's class: its checkpoints are float16, and its tokenizer names no longest sentence."""
+    folder = str(make_tiny_deberta(tmp_path / "deberta"))
+    score = BertScore(folder, num_layers=2, device=CPU)
+    found = [one.item() for one in score(["a dog plays chess"], ["The image contains a dog"])]
+    assert found == pytest.approx(
+        reference_bert_score(folder, "a dog plays chess", "The image contains a dog", 2), abs=1e-5
+    )
+    long = "a dog " * 200
     assert score([long], [long])[1].item() == pytest.approx(1, abs=1e-5)
-    assert {parameter.dtype for parameter in score.network.parameters()} == {torch.float32}
 
 
 def test_what_is_missing_is_said(llava, bert, images, tmp_path):
