@@ -87,10 +87,13 @@ class StopEarly(BaseCallback):
         return not reached and time.monotonic() < self.deadline
 
 
-def draw_before_after(before: Evaluation, after: Evaluation, file: Path, *, num_pairs: int = 24) -> None:
+def draw_before_after(
+    before: Evaluation, after: Evaluation, file: Path, *, num_pairs: int = 24, unit: str = "kB"
+) -> None:
     """Write pairs of images, before | after, with prompt and reward above each."""
     columns, size, gap, header = 6, 112, 14, 34
-    rows = num_pairs // columns
+    num_pairs = min(num_pairs, len(before.images))
+    rows = -(-num_pairs // columns)
     pair = 2 * size + 2
     canvas = Image.new("RGB", (columns * (pair + gap) + gap, rows * (size + header + gap) + gap), "white")
     draw = ImageDraw.Draw(canvas)
@@ -101,7 +104,7 @@ def draw_before_after(before: Evaluation, after: Evaluation, file: Path, *, num_
         draw.text((x, y), before.prompts[index], "black", font_size=15)
         for side, evaluation in enumerate((before, after)):
             left = x + side * (size + 2)
-            draw.text((left, y + 17), f"{evaluation.rewards[index]:.2f} kB", "gray", font_size=13)
+            draw.text((left, y + 17), f"{evaluation.rewards[index]:.2f} {unit}", "gray", font_size=13)
             canvas.paste(Image.fromarray(pixels[side][index]).resize((size, size)), (left, y + header))
     canvas.save(file)
 

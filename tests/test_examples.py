@@ -12,6 +12,7 @@ from PIL import Image
 from agents import ContextFreeSchedule, TimePredictor
 from agents.policies import load_policy
 from tests.launching import launcher
+from tests.tiny_language import make_tiny_bert, make_tiny_llava
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
@@ -27,6 +28,12 @@ SHORT = {
     "reinforce.py": ["--iterations", "1", "--num-envs", "4", "--num-steps", "2", "--num-eval", "4"],
     "ddpo_incompressibility.py": [
         "--reward-queries", "8", "--num-envs", "4", "--num-steps", "2", "--num-eval", "24", "--output", "OUTPUT",
+    ],
+    "ddpo_alignment.py": [
+        "--model", "emoji", "--device", "cpu", "--prompts", "simple_animals", "--num-envs", "8",
+        "--samples-per-epoch", "8", "--batch-size", "4", "--reward-queries", "8", "--num-steps", "2", "--num-eval", "8",
+        "--llava", "llava", "--bert-score", "bert", "--num-layers", "2", "--reward-dtype", "float32",
+        "--output", "OUTPUT",
     ],
     "rloo_denoising.py": [
         "--updates", "1", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--num-eval", "4",
@@ -83,6 +90,22 @@ def test_ddpo_incompressibility(tmp_path, processes):
         assert picture.size[0] > 1000
     UNet2DConditionModel.from_pretrained(output / "model" / "unet")
     assert len(list((output / "tensorboard").glob("*/events.*"))) == 1
+
+
+def test_ddpo_alignment(tmp_path):
+    """It trains, and started again goes on from its checkpoint."""
+    make_tiny_llava(tmp_path / "llava")
+    make_tiny_bert(tmp_path / "bert")
+    output = tmp_path / "out"
+    text = run("ddpo_alignment.py", output)
+    assert re.search(r"before: [+-]?0\.\d{4} ± 0\.\d{4} prompt_alignment", text)
+    assert re.search(r"paired difference: [+-]0\.\d{4} ± 0\.\d{4} after 8 reward queries", text)
+    assert (output / "model" / "pytorch_lora_weights.safetensors").is_file()
+    with Image.open(output / "before_after.png") as picture:
+        assert picture.size[0] > 1000
+    again = run("ddpo_alignment.py", output)
+    numbers = re.compile("^(?:before|paired).*$", re.MULTILINE)
+    assert numbers.findall(again) == numbers.findall(text)
 
 
 def test_rloo_denoising(tmp_path):
