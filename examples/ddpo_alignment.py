@@ -134,19 +134,15 @@ def train(args: Training, reward: Reward) -> None:
         use_lora=args.use_lora,
         mixed_precision=args.mixed_precision,
         gradient_checkpointing=args.gradient_checkpointing,
-        prompts=env.unwrapped.prompts,
         seed=args.seed,
     )
-    prompts = env.unwrapped.prompts
-    seeds = list(range(args.num_eval))
-    held_out = {"seeds": seeds, "prompts": [prompts[seed % len(prompts)] for seed in seeds]}
-    before = evaluate(env, policy, **held_out)
+    before = evaluate(env, policy, seeds=range(args.num_eval))
     if processes.is_main:
         print(f"before: {before.mean:.4f} ± {before.standard_error:.4f} {reward.name}", flush=True)
     algorithm, checkpoints = make_algorithm(args, env, policy)
     remaining = args.reward_queries * args.num_steps - algorithm.num_timesteps
     algorithm.learn(remaining, checkpoints, reset_num_timesteps=False, progress_bar=True)
-    after = evaluate(env, algorithm.policy, **held_out)
+    after = evaluate(env, algorithm.policy, seeds=range(args.num_eval))
     if not processes.is_main:
         return
     gain, error = after.gain_over(before)
