@@ -6,16 +6,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 
 from agents import ContextFreeSchedule, TimePredictor
 from agents.policies import load_policy
+from diffusion_gym.rewards.affine_head import AffineHead
 from tests.launching import launcher
+from tests.tiny import make_tiny_clip
 from tests.tiny_language import make_tiny_bert, make_tiny_llava
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+SMALL_STABLE_DIFFUSION = [
+    "--model", "emoji", "--device", "cpu", "--prompts", "simple_animals", "--num-envs", "8", "--samples-per-epoch", "8",
+    "--batch-size", "4", "--reward-queries", "8", "--num-steps", "2", "--num-eval", "8", "--output", "OUTPUT",
+]  # fmt: skip
 SHORT = {
     "kl_optimum.py": ["--updates", "3", "--num-envs", "64", "--num-steps", "5", "--batches", "4"],
     "mixture.py": ["--updates", "3", "--num-envs", "64", "--num-steps", "5", "--output", "OUTPUT"],
@@ -30,11 +38,10 @@ SHORT = {
         "--reward-queries", "8", "--num-envs", "4", "--num-steps", "2", "--num-eval", "24", "--output", "OUTPUT",
     ],
     "ddpo_alignment.py": [
-        "--model", "emoji", "--device", "cpu", "--prompts", "simple_animals", "--num-envs", "8",
-        "--samples-per-epoch", "8", "--batch-size", "4", "--reward-queries", "8", "--num-steps", "2", "--num-eval", "8",
-        "--llava", "llava", "--bert-score", "bert", "--num-layers", "2", "--reward-dtype", "float32",
-        "--output", "OUTPUT",
+        *SMALL_STABLE_DIFFUSION, "--llava", "llava", "--bert-score", "bert", "--num-layers", "2",
+        "--reward-dtype", "float32",
     ],
+    "ddpo_aesthetic.py": [*SMALL_STABLE_DIFFUSION, "--clip", "clip", "--head", "head.safetensors"],
     "rloo_denoising.py": [
         "--updates", "1", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--num-eval", "4",
         "--output", "OUTPUT",
@@ -106,6 +113,18 @@ def test_ddpo_alignment(tmp_path):
     again = run("ddpo_alignment.py", output)
     numbers = re.compile("^(?:before|paired).*$", re.MULTILINE)
     assert numbers.findall(again) == numbers.findall(text)
+
+
+def test_ddpo_aesthetic(tmp_path):
+    make_tiny_clip(tmp_path / "clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(AffineHead(width=24).state_dict(), tmp_path / "head.safetensors")
+    output = tmp_path / "out"
+    text = run("ddpo_aesthetic.py", output)
+    assert re.search(r"before: [+-]?0\.\d{4} ± 0\.\d{4} aesthetic", text)
+    assert re.search(r"paired difference: [+-]0\.\d{4} ± 0\.\d{4} after 8 reward queries", text)
+    assert (output / "model" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_rloo_denoising(tmp_path):
