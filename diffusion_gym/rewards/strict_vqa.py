@@ -75,14 +75,16 @@ def questions_and_answers(prompt: str, metadata: Metadata) -> tuple[list[str], l
     Raises:
         ValueError: they are missing, or not lists of strings of the same length, at least 1.
     """
-    both = [metadata.get(key) for key in ("questions", "answers")]
-    lists = [
-        list(one) for one in both if isinstance(one, Sequence) and one and all(isinstance(text, str) for text in one)
-    ]
-    if len(lists) != 2 or any(isinstance(one, str) for one in both) or len(lists[0]) != len(lists[1]):
+    questions, answers = (_texts(metadata.get(key)) for key in ("questions", "answers"))
+    if not questions or len(questions) != len(answers):
         raise ValueError(
             'strict_vqa needs the metadata {"questions": ["..."], "answers": ["..."]} of every prompt, with as many '
             f"answers as questions; of {prompt!r} it got {dict(metadata)}. Take a prompt set that has them or a "
             '.jsonl file: {"prompt": "two cats", "questions": ["How many cats are there?"], "answers": ["two"]} a line.'
         )
-    return lists[0], lists[1]
+    return questions, answers
+
+
+def _texts(value: object) -> list[str]:
+    """Return a list of strings as it is, and of anything else an empty one."""
+    return list(value) if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value) else []
