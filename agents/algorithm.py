@@ -113,7 +113,12 @@ class Algorithm(SavedRun, ABC):
         seed = self.settings.seed
         self.seed = self.processes.from_main(derived_seed(time.time_ns()) if seed is None else seed)
         self.num_timesteps = self.iteration = self.reward_queries = self.num_updates = 0
-        self._timesteps_at_boundary = 0
+        self._mark_boundary()
+        if self.processes.count > 1 and self._reward_at_boundary:
+            raise ValueError(
+                f"each process would have its own statistics of the reward {env.unwrapped.reward.name!r}: "  # type: ignore[attr-defined]
+                "give them to it, Normalised(reward, mean=…, std=…)"
+            )
         self._progress_remaining = 1.0
         self._learning_rate = self.settings.learning_rate
         self._has_own_logger = False
@@ -203,7 +208,8 @@ class Algorithm(SavedRun, ABC):
             progress_bar: Show one.
         """
         if reset_num_timesteps:
-            self.num_timesteps = self._timesteps_at_boundary = 0
+            self.num_timesteps = 0
+            self._mark_boundary()
         else:
             total_timesteps += self.num_timesteps
         if not self._has_own_logger:
@@ -225,7 +231,7 @@ class Algorithm(SavedRun, ABC):
             stopwatch.start_update()
             metrics = {**self.train(rollout), **self.guard.counts()}
             self.iteration += 1
-            self._timesteps_at_boundary = self.num_timesteps
+            self._mark_boundary()
             if log_interval and self.iteration % log_interval == 0 and self.processes.is_main:
                 self._report(rollout, metrics, stopwatch)
         callbacks.on_training_end()

@@ -28,6 +28,7 @@ class SavedRun:
     """The part of an `Algorithm` that saves and loads; what is said of the attributes there is not said here."""
 
     policy: Policy
+    env: VectorEnv
     optimizer: torch.optim.Optimizer
     guard: GradientGuard
     average: WeightAverage | None
@@ -38,6 +39,7 @@ class SavedRun:
     reward_queries: int
     num_updates: int
     _timesteps_at_boundary: int
+    _reward_at_boundary: Mapping[str, Any]
     _learning_rate: float | Schedule
     _hyperparameters: Mapping[str, Any]
 
@@ -53,6 +55,11 @@ class SavedRun:
 
     def _load_files(self, folder: Path) -> None:
         """Read what `_save_files` wrote."""
+
+    def _mark_boundary(self) -> None:
+        """Note what a resumed run begins with: one that is saved within a rollout plays it again."""
+        self._timesteps_at_boundary = self.num_timesteps
+        self._reward_at_boundary = self.env.unwrapped.reward.state_dict()  # type: ignore[attr-defined]
 
     def save(self, path: str | Path) -> None:
         """Write the trained weights and all that is needed to go on, into a folder.
@@ -83,6 +90,7 @@ class SavedRun:
                 "num_timesteps": self._timesteps_at_boundary,
                 **{counter: getattr(self, counter) for counter in _COUNTERS},
                 "guard": self.guard.state_dict(),
+                "reward": self._reward_at_boundary,
                 "extra": self._extra_state(),
             }
             (folder / _STATE_FILE).write_text(json.dumps(state, indent=2))
@@ -148,7 +156,9 @@ class SavedRun:
         if self.average is not None:
             self.average.load(folder / _AVERAGE_FILE)
         self.guard.load_state_dict(state["guard"])
-        self.num_timesteps = self._timesteps_at_boundary = state["num_timesteps"]
+        self.env.unwrapped.reward.load_state_dict(state.get("reward", {}))  # type: ignore[attr-defined]
+        self.num_timesteps = state["num_timesteps"]
+        self._mark_boundary()
         for counter in _COUNTERS:
             setattr(self, counter, state[counter])
         self._load_extra_state(state["extra"])

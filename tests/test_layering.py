@@ -41,6 +41,9 @@ HEAVY = {
     },
     "peft": {"diffusion_gym/models", "agents/policies"},
     "accelerate": {"agents/distributed.py"},
+    "fastapi": {"diffusion_gym/rewards/server.py"},
+    "starlette": {"diffusion_gym/rewards/server.py"},
+    "uvicorn": {"diffusion_gym/rewards/server.py"},
     "stable_baselines3": {"agents/algorithm.py", "agents/checkpoints.py", "agents/reports.py", "agents/adapters"},
 }
 

@@ -1,5 +1,18 @@
-"""Rewards of finished images: by name, any callable, or a weighted sum."""
+"""Rewards of finished images: by name, any callable, a weighted sum, a composition, or a server's."""
 
 from .base import CallableReward, Reward, RewardOutput, WeightedSum, make_reward, to_uint8
+from .compositions import Cached, Threshold, Timed
+from .normalised import Normalised
 
-__all__ = ["CallableReward", "Reward", "RewardOutput", "WeightedSum", "make_reward", "to_uint8"]
+__all__ = [
+    "Cached",
+    "CallableReward",
+    "Normalised",
+    "Reward",
+    "RewardOutput",
+    "Threshold",
+    "Timed",
+    "WeightedSum",
+    "make_reward",
+    "to_uint8",
+]

@@ -52,6 +52,19 @@ class Reward(ABC):
             metadata: What the prompt set says of each prompt.
         """
 
+    def state_dict(self) -> dict[str, object]:
+        """Return what the reward remembers of what it saw, as JSON can hold it; most remember nothing: {}."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take back what `state_dict` returned.
+
+        Raises:
+            ValueError: it is another reward's.
+        """
+        if state:
+            raise ValueError(f"the reward {self.name!r} remembers nothing, but the state of one that does was given")
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Return images [B, 3, H, W] in [0, 1] as bytes [B, H, W, 3] on the CPU, rounded to the nearest level.
@@ -106,6 +119,19 @@ class WeightedSum(Reward):
             extras |= {reward.name: output.values, **output.extras}
         return RewardOutput(total, extras)
 
+    def state_dict(self) -> dict[str, object]:  # noqa: D102
+        states = [reward.state_dict() for reward, _ in self.weighted]
+        return {"weighted": states} if any(states) else {}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
+        states = state.get("weighted", [{}] * len(self.weighted))
+        if not isinstance(states, list) or len(states) != len(self.weighted):
+            raise ValueError(f"the state given is not that of {self.name!r}")
+        for (reward, _), one in zip(self.weighted, states, strict=True):
+            reward.load_state_dict(one)
+
+
+REMOTE = "remote://"
 
 _NAMED = {
     "incompressibility": "jpeg:Incompressibility",
@@ -123,12 +149,25 @@ _NAMED = {
 }
 
 
+def reward_class(name: str) -> type[Reward]:
+    """Return the class of a reward that has a name.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if name not in _NAMED:
+        raise ValueError(unknown_name("reward", name, _NAMED))
+    module, _, class_name = _NAMED[name].partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), class_name)
+
+
 def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> Reward:
     """Return a reward.
 
     Args:
-        reward: A name ("incompressibility", "aesthetic", …: the README's table has them all), a `Reward`, a callable
-            `f(images [B, 3, H, W], prompts, metadata) -> [B]`, or {name: weight} for a weighted sum.
+        reward: A name ("incompressibility", "aesthetic", …: the README's table has them all), the address of a reward
+            server ("remote://host:port"), a `Reward`, a callable `f(images [B, 3, H, W], prompts, metadata) -> [B]`, or
+            {name: weight} for a weighted sum.
 
     Raises:
         ValueError: a name is not known, or `reward` is none of these.
@@ -136,10 +175,9 @@ def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> 
     if isinstance(reward, Reward):
         return reward
     if isinstance(reward, str):
-        if reward not in _NAMED:
-            raise ValueError(unknown_name("reward", reward, _NAMED))
-        module, _, class_name = _NAMED[reward].partition(":")
-        return getattr(importlib.import_module(f".{module}", __package__), class_name)()
+        if reward.startswith(REMOTE):
+            return importlib.import_module(".remote", __package__).RemoteReward(reward)
+        return reward_class(reward)()
     if isinstance(reward, Mapping):
         if not reward:
             raise ValueError("a weighted sum of rewards needs at least one {name: weight}, got an empty mapping")

@@ -1,0 +1,146 @@
+"""Rewards made of another reward: thresholded, timed, remembered; `normalised` has one more."""
+
+import hashlib
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .base import Metadata, Reward, RewardFunction, RewardOutput, make_reward
+
+
+class RewardWrapper(Reward):
+    """A reward made of another one; what the other one remembers is saved with it.
+
+    Args:
+        reward: The other reward, or what `make_reward` makes one of.
+    """
+
+    def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float]) -> None:
+        self.reward = make_reward(reward)
+        self.name, self.unit, self.range = self.reward.name, self.reward.unit, self.reward.range
+
+    def state_dict(self) -> dict[str, object]:  # noqa: D102
+        return self.reward.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
+        self.reward.load_state_dict(state)
+
+
+@final
+class Threshold(RewardWrapper):
+    """1 where the other reward is at least `at`, otherwise 0; the other one's values are reported as an extra."""
+
+    def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float], at: float) -> None:
+        super().__init__(reward)
+        self.at = at
+        self.name = f"{self.reward.name}_from_{at:g}"
+        self.unit = "1"
+        self.range = (0.0, 1.0)
+
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        output = self.reward(images, prompts, metadata)
+        reached = (output.values >= self.at).float().masked_fill(output.values.isnan(), float("nan"))
+        return RewardOutput(reached, {self.reward.name: output.values, **output.extras})
+
+
+@final
+class Timed(RewardWrapper):
+    """The other reward, and how long it took: the extra `<name>_seconds` is the seconds per image of the call.
+
+    The clock stops when the values are on the host, so that a GPU's work counts.
+
+    Attributes:
+        seconds: Of all calls.
+        num_images: Of all calls.
+    """
+
+    def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float]) -> None:
+        super().__init__(reward)
+        self.seconds = 0.0
+        self.num_images = 0
+
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        began = time.perf_counter()
+        output = self.reward(images, prompts, metadata)
+        output.values.cpu()
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        self.num_images += len(images)
+        each = torch.full_like(output.values, seconds / len(images), requires_grad=False)
+        return RewardOutput(output.values, {**output.extras, f"{self.name}_seconds": each})
+
+
+@final
+class Cached(RewardWrapper):
+    """The other reward, asked once for the same picture, prompt and metadata: for evaluations that repeat themselves.
+
+    For a reward that is a function of these three alone, and costs more than a hash of the picture. Without gradients.
+
+    Args:
+        reward: The other reward, which remembers nothing.
+        size: The most results that are kept; the one that was not asked for the longest goes first.
+
+    Attributes:
+        hits: The images whose reward was there.
+        misses: The images whose reward was computed.
+
+    Raises:
+        ValueError: `size` is not positive, or the reward's values depend on those before (`Normalised`, learning).
+    """
+
+    def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float], *, size: int = 10_000) -> None:
+        super().__init__(reward)
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        if self.reward.state_dict():
+            raise ValueError(f"{self.name} remembers what it saw: cache the reward within it instead")
+        self.size = size
+        self.hits = self.misses = 0
+        self._known: OrderedDict[bytes, dict[str | None, float]] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        keys = self._keys(images, prompts, metadata)
+        results = {key: self._known[key] for key in keys if key in self._known}
+        first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in results}
+        missing = sorted(first.values())
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            given = None if metadata is None else [metadata[index] for index in missing]
+            output = self.reward(images[missing], [prompts[index] for index in missing], given)
+            columns = {None: output.values.tolist(), **{name: one.tolist() for name, one in output.extras.items()}}
+            for row, index in enumerate(missing):
+                results[keys[index]] = {name: column[row] for name, column in columns.items()}
+        for key in keys:
+            self._known[key] = results[key]
+            self._known.move_to_end(key)
+        while len(self._known) > self.size:
+            self._known.popitem(last=False)
+        named = {
+            name: torch.tensor([results[key][name] for key in keys], device=images.device) for name in results[keys[0]]
+        }
+        return RewardOutput(named.pop(None), named)
+
+    @staticmethod
+    def _keys(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> list[bytes]:
+        """Return a hash of all that each image's reward is a function of."""
+        pixels = images.detach().cpu().contiguous()
+        keys = []
+        for index, prompt in enumerate(prompts):
+            given = None if metadata is None else dict(metadata[index])
+            texts = json.dumps([prompt, given, list(images.shape[1:]), str(images.dtype)], sort_keys=True)
+            picture = pixels[index].view(torch.uint8).numpy().tobytes()
+            keys.append(hashlib.sha256(texts.encode() + b"\0" + picture).digest())
+        return keys

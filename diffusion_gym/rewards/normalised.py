@@ -1,0 +1,112 @@
+"""A reward in standard deviations from its mean."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .base import Metadata, Reward, RewardFunction, RewardOutput
+from .compositions import RewardWrapper
+
+_LEAST_STD = 1e-8
+
+
+@final
+class Normalised(RewardWrapper):
+    """(r − mean) / std: rewards of different units on one scale, to be weighted in a `WeightedSum`.
+
+    With `mean` and `std` given it is a function of image and prompt like any other reward. Without them they are those
+    of all values seen so far, the present batch's included; std is the population's, at least 1e-8. Such a reward
+    drifts while it learns them: an image's reward depends on those before it, so evaluate with another one, and give
+    `learn_from` to end it. Its statistics are saved in checkpoints, and a resumed training goes on with them. Where
+    many processes train together each would learn its own, which is refused: give mean and std there.
+
+    Source: Chan, Golub and LeVeque, 1979 (merging the statistics of batches, equations 2.1),
+    http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf
+
+    Args:
+        reward: The other reward; its values are reported as an extra.
+        mean: What is subtracted; None: learnt.
+        std: What is divided by, positive; None: learnt.
+        learn_from: The values that are learnt from (the batch that completes them is taken whole); None: all.
+
+    Attributes:
+        count: The values learnt from so far.
+
+    Raises:
+        ValueError: one of mean and std is given without the other, or an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        reward: str | Reward | RewardFunction | Mapping[str, float],
+        *,
+        mean: float | None = None,
+        std: float | None = None,
+        learn_from: int | None = None,
+    ) -> None:
+        super().__init__(reward)
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean and std are given together, or learnt together: got mean={mean}, std={std}")
+        if std is not None and not std > 0:
+            raise ValueError(f"std must be positive, got {std}")
+        if learn_from is not None and (std is not None or learn_from < 1):
+            raise ValueError(f"learn_from is a positive number, where mean and std are not given; got {learn_from}")
+        self.is_fixed = std is not None
+        self.learn_from = learn_from
+        self.count = 0
+        self._mean = mean or 0.0
+        self._squares = 0.0
+        self._std = std or 0.0
+        self.name = f"normalised_{self.reward.name}"
+        self.unit = "standard deviations"
+        if self.is_fixed:
+            low, high = ((bound - self.mean) / self.std for bound in self.reward.range)
+            self.range = (low, high)
+        else:
+            self.range = (-float("inf"), float("inf"))
+
+    @property
+    def mean(self) -> float:
+        """What is subtracted now."""
+        return self._mean
+
+    @property
+    def std(self) -> float:
+        """What is divided by now."""
+        return self._std if self.is_fixed else max(math.sqrt(self._squares / max(self.count, 1)), _LEAST_STD)
+
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        output = self.reward(images, prompts, metadata)
+        if not self.is_fixed and (self.learn_from is None or self.count < self.learn_from):
+            self._learn(output.values)
+        normalised = (output.values - self.mean) / self.std
+        return RewardOutput(normalised, {self.reward.name: output.values, **output.extras})
+
+    def _learn(self, values: Tensor) -> None:
+        """Merge a batch of m values with n before: mean += δ·m/(n+m), Σ(x − mean)² += the batch's + δ²·nm/(n+m)."""
+        batch = values.detach().double().cpu()
+        if not torch.isfinite(batch).all():  # the environment says so, and the statistics stay whole
+            return
+        num, total = len(batch), self.count + len(batch)
+        difference = float(batch.mean()) - self._mean
+        self._squares += float((batch - batch.mean()).square().sum()) + difference**2 * self.count * num / total
+        self._mean += difference * num / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, object]:  # noqa: D102
+        own: dict[str, object] = {"count": self.count, "mean": self._mean, "squares": self._squares}
+        inner = self.reward.state_dict()
+        return ({} if self.is_fixed else {"normalised": own}) | ({"reward": inner} if inner else {})
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
+        own, inner = state.get("normalised"), state.get("reward", {})
+        if not isinstance(inner, Mapping) or state.keys() - {"normalised", "reward"} or (own and self.is_fixed):
+            raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")
+        self.reward.load_state_dict(inner)
+        if isinstance(own, Mapping):
+            self.count, self._mean, self._squares = int(own["count"]), float(own["mean"]), float(own["squares"])

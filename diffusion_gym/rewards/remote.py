@@ -1,0 +1,159 @@
+"""A reward that is computed in another process or on another machine, by `python -m diffusion_gym.rewards.server`."""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from .base import Metadata, Reward, RewardOutput
+from .connection import Connection, RemoteRewardError, Unavailable
+from .wire import TOKEN_VARIABLE, ImageFormat, encode_request
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
+
+
+class RemoteReward(Reward):
+    """The reward of a server; by name `make_reward("remote://host:port")`.
+
+    Name, unit and range are the server's, which is asked for them at once. Batches are split to what the server takes
+    at a time, and each part is asked for until it is answered: a server that is away (refuses connections, hangs, dies
+    in the middle, is busy, answers 5xx) is asked again after 0.1 s, 0.2 s, 0.4 s, … 10 s, with a warning in the log, so
+    that an outage costs time and no sample. An answer that is none raises, and names the server.
+
+    Rewards are those of the same reward in process: bit for bit with "safetensors" and, for a reward that looks at
+    8-bit pixels, with "png" too; other rewards see what "png" rounds to 1/255.
+
+    Args:
+        url: The server's address, "remote://host:port" ("https://…" for one behind a proxy); or those of several that
+            serve the same reward: they share the parts of a batch, and stand in for each other.
+        token: What the servers ask for; None: the environment variable DIFFUSION_GYM_REWARD_TOKEN, if it is set.
+        timeout: The seconds that the answer to a part may take in all.
+        max_retry_seconds: How long after its first failure a part is asked for again.
+        image_format: How images are sent: "png" (lossless in 8 bits), "jpeg" (with loss), "safetensors" (float32).
+        jpeg_quality: libjpeg's, 1 to 95.
+
+    Attributes:
+        num_retries: How often servers had to be asked again so far.
+
+    Raises:
+        ValueError: an argument is out of its range, or the servers' rewards differ.
+        RemoteRewardError: a server cannot be had for `max_retry_seconds`, or answers something else than a reward; then
+            and when it is called.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        *,
+        token: str | None = None,
+        timeout: float = 120.0,
+        max_retry_seconds: float = 600.0,
+        image_format: ImageFormat = "png",
+        jpeg_quality: int = 95,
+    ) -> None:
+        urls = [url] if isinstance(url, str) else list(url)
+        token = os.environ.get(TOKEN_VARIABLE) if token is None else token
+        if not urls:
+            raise ValueError("a remote reward needs the address of at least one server")
+        if token is not None and not (token and token.isascii() and token.isprintable()):
+            raise ValueError("the token must be printable ASCII, and not empty")
+        if not timeout > 0 or not max_retry_seconds >= 0:
+            raise ValueError(
+                f"timeout must be positive and max_retry_seconds not negative: {timeout}, {max_retry_seconds}"
+            )
+        if image_format not in get_args(ImageFormat):
+            raise ValueError(f"image_format must be one of {get_args(ImageFormat)}, got {image_format!r}")
+        if not 1 <= jpeg_quality <= 95:
+            raise ValueError(f"jpeg_quality must be in 1 … 95, got {jpeg_quality}")
+        self.max_retry_seconds = max_retry_seconds
+        self.image_format: ImageFormat = image_format
+        self.jpeg_quality = jpeg_quality
+        self.num_retries = 0
+        self._jitter = random.Random()
+        self._connections = [Connection(one, token=token, timeout=timeout) for one in urls]
+        self._served = [self._ask([connection], Connection.info) for connection in self._connections]
+        first = self._served[0]
+        self.name, self.unit, self.range = first.name, first.unit, first.range
+        for one, served in zip(urls, self._served, strict=True):
+            if (served.name, served.unit, served.range) != (self.name, self.unit, self.range):
+                raise ValueError(f"the servers must serve one reward: {urls[0]} has {first}, {one} has {served}")
+
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        if len(prompts) != len(images):
+            raise ValueError(f"there must be a prompt per image, got {len(images)} images and {len(prompts)} prompts")
+        parts = self._parts(images, prompts, metadata)
+        if len(self._connections) == 1:
+            outputs = [self._score(0, *part) for part in parts]
+        else:
+            with ThreadPoolExecutor(len(self._connections)) as pool:
+                outputs = [job.result() for job in [pool.submit(self._score, *job) for job in _numbered(parts)]]
+        if any(output.extras.keys() != outputs[0].extras.keys() for output in outputs):
+            raise RemoteRewardError(f"the servers {[one.url for one in self._connections]} answered different extras")
+        values = torch.cat([output.values for output in outputs]).to(images.device)
+        extras = {name: torch.cat([output.extras[name] for output in outputs]) for name in outputs[0].extras}
+        return RewardOutput(values, {name: numbers.to(images.device) for name, numbers in extras.items()})
+
+    def _parts(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None, largest: int | None = None
+    ) -> Iterator[tuple[str, bytes, int]]:
+        """Yield requests (content type, body, number of images) that keep to all servers' limits, in order."""
+        limits = [served.limits for served in self._served]
+        pixels = images.shape[-2] * images.shape[-1]
+        size = largest or min(min(one.max_batch, max(1, one.max_pixels // pixels)) for one in limits)
+        for start in range(0, len(images), size):
+            own = slice(start, start + size)
+            given = (images[own], prompts[own], None if metadata is None else metadata[own])
+            type_, body = encode_request(*given, image_format=self.image_format, jpeg_quality=self.jpeg_quality)
+            num_images = len(given[0])
+            if len(body) > min(one.max_bytes for one in limits) and num_images > 1:
+                yield from self._parts(*given, largest=(num_images + 1) // 2)
+            else:
+                yield type_, body, num_images
+
+    def _score(self, part: int, content_type: str, body: bytes, num_images: int) -> RewardOutput:
+        """Return the rewards of one part, from the server whose turn it is or from another."""
+        turn = part % len(self._connections)
+        order = self._connections[turn:] + self._connections[:turn]
+        expected = self._served[turn]
+        return self._ask(order, lambda connection: connection.score(content_type, body, num_images, expected))
+
+    def _ask(self, connections: Sequence[Connection], ask: Callable[[Connection], T]) -> T:
+        """Return what the first of these servers answers that does; they are asked again and again."""
+        began, rounds = None, 0
+        while True:
+            wanted, failures = 0.0, []
+            for connection in connections:
+                try:
+                    return ask(connection)
+                except Unavailable as unavailable:
+                    failures.append(f"{connection.url}: {unavailable}")
+                    wanted = max(wanted, unavailable.seconds)
+            began = time.monotonic() if began is None else began
+            wait = min(_FIRST_WAIT * 2 ** min(rounds, 16), _LONGEST_WAIT) * self._jitter.uniform(0.75, 1.0)
+            wait = max(wait, min(wanted, _LONGEST_WAIT))
+            rounds += 1
+            if time.monotonic() - began + wait > self.max_retry_seconds:
+                raise RemoteRewardError(
+                    f"no reward server answered in {rounds} rounds over {time.monotonic() - began:.0f} s "
+                    f"(max_retry_seconds={self.max_retry_seconds:g}): {'; '.join(failures)}"
+                )
+            self.num_retries += 1
+            logger.warning("reward server %s; asked again in %.1f s", "; ".join(failures), wait)
+            time.sleep(wait)
+
+
+def _numbered(parts: Iterator[tuple[str, bytes, int]]) -> Iterator[tuple[int, str, bytes, int]]:
+    for index, part in enumerate(parts):
+        yield index, *part

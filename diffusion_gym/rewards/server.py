@@ -1,0 +1,265 @@
+"""A server that gives a reward to trainings in other processes, or on other machines.
+
+    python -m diffusion_gym.rewards.server --reward aesthetic --device cuda:1
+
+and there `gym.make_vec(…, reward="remote://127.0.0.1:8085")`. `diffusion_gym.rewards.wire` says what goes between them.
+A server listens on this machine alone unless it has a token, which clients have to show. What goes over the network is
+not encrypted: where the network is not to be trusted, reach it through ssh (`ssh -L 8085:127.0.0.1:8085 host`) or a
+proxy that speaks https.
+"""
+
+import argparse
+import asyncio
+import hmac
+import inspect
+import ipaddress
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.responses import JSONResponse
+    from starlette.requests import ClientDisconnect
+except ImportError as missing:
+    raise ImportError('the reward server needs FastAPI: pip install "diffusion-gym[server]"') from missing
+
+from .. import __version__
+from .base import Reward, RewardOutput, reward_class
+from .model_based import ModelReward
+from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, decode_request
+
+logger = logging.getLogger(__name__)
+
+
+class RewardServer:
+    """One reward, asked by one request at a time; `app` is its ASGI application.
+
+    Args:
+        reward: What is served. One that remembers (`state_dict`) is not: that would be lost with the server.
+        device: Where the images are put before the reward sees them; None: the CPU.
+        token: What clients have to show; None: nothing.
+        limits: The largest request.
+        max_queue: The most requests that are read, wait or are worked on at once; one more is answered 503.
+        read_seconds: The longest that reading a request may take.
+
+    Raises:
+        ValueError: the reward remembers, the token is empty or not ASCII, or a number is not positive.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        *,
+        device: torch.device | str | None = None,
+        token: str | None = None,
+        limits: Limits | None = None,
+        max_queue: int = 8,
+        read_seconds: float = 60.0,
+    ) -> None:
+        if reward.state_dict():
+            raise ValueError(f"{reward.name} remembers what it saw, and would lose it: apply it where the training is")
+        if token is not None and not (token and token.isascii() and token.isprintable()):
+            raise ValueError("the token must be printable ASCII, and not empty")
+        if max_queue < 1 or not read_seconds > 0:
+            raise ValueError(f"max_queue and read_seconds must be positive, got {max_queue} and {read_seconds}")
+        self.reward = reward
+        self.device = torch.device(device or "cpu")
+        self.limits = limits or Limits()
+        self.max_queue = max_queue
+        self.read_seconds = read_seconds
+        self._authorization = None if token is None else f"Bearer {token}".encode()
+        self._turn = asyncio.Lock()
+        self._num_requests = 0
+        self.app = FastAPI(title="diffusion_gym reward", docs_url=None, redoc_url=None, openapi_url=None)
+        self.app.add_api_route("/health", self._health, methods=["GET"], response_model=None)
+        self.app.add_api_route("/info", self._info, methods=["GET"], response_model=None)
+        self.app.add_api_route("/score", self._score, methods=["POST"], response_model=None)
+
+    @property
+    def has_token(self) -> bool:
+        """Whether clients have to show a token."""
+        return self._authorization is not None
+
+    async def _health(self) -> JSONResponse:
+        return JSONResponse({"status": "ok", "requests": self._num_requests})
+
+    async def _info(self, request: Request) -> JSONResponse:
+        if not self._is_authorized(request):
+            return _unauthorized()
+        return JSONResponse(
+            {
+                "name": self.reward.name,
+                "unit": self.reward.unit,
+                "range": [bound if math.isfinite(bound) else None for bound in self.reward.range],
+                "version": __version__,
+                "protocol": PROTOCOL,
+                **vars(self.limits),
+            }
+        )
+
+    async def _score(self, request: Request) -> JSONResponse:
+        if not self._is_authorized(request):
+            return _unauthorized()
+        if self._num_requests >= self.max_queue:
+            return _failure(503, f"{self.max_queue} requests are waiting already", {"Retry-After": "1"})
+        self._num_requests += 1
+        try:
+            body = await asyncio.wait_for(self._read(request), self.read_seconds)
+            async with self._turn:
+                if await request.is_disconnected():
+                    return _failure(400, "the client has gone")
+                return await run_in_threadpool(self._answer, request.headers.get("content-type", ""), body)
+        except BadRequest as error:
+            return _failure(error.status, str(error))
+        except asyncio.TimeoutError:
+            return _failure(408, f"the request did not come within {self.read_seconds:g} s")
+        except ClientDisconnect:
+            return _failure(400, "the client has gone")
+        finally:
+            self._num_requests -= 1
+
+    def _is_authorized(self, request: Request) -> bool:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        return self._authorization is None or hmac.compare_digest(given, self._authorization)
+
+    async def _read(self, request: Request) -> bytes:
+        """Return the body; it is never held when it is larger than the limit."""
+        too_large = BadRequest(f"a request may have {self.limits.max_bytes} bytes", 413)
+        if int(request.headers.get("content-length", 0)) > self.limits.max_bytes:
+            raise too_large
+        body = bytearray()
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > self.limits.max_bytes:
+                raise too_large
+            body += chunk
+        return bytes(body)
+
+    def _answer(self, content_type: str, body: bytes) -> JSONResponse:
+        """Return the answer to a request that has been read; in a thread of its own."""
+        images, prompts, metadata = decode_request(content_type.partition(";")[0].strip().lower(), body, self.limits)
+        try:
+            with torch.no_grad():
+                output = self.reward(images.to(self.device), prompts, metadata)
+            return JSONResponse(self._described(output, len(images)))
+        except ValueError as error:  # the same request would fail again
+            logger.warning("the reward %s refused a request: %s", self.reward.name, error)
+            raise BadRequest(f"the reward {self.reward.name!r} refused it: {error}") from error
+        except Exception as error:  # the server outlives it: memory may have run out, and be free the next time
+            logger.exception("the reward %s failed", self.reward.name)
+            return _failure(500, f"the reward {self.reward.name!r} failed: {type(error).__name__}: {error}")
+
+    def _described(self, output: RewardOutput, num_images: int) -> dict[str, object]:
+        for name, values in {self.reward.name: output.values, **output.extras}.items():
+            if values.shape != (num_images,) or not torch.isfinite(values).all():
+                raise ValueError(f"{name!r} should be {num_images} finite numbers, and is {values.tolist()}")
+        extras = {name: _numbers(values) for name, values in output.extras.items()}
+        return {"name": self.reward.name, "values": _numbers(output.values), "extras": extras}
+
+
+def _numbers(values: Tensor) -> list[float]:
+    return values.float().tolist()
+
+
+def _failure(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": message}, status_code=status, headers=headers)
+
+
+def _unauthorized() -> JSONResponse:
+    message = f"the token is missing or wrong: give the server's as token=…, or in the variable {TOKEN_VARIABLE}"
+    return _failure(401, message, {"WWW-Authenticate": "Bearer"})
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def configure(server: RewardServer, host: str, port: int) -> uvicorn.Config:
+    """Return how uvicorn serves it."""
+    return uvicorn.Config(
+        server.app,
+        host=host,
+        port=port,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        limit_concurrency=server.max_queue + 64,
+        timeout_graceful_shutdown=10,
+    )
+
+
+def serve(server: RewardServer, *, host: str = "127.0.0.1", port: int = 8085) -> None:
+    """Serve until the process is told to stop.
+
+    Raises:
+        ValueError: other machines could reach it, and it has no token.
+    """
+    if not is_loopback(host) and not server.has_token:
+        raise ValueError(
+            f"on {host} others can reach the server: write a token into a file and give --token-file, or set "
+            f"{TOKEN_VARIABLE}; or listen on 127.0.0.1"
+        )
+    uvicorn.Server(configure(server, host, port)).run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Limits()
+    parser = argparse.ArgumentParser(prog="python -m diffusion_gym.rewards.server", description="Serve a reward.")
+    parser.add_argument("--reward", required=True, help="its name, as in make_reward")
+    parser.add_argument("--options", type=json.loads, default={}, help='its keywords as JSON: {"clip": "/models/clip"}')
+    parser.add_argument("--device", default="cpu", help="where it computes: cuda:1")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
+    parser.add_argument("--port", type=int, default=8085)
+    parser.add_argument("--token-file", type=Path, help=f"a file with the token; or set {TOKEN_VARIABLE}")
+    parser.add_argument("--max-batch", type=int, default=defaults.max_batch, help="images of a request")
+    parser.add_argument("--max-pixels", type=int, default=defaults.max_pixels, help="pixels of its images together")
+    parser.add_argument("--max-bytes", type=int, default=defaults.max_bytes, help="bytes of its body")
+    parser.add_argument("--max-queue", type=int, default=8, help="requests at once, the waiting ones included")
+    return parser
+
+
+def _load_reward(name: str, options: Mapping[str, object], device: str) -> Reward:
+    """Return the reward, a network's with its weights: they are there before the first request comes."""
+    kind = reward_class(name)
+    given = {**({"device": device} if issubclass(kind, ModelReward) else {}), **options}
+    try:
+        inspect.signature(kind).bind(**given)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} does not take these options: {error}; it is {name}{inspect.signature(kind)}"
+        ) from None
+    reward = kind(**given)
+    if isinstance(reward, ModelReward):
+        reward.network  # noqa: B018
+    return reward
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve what the command line says."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        token = given.token_file.read_text().strip() if given.token_file else os.environ.get(TOKEN_VARIABLE)
+        reward = _load_reward(given.reward, given.options, given.device)
+        limits = Limits(max_batch=given.max_batch, max_pixels=given.max_pixels, max_bytes=given.max_bytes)
+        server = RewardServer(reward, device=given.device, token=token, limits=limits, max_queue=given.max_queue)
+        serve(server, host=given.host, port=given.port)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

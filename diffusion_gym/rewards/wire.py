@@ -1,0 +1,219 @@
+"""What goes over the wire between a remote reward and its server: JSON, PNG or JPEG, safetensors; never pickle.
+
+A request to `POST /score` is either JSON, {"images": [base64 of a PNG or JPEG, …], "prompts": [text, …], "metadata":
+[object, …] or null}, or a safetensors file with `images` (float32 [B, 3, H, W] in [0, 1]) and `texts` (uint8: the UTF-8
+bytes of the same JSON without its images). The answer is JSON: {"name": text, "values": [number, …], "extras": {name:
+[number, …]}}, or {"error": text} with a status of 400 or more. `GET /info` tells name, unit, range and limits.
+"""
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .base import Metadata, to_uint8
+
+PROTOCOL = 1
+JSON_TYPE, SAFETENSORS_TYPE = "application/json", "application/x-safetensors"
+TOKEN_VARIABLE = "DIFFUSION_GYM_REWARD_TOKEN"
+
+ImageFormat = Literal["png", "jpeg", "safetensors"]
+
+_ANSWER_BYTES_PER_IMAGE = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest request that a server takes.
+
+    Args:
+        max_batch: Images.
+        max_pixels: Pixels of all images together, as their headers say before anything is unpacked.
+        max_bytes: Bytes of the body, counted as they come.
+
+    Raises:
+        ValueError: one of them is not positive.
+    """
+
+    max_batch: int = 64
+    max_pixels: int = 2**26
+    max_bytes: int = 2**28
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """The bytes that an answer may have."""
+        return _ANSWER_BYTES_PER_IMAGE * (self.max_batch + 1)
+
+
+class BadRequest(ValueError):  # noqa: N818
+    """A request that is not taken, with what is wrong with it and HTTP's status for that."""
+
+    def __init__(self, message: str, status: int = 422) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+# ---------------------------------------------------------------------- the client's side
+def encode_request(
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata] | None,
+    *,
+    image_format: ImageFormat,
+    jpeg_quality: int = 95,
+) -> tuple[str, bytes]:
+    """Return a request's content type and body.
+
+    Args:
+        images: [B, 3, H, W], RGB in [0, 1].
+        prompts: The B prompts.
+        metadata: What the prompt set says of each; JSON has to hold it.
+        image_format: "png" (rounded to 8 bits), "jpeg" (with loss), "safetensors" (the float32 numbers themselves).
+        jpeg_quality: libjpeg's, 1 to 95.
+
+    Raises:
+        TypeError: JSON cannot hold the metadata.
+    """
+    texts = {"prompts": list(prompts), "metadata": None if metadata is None else [dict(one) for one in metadata]}
+    if image_format == "safetensors":
+        as_bytes = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
+        pixels = images.detach().to("cpu", torch.float32).contiguous()
+        return SAFETENSORS_TYPE, safetensors.torch.save({"images": pixels, "texts": as_bytes})
+    options = {"compress_level": 1} if image_format == "png" else {"quality": jpeg_quality}
+    pictures = []
+    for array in to_uint8(images.detach()).numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, format=image_format, **options)
+        pictures.append(base64.b64encode(buffer.getvalue()).decode())
+    return JSON_TYPE, json.dumps({"images": pictures, **texts}).encode()
+
+
+# ---------------------------------------------------------------------- the server's side
+def decode_request(
+    content_type: str, body: bytes, limits: Limits
+) -> tuple[Tensor, list[str], list[Mapping[str, object]] | None]:
+    """Return the images [B, 3, H, W], the prompts and the metadata of a request; nothing in it is trusted.
+
+    Raises:
+        BadRequest: it is not one, or larger than the limits.
+    """
+    if content_type == JSON_TYPE:
+        request = _parse_object(body, allowed={"images", "prompts", "metadata"})
+        prompts, metadata = _texts(request, limits)
+        images = _decode_pictures(_strings(request, "images"), len(prompts), limits)
+    elif content_type == SAFETENSORS_TYPE:
+        tensors = _load_tensors(body)
+        request = _parse_object(tensors["texts"].numpy().tobytes(), allowed={"prompts", "metadata"})
+        prompts, metadata = _texts(request, limits)
+        images = _check_images(tensors["images"], len(prompts), limits)
+    else:
+        raise BadRequest(f"the content type must be {JSON_TYPE} or {SAFETENSORS_TYPE}, got {content_type!r}", 415)
+    return images, prompts, metadata
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _parse_object(text: bytes, *, allowed: set[str]) -> dict[str, object]:
+    try:
+        parsed = json.loads(text.decode("utf-8"), parse_constant=_not_json)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}", 400) from error
+    if not isinstance(parsed, dict):
+        raise BadRequest(f"the body must be a JSON object with {sorted(allowed)}, got {type(parsed).__name__}")
+    if parsed.keys() - allowed:
+        raise BadRequest(f"unknown key {sorted(parsed.keys() - allowed)[0]!r}: allowed are {sorted(allowed)}")
+    return parsed
+
+
+def _strings(request: Mapping[str, object], key: str) -> list[str]:
+    values = request.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise BadRequest(f"{key!r} must be a list of strings")
+    return values
+
+
+def _texts(request: Mapping[str, object], limits: Limits) -> tuple[list[str], list[Mapping[str, object]] | None]:
+    prompts, metadata = _strings(request, "prompts"), request.get("metadata")
+    if not 1 <= len(prompts) <= limits.max_batch:
+        raise BadRequest(f"a request may have 1 to {limits.max_batch} prompts, got {len(prompts)}")
+    for index, prompt in enumerate(prompts):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise BadRequest(f"prompt {index} is not Unicode text: it has half of a surrogate pair")
+    if metadata is None:
+        return prompts, None
+    if not isinstance(metadata, list) or not all(isinstance(one, dict) for one in metadata):
+        raise BadRequest("'metadata' must be a list of objects, or null")
+    if len(metadata) != len(prompts):
+        raise BadRequest(f"'metadata' must have one object per prompt, {len(prompts)}, got {len(metadata)}")
+    return prompts, metadata
+
+
+def _decode_pictures(texts: Sequence[str], num_prompts: int, limits: Limits) -> Tensor:
+    if len(texts) != num_prompts:
+        raise BadRequest(f"a request must have as many images as prompts, got {len(texts)} and {num_prompts}")
+    pictures = []
+    for index, text in enumerate(texts):
+        try:
+            pictures.append(Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG", "JPEG"]))
+        except binascii.Error as error:
+            raise BadRequest(f"image {index} is not base64: {error}") from error
+        except Exception as error:  # Pillow raises whatever a file's error leads to
+            raise BadRequest(f"image {index} is not a PNG or JPEG file: {error}") from error
+    _check_pixels(sum(picture.width * picture.height for picture in pictures), limits)
+    arrays = []
+    for index, picture in enumerate(pictures):
+        if picture.mode != "RGB" or picture.size != pictures[0].size:
+            raise BadRequest(
+                f"all images must be RGB with 8 bits per channel and of one size, but image {index} is "
+                f"{picture.mode}, {picture.width}×{picture.height}, and image 0 {'×'.join(map(str, pictures[0].size))}"
+            )
+        try:
+            arrays.append(np.asarray(picture))
+        except Exception as error:  # as above
+            raise BadRequest(f"image {index} cannot be unpacked: {error}") from error
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def _load_tensors(body: bytes) -> dict[str, Tensor]:
+    try:
+        tensors = safetensors.torch.load(body)
+    except Exception as error:  # its own errors, and torch's for types and shapes that torch does not have
+        raise BadRequest(f"the body is not a safetensors file: {error}", 400) from error
+    if tensors.keys() != {"images", "texts"}:
+        raise BadRequest(f"the safetensors file must hold 'images' and 'texts', got {sorted(tensors)}")
+    if tensors["texts"].dtype != torch.uint8 or tensors["texts"].ndim != 1:
+        raise BadRequest("'texts' must be the UTF-8 bytes of JSON, as a vector of uint8")
+    return tensors
+
+
+def _check_images(images: Tensor, num_prompts: int, limits: Limits) -> Tensor:
+    shape = list(images.shape)
+    if images.dtype != torch.float32 or len(shape) != 4 or shape[:2] != [num_prompts, 3] or 0 in shape:
+        raise BadRequest(
+            f"'images' must be float32 [{num_prompts}, 3, H, W] for the prompts, got {images.dtype} {shape}"
+        )
+    _check_pixels(shape[0] * shape[2] * shape[3], limits)
+    if not ((images >= 0) & (images <= 1)).all():
+        raise BadRequest("'images' must lie in [0, 1]")
+    return images
+
+
+def _check_pixels(pixels: int, limits: Limits) -> None:
+    if pixels > limits.max_pixels:
+        raise BadRequest(f"a request's images may have {limits.max_pixels} pixels together, got {pixels}", 413)

@@ -1,0 +1,495 @@
+"""A reward server takes what is right, says what is wrong, and does nothing else, whoever asks."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import pickle
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image, PngImagePlugin
+
+from diffusion_gym.rewards import Normalised, make_reward
+from diffusion_gym.rewards.server import RewardServer, is_loopback, main, serve
+from diffusion_gym.rewards.wire import JSON_TYPE, SAFETENSORS_TYPE, Limits, encode_request
+from tests.serving import Probe, ask, serving, wait_until
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a fox", "a bear"]
+JSON_HEADERS = {"Content-Type": JSON_TYPE}
+
+
+def request(image_format="png", images=IMAGES, prompts=PROMPTS, metadata=None):
+    return encode_request(images, prompts, metadata, image_format=image_format)
+
+
+def changed(**changes):
+    """Return a right JSON request with some of its values changed."""
+    return json.dumps({**json.loads(request()[1]), **changes}).encode()
+
+
+def as_file(image, image_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=image_format, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def png_of_size(width, height):
+    """Return a PNG file whose header says this size, and which holds hardly anything."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(1000))), chunk(b"IEND", b"")
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
+
+
+def png_with_long_text():
+    """Return a PNG file with 10 MB of text, packed."""
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("comment", "a" * 10_000_000, zip=True)
+    return as_file(Image.new("RGB", (8, 8)), "PNG", pnginfo=texts)
+
+
+# ---------------------------------------------------------------------- what it says of itself
+def test_health_and_info():
+    with serving(make_reward("incompressibility"), limits=Limits(max_batch=3)) as port:
+        assert ask(port, "GET", "/health")[2] == {"status": "ok", "requests": 0}
+        status, _, info = ask(port, "GET", "/info")
+    assert status == 200
+    assert (info["name"], info["unit"], info["range"]) == ("incompressibility", "kB", [0.0, None])
+    assert (info["version"], info["protocol"], info["max_batch"]) == ("0.1.0", 1, 3)
+
+
+def test_the_token_is_asked_for_before_anything_is_read():
+    with serving(Probe(), token="secret") as port:
+        for headers in (
+            {},
+            {"Authorization": "secret"},
+            {"Authorization": "Bearer secre"},
+            {"Authorization": "Bearer \xff"},
+        ):
+            assert ask(port, "GET", "/info", headers=headers)[0] == 401
+            status, _, answer = ask(port, "POST", "/score", b"nothing", headers)
+            assert status == 401
+            assert "the token is missing or wrong" in answer["error"]
+        right = {"Authorization": "Bearer secret", **JSON_HEADERS}
+        assert ask(port, "GET", "/info", headers=right)[0] == 200
+        assert ask(port, "POST", "/score", request()[1], right)[0] == 200
+        assert ask(port, "GET", "/health")[0] == 200
+
+
+def test_others_cannot_reach_a_server_without_a_token(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("DIFFUSION_GYM_REWARD_TOKEN", raising=False)
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost")] == [True] * 3
+    assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org")] == [False] * 4
+    with pytest.raises(ValueError, match=r"on 0\.0\.0\.0 others can reach the server: write a token"):
+        serve(RewardServer(Probe()), host="0.0.0.0")
+    for arguments, message in (
+        (["--reward", "brightness", "--host", "0.0.0.0"], "others can reach the server"),
+        (["--reward", "brigthness"], "Did you mean 'brightness'"),
+        (["--reward", "emoji_alignment", "--options", '{"amongst": 1}'], "unexpected keyword argument 'amongst'"),
+        (["--reward", "brightness", "--max-batch", "0"], "max_batch must be an integer of at least 1"),
+        (["--reward", "brightness", "--token-file", str(tmp_path / "missing")], "No such file"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_a_reward_that_remembers_is_not_served():
+    with pytest.raises(ValueError, match="normalised_brightness remembers what it saw"):
+        RewardServer(Normalised("brightness"))
+    assert RewardServer(Normalised("brightness", mean=0.5, std=0.1)).reward.name == "normalised_brightness"
+
+
+# ---------------------------------------------------------------------- what it refuses
+GREY = as_file(Image.new("L", (8, 8)), "PNG")
+SMALL = as_file(Image.new("RGB", (4, 4)), "PNG")
+CUT = base64.b64encode(base64.b64decode(as_file(Image.effect_noise((8, 8), 50).convert("RGB"), "PNG"))[:80]).decode()
+FIRST = json.loads(request()[1])["images"][0]
+WRONG = {
+    "no JSON": (b"hello", 400, "the body is not JSON"),
+    "no UTF-8": (b"\xff\xfe", 400, "the body is not JSON"),
+    "deep": (b"[" * 100_000, 400, "the body is not JSON: maximum recursion"),
+    "NaN": (changed(metadata=[{"weight": float("nan")}] * 2), 400, "NaN is not JSON"),
+    "a list": (b"[]", 422, "must be a JSON object with"),
+    "unknown key": (changed(picture=1), 422, "unknown key 'picture'"),
+    "no images": (b'{"prompts": ["a"]}', 422, "'images' must be a list of strings"),
+    "no prompts": (changed(prompts=None), 422, "'prompts' must be a list of strings"),
+    "prompts of numbers": (changed(prompts=[1, 2]), 422, "'prompts' must be a list of strings"),
+    "none": (changed(prompts=[], images=[]), 422, "1 to 8 prompts, got 0"),
+    "too many": (changed(prompts=["a"] * 9, images=[FIRST] * 9), 422, "1 to 8 prompts, got 9"),
+    "half a letter": (changed(prompts=["a", "\ud800"]), 422, "prompt 1 is not Unicode text"),
+    "fewer images": (changed(images=[FIRST]), 422, "as many images as prompts, got 1 and 2"),
+    "metadata of numbers": (changed(metadata=[1, 2]), 422, "'metadata' must be a list of objects"),
+    "fewer metadata": (changed(metadata=[{}]), 422, "one object per prompt, 2, got 1"),
+    "no base64": (changed(images=[FIRST, "!"]), 422, "image 1 is not base64"),
+    "letters that are not ASCII": (changed(images=[FIRST, "é"]), 422, "image 1 is not"),
+    "no picture": (changed(images=[FIRST, "aGVsbG8="]), 422, "image 1 is not a PNG or JPEG file"),
+    "a GIF": (changed(images=[FIRST, as_file(Image.new("RGB", (8, 8)), "GIF")]), 422, "image 1 is not a PNG or JPEG"),
+    "PostScript": (
+        changed(images=[FIRST, as_file(Image.new("RGB", (8, 8)), "EPS")]),
+        422,
+        "image 1 is not a PNG or JPEG",
+    ),
+    "a TIFF": (changed(images=[FIRST, as_file(Image.new("RGB", (8, 8)), "TIFF")]), 422, "image 1 is not a PNG or JPEG"),
+    "grey": (changed(images=[FIRST, GREY]), 422, "image 1 is L, 8×8"),
+    "another size": (changed(images=[FIRST, SMALL]), 422, "image 1 is RGB, 4×4, and image 0 8×8"),
+    "cut off": (changed(images=[FIRST, CUT]), 422, "image 1 cannot be unpacked"),
+    "many pixels": (changed(images=[FIRST, png_of_size(3000, 1000)]), 413, "10000 pixels together, got 3000064"),
+    "a bomb": (changed(images=[FIRST, png_of_size(50_000, 50_000)]), 422, "decompression bomb"),
+    "a bomb of text": (changed(images=[FIRST, png_with_long_text()]), 422, "image 1 is not a PNG or JPEG file"),
+}
+
+
+def tensors(**changes):
+    texts = torch.frombuffer(bytearray(b'{"prompts": ["a", "b"]}'), dtype=torch.uint8)
+    return safetensors.torch.save({"images": IMAGES, "texts": texts, **changes})
+
+
+WRONG_TENSORS = {
+    "no file": (b"hello", 400, "not a safetensors file"),
+    "a header beyond the end": ((2**40).to_bytes(8, "little") + b"{}", 400, "not a safetensors file"),
+    "another tensor": (tensors(more=IMAGES), 422, "must hold 'images' and 'texts'"),
+    "half precision": (tensors(images=IMAGES.half()), 422, r"must be float32 [2, 3, H, W] for the prompts"),
+    "more images": (tensors(images=IMAGES[[0, 1, 1]]), 422, "float32 [2, 3, H, W] for the prompts"),
+    "one image": (tensors(images=IMAGES[0]), 422, "got torch.float32 [3, 8, 8]"),
+    "no pixels": (tensors(images=IMAGES[..., :0]), 422, "got torch.float32 [2, 3, 8, 0]"),
+    "many pixels": (tensors(images=torch.zeros(2, 3, 80, 80)), 413, "10000 pixels together, got 12800"),
+    "beyond 1": (tensors(images=IMAGES + 1), 422, "must lie in [0, 1]"),
+    "NaN": (tensors(images=IMAGES * float("nan")), 422, "must lie in [0, 1]"),
+    "texts as numbers": (tensors(texts=IMAGES), 422, "'texts' must be the UTF-8 bytes of JSON"),
+    "texts that are not JSON": (tensors(texts=torch.zeros(3, dtype=torch.uint8)), 400, "not JSON"),
+}
+
+
+@pytest.fixture(scope="module")
+def small_server():
+    with serving(Probe(), limits=Limits(max_batch=8, max_pixels=10_000, max_bytes=200_000)) as port:
+        yield port
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_json_is_said_to_be(kind, small_server):
+    body, status, message = WRONG[kind]
+    given, _, answer = ask(small_server, "POST", "/score", body, JSON_HEADERS)
+    assert message in answer["error"]
+    assert given == status
+
+
+@pytest.mark.parametrize("kind", WRONG_TENSORS)
+def test_wrong_tensors_are_said_to_be(kind, small_server):
+    body, status, message = WRONG_TENSORS[kind]
+    given, _, answer = ask(small_server, "POST", "/score", body, {"Content-Type": SAFETENSORS_TYPE})
+    assert message in answer["error"]
+    assert given == status
+
+
+def test_other_types_and_paths_are_refused(small_server):
+    assert ask(small_server, "POST", "/score", request()[1], {"Content-Type": "application/pickle"})[0] == 415
+    assert ask(small_server, "POST", "/score", request()[1])[0] == 415
+    assert ask(small_server, "GET", "/score")[0] == 405
+    assert ask(small_server, "GET", "/docs")[0] == 404
+    assert (
+        ask(small_server, "POST", "/score", request()[1], {"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+    )
+
+
+def test_a_large_body_is_refused_when_its_length_says_so_and_while_it_is_read(small_server):
+    status, _, answer = ask(small_server, "POST", "/score", bytes(200_001), JSON_HEADERS)
+    assert (status, answer["error"]) == (413, "a request may have 200000 bytes")
+    chunks = (b" " * 1000 for _ in range(300))
+    assert ask(small_server, "POST", "/score", chunks, {"Transfer-Encoding": "chunked", **JSON_HEADERS})[0] == 413
+
+
+def test_an_endless_body_is_read_only_as_far_as_the_limit():
+    """The server's own part of it, without uvicorn: it asks for no chunk after the one that is too many."""
+    server = RewardServer(Probe(), limits=Limits(max_bytes=10_000))
+    chunks, sent = [0], []
+
+    async def receive():
+        chunks[0] += 1
+        return {"type": "http.request", "body": bytes(1000), "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/score",
+        "headers": [],
+        "query_string": b"",
+        "http_version": "1.1",
+    }
+    asyncio.run(server.app(scope, receive, send))
+    assert sent[0]["status"] == 413
+    assert chunks[0] == 11
+
+
+def test_a_body_that_drips_is_given_up():
+    with (
+        serving(Probe(), read_seconds=0.2) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=10) as opened,
+    ):
+        opened.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert opened.recv(1000).startswith(b"HTTP/1.1 408")
+        wait_until(lambda: ask(port, "GET", "/health")[2]["requests"] == 0)
+
+
+# ---------------------------------------------------------------------- many at once
+def in_threads(*functions):
+    results = [None] * len(functions)
+
+    def run(index):
+        results[index] = functions[index]()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    return threads, results
+
+
+def test_requests_wait_in_a_short_queue_and_the_reward_is_called_once_at_a_time():
+    probe = Probe()
+    with serving(probe, max_queue=3) as port:
+
+        def score():
+            return ask(port, "POST", "/score", request()[1], JSON_HEADERS)
+
+        probe.may_answer.clear()
+        threads, results = in_threads(score, score, score)
+        wait_until(lambda: ask(port, "GET", "/health")[2]["requests"] == 3)
+        status, headers, answer = score()
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert "3 requests are waiting already" in answer["error"]
+        probe.may_answer.set()
+        for thread in threads:
+            thread.join(20)
+        assert [result[0] for result in results] == [200] * 3
+        assert probe.most_at_once == 1
+        assert score()[0] == 200
+
+
+def test_what_nobody_waits_for_any_more_is_not_computed():
+    probe = Probe()
+    content_type, body = request()
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serving(probe) as port:
+        probe.may_answer.clear()
+        threads, results = in_threads(lambda: ask(port, "POST", "/score", body, JSON_HEADERS))
+        wait_until(lambda: probe.sizes)
+        with socket.create_connection(("127.0.0.1", port)) as opened:
+            opened.sendall(head.encode() + body)
+            wait_until(lambda: ask(port, "GET", "/health")[2]["requests"] == 2)
+        time.sleep(0.1)
+        probe.may_answer.set()
+        threads[0].join(20)
+        wait_until(lambda: ask(port, "GET", "/health")[2]["requests"] == 0)
+        assert probe.sizes == [2]
+        assert results[0][0] == 200
+
+
+# ---------------------------------------------------------------------- requests at random
+class _Marker:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+_forbidden = []
+_watching = []
+_EXECUTION = {
+    "pickle.find_class",
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "exec",
+    "compile",
+    "import",
+}
+
+
+def _audit(event, arguments):
+    if _watching and event in _EXECUTION:
+        _forbidden.append((event, str(arguments)[:200]))
+
+
+def odd_values(rng):
+    return rng.choice(
+        [None, True, -1, 0, 1e308, 10**400, "", "a" * 5000, "\x00", "\ud800", [], {}, [[]] * 50, {"a": {"b": [None]}}]
+    )
+
+
+def mutated_json(rng, parsed):
+    """Replace, repeat or remove something somewhere."""
+    keys = list(parsed)
+    key = rng.choice(keys)
+    value = parsed[key]
+    if isinstance(value, list) and value and rng.random() < 0.6:
+        index = rng.randrange(len(value))
+        kind = rng.randrange(3)
+        if kind == 0:
+            value[index] = odd_values(rng)
+        elif kind == 1:
+            value.insert(index, value[index])
+        elif isinstance(value[index], str) and value[index]:
+            at = rng.randrange(len(value[index]))
+            value[index] = value[index][:at] + rng.choice(["A", "=", "é", "\n", ""]) + value[index][at + 1 :]
+    elif rng.random() < 0.7:
+        parsed[key] = odd_values(rng)
+    else:
+        del parsed[key]
+    return json.dumps(parsed).encode()
+
+
+def mutated_bytes(rng, body):
+    body = bytearray(body)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(body) or 1)
+        kind = rng.randrange(4)
+        if kind == 0 and body:
+            body[at] = rng.randrange(256)
+        elif kind == 1:
+            del body[at : at + rng.randrange(1, 50)]
+        elif kind == 2:
+            body[at:at] = rng.randbytes(rng.randrange(1, 50))
+        else:
+            body = body[:at] if rng.random() < 0.3 else body + body[: rng.randrange(100)]
+    return bytes(body)
+
+
+def mutated_picture(rng, parsed):
+    index = rng.randrange(len(parsed["images"]))
+    picture = mutated_bytes(rng, base64.b64decode(parsed["images"][index]))
+    parsed["images"][index] = base64.b64encode(picture).decode()
+    return json.dumps(parsed).encode()
+
+
+def harmful(rng, marker):
+    """A pickle that does something, wherever a request may hold one."""
+    payload = pickle.dumps(_Marker(marker)) if rng.random() < 0.7 else pickle.dumps(_Marker(marker), protocol=0)
+    text = base64.b64encode(payload).decode()
+    npy = io.BytesIO()
+    np.save(npy, np.array([_Marker(marker)], dtype=object), allow_pickle=True)
+    archive = io.BytesIO()
+    torch.save(_Marker(marker), archive)
+    return rng.choice(
+        [
+            payload,
+            npy.getvalue(),
+            archive.getvalue(),
+            changed(images=[text, text]),
+            changed(prompts=[text, f"__import__('os').mkdir({str(marker)!r})"]),
+            changed(metadata=[{"__reduce__": ["os.mkdir", [str(marker)]]}, {"py/object": "os.mkdir"}]),
+            tensors(texts=torch.frombuffer(bytearray(payload), dtype=torch.uint8)),
+        ]
+    )
+
+
+def random_request(rng, marker):
+    """Return method, path, headers and body."""
+    image_format = rng.choice(["png", "jpeg", "safetensors"])
+    content_type, body = request(image_format, metadata=[{"n": 1}, {"n": [2.5, "x"]}])
+    kind = rng.randrange(5)
+    if kind == 0:
+        body = mutated_bytes(rng, body)
+    elif kind == 1 and content_type == JSON_TYPE:
+        body = mutated_json(rng, json.loads(body))
+    elif kind == 2 and content_type == JSON_TYPE:
+        body = mutated_picture(rng, json.loads(body))
+    elif kind == 3:
+        body = harmful(rng, marker)
+    headers = {"Content-Type": content_type}
+    if rng.random() < 0.15:
+        types = ["application/octet-stream", "application/x-pickle", SAFETENSORS_TYPE, JSON_TYPE, "", "\xff/\xff"]
+        headers["Content-Type"] = rng.choice(types)
+    if rng.random() < 0.95:
+        headers["Authorization"] = rng.choice(["Bearer secret"] * 20 + ["Bearer", "Basic c2VjcmV0", "Bearer secret2"])
+    if rng.random() < 0.05:
+        headers["Content-Encoding"] = "gzip"
+    method, path = rng.choice(
+        [("POST", "/score")] * 20 + [("PUT", "/score"), ("POST", "/info"), ("GET", "/../etc"), ("POST", "//")]
+    )
+    return method, path, headers, body
+
+
+def raw_exchange(port, data):
+    """Send bytes and the end of them; return what comes until the server closes."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as opened:
+        try:
+            opened.sendall(data)
+            opened.shutdown(socket.SHUT_WR)
+            while chunk := opened.recv(65536):
+                answer += chunk
+        except ConnectionError:
+            pass
+    return answer
+
+
+def test_a_thousand_random_requests_do_no_harm(tmp_path, caplog):
+    rng = random.Random(0)
+    marker = tmp_path / "executed"
+    with pytest.raises(FileExistsError):  # the markers work: where they are unpickled, they are seen
+        pickle.loads(pickle.dumps(_Marker(tmp_path)))
+    right = {"Authorization": "Bearer secret", **JSON_HEADERS}
+    statuses = {}
+    sys.addaudithook(_audit)
+    with serving(make_reward("brightness"), token="secret", limits=Limits(max_batch=8, max_pixels=10_000)) as port:
+        expected = ask(port, "POST", "/score", request()[1], right)[2]
+        requests = [random_request(rng, marker) for _ in range(900)]
+        head = b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: 5\r\n\r\nhello"
+        raws = [mutated_bytes(rng, head) for _ in range(100)]
+        assert (
+            ask(port, "POST", "/score", request("safetensors")[1], {**right, "Content-Type": SAFETENSORS_TYPE})[0]
+            == 200
+        )
+        _watching.append(True)
+        for method, path, headers, body in requests:
+            status, _, answer = ask(port, method, path, body, headers)
+            statuses[status] = statuses.get(status, 0) + 1
+            assert status == 200 or "error" in answer or "detail" in answer
+            assert status != 200 or np.isfinite(answer["values"]).all()
+        raw_answers = [raw_exchange(port, data) for data in raws]
+        _watching.clear()
+        assert ask(port, "POST", "/score", request()[1], right)[2] == expected
+        assert ask(port, "GET", "/health")[2] == {"status": "ok", "requests": 0}
+    assert set(statuses) == {200, 400, 401, 404, 405, 413, 415, 422} - ({413} - set(statuses))
+    assert statuses[200] >= 100
+    assert sum(statuses[status] for status in (400, 415, 422)) >= 400
+    assert {answer[:12] for answer in raw_answers} <= {
+        b"",
+        *(f"HTTP/1.1 {status}".encode() for status in (400, 401, 404, 405, 415, 422)),
+    }
+    assert not marker.exists()
+    assert _forbidden == []
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_the_module_says_what_it_takes():
+    told = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "diffusion_gym.rewards.server", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--token-file" in told.stdout
