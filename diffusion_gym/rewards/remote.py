@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .base import Metadata, Reward, RewardOutput
 from .connection import Connection, RemoteRewardError, Unavailable
-from .wire import TOKEN_VARIABLE, ImageFormat, encode_request
+from .wire import TOKEN_VARIABLE, ImageFormat, checked_token, encode_request
 
 T = TypeVar("T")
 
@@ -62,11 +62,9 @@ class RemoteReward(Reward):
         jpeg_quality: int = 95,
     ) -> None:
         urls = [url] if isinstance(url, str) else list(url)
-        token = os.environ.get(TOKEN_VARIABLE) if token is None else token
+        token = checked_token(os.environ.get(TOKEN_VARIABLE) if token is None else token)
         if not urls:
             raise ValueError("a remote reward needs the address of at least one server")
-        if token is not None and not (token and token.isascii() and token.isprintable()):
-            raise ValueError("the token must be printable ASCII, and not empty")
         if not timeout > 0 or not max_retry_seconds >= 0:
             raise ValueError(
                 f"timeout must be positive and max_retry_seconds not negative: {timeout}, {max_retry_seconds}"
@@ -98,7 +96,8 @@ class RemoteReward(Reward):
             outputs = [self._score(0, *part) for part in parts]
         else:
             with ThreadPoolExecutor(len(self._connections)) as pool:
-                outputs = [job.result() for job in [pool.submit(self._score, *job) for job in _numbered(parts)]]
+                jobs = [pool.submit(self._score, index, *part) for index, part in enumerate(parts)]
+                outputs = [job.result() for job in jobs]
         if any(output.extras.keys() != outputs[0].extras.keys() for output in outputs):
             raise RemoteRewardError(f"the servers {[one.url for one in self._connections]} answered different extras")
         values = torch.cat([output.values for output in outputs]).to(images.device)
@@ -152,8 +151,3 @@ class RemoteReward(Reward):
             self.num_retries += 1
             logger.warning("reward server %s; asked again in %.1f s", "; ".join(failures), wait)
             time.sleep(wait)
-
-
-def _numbered(parts: Iterator[tuple[str, bytes, int]]) -> Iterator[tuple[int, str, bytes, int]]:
-    for index, part in enumerate(parts):
-        yield index, *part

@@ -35,7 +35,7 @@ except ImportError as missing:
 from .. import __version__
 from .base import Reward, RewardOutput, reward_class
 from .model_based import ModelReward
-from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, decode_request
+from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, checked_token, decode_request
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,6 @@ class RewardServer:
     ) -> None:
         if reward.state_dict():
             raise ValueError(f"{reward.name} remembers what it saw, and would lose it: apply it where the training is")
-        if token is not None and not (token and token.isascii() and token.isprintable()):
-            raise ValueError("the token must be printable ASCII, and not empty")
         if max_queue < 1 or not read_seconds > 0:
             raise ValueError(f"max_queue and read_seconds must be positive, got {max_queue} and {read_seconds}")
         self.reward = reward
@@ -76,10 +74,10 @@ class RewardServer:
         self.limits = limits or Limits()
         self.max_queue = max_queue
         self.read_seconds = read_seconds
-        self._authorization = None if token is None else f"Bearer {token}".encode()
+        self._authorization = None if checked_token(token) is None else f"Bearer {token}".encode()
         self._turn = asyncio.Lock()
         self._num_requests = 0
-        self.app = FastAPI(title="diffusion_gym reward", docs_url=None, redoc_url=None, openapi_url=None)
+        self.app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
         self.app.add_api_route("/health", self._health, methods=["GET"], response_model=None)
         self.app.add_api_route("/info", self._info, methods=["GET"], response_model=None)
         self.app.add_api_route("/score", self._score, methods=["POST"], response_model=None)

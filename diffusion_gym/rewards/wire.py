@@ -67,6 +67,17 @@ class BadRequest(ValueError):  # noqa: N818
         self.status = status
 
 
+def checked_token(token: str | None) -> str | None:
+    """Return the token.
+
+    Raises:
+        ValueError: a header of HTTP cannot hold it.
+    """
+    if token is not None and not (token and token.isascii() and token.isprintable()):
+        raise ValueError("the token must be printable ASCII, and not empty")
+    return token
+
+
 # ---------------------------------------------------------------------- the client's side
 def encode_request(
     images: Tensor,

@@ -116,7 +116,7 @@ def test_a_training_loses_nothing_when_its_reward_server_is_killed(tmp_path, cap
 
 @pytest.mark.parametrize(("saved_after", "learnt_from"), [(2 * 2 * STEPS, 2 * LANES), (5 * STEPS + 1, 4 * LANES)])
 def test_a_resumed_training_goes_on_with_what_its_reward_learnt(saved_after, learnt_from, tmp_path):
-    """A rollout is of two batches; it is saved after the second, or after the first, and played again from its start."""
+    """A rollout is of two batches; saved after the second, or the first, it is played again from its start."""
     total = ITERATIONS * 2 * LANES * STEPS
     whole = make(Normalised("brightness"))
     whole.learn(total, log_interval=0)
