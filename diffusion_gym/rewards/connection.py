@@ -126,15 +126,13 @@ class Connection:
         began = time.monotonic()
         try:
             status, retry_after, answer = self._exchange(method, self._path + path, headers, body, max_bytes)
-        except http.client.BadStatusLine as error:
-            if isinstance(error, http.client.RemoteDisconnected):
-                raise self._lost(error, began) from error
-            raise self._garbage(f"{error!r}, which is not HTTP") from error
         except ssl.SSLCertVerificationError as error:
             raise RemoteRewardError(f"the reward server {self.url} is not who it says: {error}") from error
-        except (OSError, http.client.IncompleteRead) as error:
-            raise self._lost(error, began) from error
-        except http.client.HTTPException as error:
+        except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() - began >= self._timeout:
+                raise Unavailable(f"no whole answer within {self._timeout:g} s (timeout=… allows more)") from error
+            if isinstance(error, OSError | http.client.IncompleteRead):
+                raise Unavailable(f"{type(error).__name__}: {error}") from error
             raise self._garbage(f"{error!r}, which is not HTTP") from error
         if status == 200:
             return self._parsed(answer)
@@ -163,7 +161,8 @@ class Connection:
                     connection.request(method, path, body=body, headers=dict(headers))
                 response = connection.getresponse()
                 answer = response.read(max_bytes + 1)
-                if len(answer) <= max_bytes and response.length:
+                has_no_end = response.length is None and not response.chunked  # its headers were cut off
+                if len(answer) <= max_bytes and (response.length or has_no_end):
                     raise http.client.IncompleteRead(answer, response.length)
             finally:
                 deadline.cancel()
@@ -181,11 +180,6 @@ class Connection:
         if not isinstance(parsed, dict):
             raise self._garbage(f"{answer[:80]!r}, which is not a JSON object")
         return parsed
-
-    def _lost(self, error: Exception, began: float) -> Unavailable:
-        if time.monotonic() - began >= self._timeout:
-            return Unavailable(f"no whole answer within {self._timeout:g} s (timeout=… allows more)")
-        return Unavailable(f"{type(error).__name__}: {error}")
 
     def _garbage(self, what: str) -> RemoteRewardError:
         return RemoteRewardError(f"the reward server {self.url} answered {what}")

@@ -198,7 +198,7 @@ def _decode_pictures(texts: Sequence[str], num_prompts: int, limits: Limits) -> 
             arrays.append(np.asarray(picture))
         except Exception as error:  # as above
             raise BadRequest(f"image {index} cannot be unpacked: {error}") from error
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def _load_tensors(body: bytes) -> dict[str, Tensor]:

@@ -202,6 +202,7 @@ def test_a_server_that_is_not_there_is_waited_for_and_then_named(caplog):
 INTERRUPTED = {
     "closed": b"",
     "cut off": response(b'{"name": "brigh', length=60),
+    "cut off before its length": b"HTTP/1.1 200 OK\r\nServer: uvi",
     "busy": response({"error": "busy"}, status="503 Service Unavailable"),
     "failed": response({"error": "no memory"}, status="500 Internal Server Error"),
     "behind a proxy": response(b"<html>", status="502 Bad Gateway"),
