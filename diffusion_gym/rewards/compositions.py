@@ -105,7 +105,7 @@ class Cached(RewardWrapper):
             raise ValueError(f"{self.name} remembers what it saw: cache the reward within it instead")
         self.size = size
         self.hits = self.misses = 0
-        self._known: OrderedDict[bytes, dict[str | None, float]] = OrderedDict()
+        self._known: OrderedDict[bytes, tuple[float, dict[str, float]]] = OrderedDict()
 
     @torch.no_grad()
     def __call__(  # noqa: D102
@@ -120,18 +120,17 @@ class Cached(RewardWrapper):
         if missing:
             given = None if metadata is None else [metadata[index] for index in missing]
             output = self.reward(images[missing], [prompts[index] for index in missing], given)
-            columns = {None: output.values.tolist(), **{name: one.tolist() for name, one in output.extras.items()}}
-            for row, index in enumerate(missing):
-                results[keys[index]] = {name: column[row] for name, column in columns.items()}
+            columns = {name: one.tolist() for name, one in output.extras.items()}
+            for row, (index, value) in enumerate(zip(missing, output.values.tolist(), strict=True)):
+                results[keys[index]] = value, {name: column[row] for name, column in columns.items()}
         for key in keys:
             self._known[key] = results[key]
             self._known.move_to_end(key)
         while len(self._known) > self.size:
             self._known.popitem(last=False)
-        named = {
-            name: torch.tensor([results[key][name] for key in keys], device=images.device) for name in results[keys[0]]
-        }
-        return RewardOutput(named.pop(None), named)
+        device, rows = images.device, [results[key] for key in keys]
+        extras = {name: torch.tensor([row[1][name] for row in rows], device=device) for name in rows[0][1]}
+        return RewardOutput(torch.tensor([row[0] for row in rows], device=device), extras)
 
     @staticmethod
     def _keys(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> list[bytes]:

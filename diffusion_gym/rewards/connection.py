@@ -138,7 +138,7 @@ class Connection:
             return self._parsed(answer)
         message = _error_of(answer)
         if status >= 500 or status in (408, 429):
-            seconds = float(retry_after) if (retry_after or "").isdecimal() else 0.0
+            seconds = float(retry_after) if retry_after and retry_after.isdecimal() else 0.0
             raise Unavailable(f"status {status}: {message}", seconds)
         if status == 401:
             message += f" (token=…, or the variable {TOKEN_VARIABLE})"

@@ -99,9 +99,11 @@ class Normalised(RewardWrapper):
         self.count = total
 
     def state_dict(self) -> dict[str, object]:  # noqa: D102
-        own: dict[str, object] = {"count": self.count, "mean": self._mean, "squares": self._squares}
+        state: dict[str, object] = {}
         inner = self.reward.state_dict()
-        return ({} if self.is_fixed else {"normalised": own}) | ({"reward": inner} if inner else {})
+        if not self.is_fixed:
+            state["normalised"] = {"count": self.count, "mean": self._mean, "squares": self._squares}
+        return state | ({"reward": inner} if inner else {})
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
         own, inner = state.get("normalised"), state.get("reward", {})
