@@ -7,10 +7,13 @@ import threading
 import time
 from http.client import HTTPConnection
 
+import safetensors.torch
+import torch
 import uvicorn
 
 from diffusion_gym.rewards import Reward, RewardOutput
 from diffusion_gym.rewards.server import RewardServer, configure
+from diffusion_gym.rewards.wire import JSON_TYPE, encode_request
 
 INFO = {
     "name": "brightness",
@@ -22,6 +25,24 @@ INFO = {
     "max_pixels": 2**20,
     "max_bytes": 2**20,
 }
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a fox", "a bear"]
+JSON_HEADERS = {"Content-Type": JSON_TYPE}
+
+
+def score_request(image_format="png", images=IMAGES, prompts=PROMPTS, metadata=None):
+    return encode_request(images, prompts, metadata, image_format=image_format)
+
+
+def changed_request(**changes):
+    """Return a right JSON request with some of its values changed."""
+    return json.dumps({**json.loads(score_request()[1]), **changes}).encode()
+
+
+def tensor_request(**changes):
+    texts = torch.frombuffer(bytearray(b'{"prompts": ["a", "b"]}'), dtype=torch.uint8)
+    return safetensors.torch.save({"images": IMAGES, "texts": texts, **changes})
 
 
 class Probe(Reward):

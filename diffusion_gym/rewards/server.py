@@ -34,7 +34,6 @@ except ImportError as missing:
 
 from .. import __version__
 from .base import Reward, RewardOutput, reward_class
-from .model_based import ModelReward
 from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, checked_token, decode_request
 
 logger = logging.getLogger(__name__)
@@ -231,6 +230,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load_reward(name: str, options: Mapping[str, object], device: str) -> Reward:
     """Return the reward, a network's with its weights: they are there before the first request comes."""
+    from .model_based import ModelReward  # takes a second, which servers of other rewards are spared
+
     kind = reward_class(name)
     given = {**({"device": device} if issubclass(kind, ModelReward) else {}), **options}
     try:

@@ -4,38 +4,29 @@ import asyncio
 import base64
 import io
 import json
-import os
-import pickle
-import random
 import socket
-import sys
 import threading
 import time
 import zlib
 
-import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image, PngImagePlugin
 
 from diffusion_gym.rewards import Normalised, make_reward
 from diffusion_gym.rewards.server import RewardServer, is_loopback, main, serve
-from diffusion_gym.rewards.wire import JSON_TYPE, SAFETENSORS_TYPE, Limits, encode_request
-from tests.serving import Probe, ask, serving, wait_until
-
-IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-PROMPTS = ["a fox", "a bear"]
-JSON_HEADERS = {"Content-Type": JSON_TYPE}
-
-
-def request(image_format="png", images=IMAGES, prompts=PROMPTS, metadata=None):
-    return encode_request(images, prompts, metadata, image_format=image_format)
-
-
-def changed(**changes):
-    """Return a right JSON request with some of its values changed."""
-    return json.dumps({**json.loads(request()[1]), **changes}).encode()
+from diffusion_gym.rewards.wire import SAFETENSORS_TYPE, Limits
+from tests.serving import (
+    IMAGES,
+    JSON_HEADERS,
+    Probe,
+    ask,
+    changed_request,
+    score_request,
+    serving,
+    tensor_request,
+    wait_until,
+)
 
 
 def as_file(image, image_format, **options):
@@ -86,7 +77,7 @@ def test_the_token_is_asked_for_before_anything_is_read():
             assert "the token is missing or wrong" in answer["error"]
         right = {"Authorization": "Bearer secret", **JSON_HEADERS}
         assert ask(port, "GET", "/info", headers=right)[0] == 200
-        assert ask(port, "POST", "/score", request()[1], right)[0] == 200
+        assert ask(port, "POST", "/score", score_request()[1], right)[0] == 200
         assert ask(port, "GET", "/health")[0] == 200
 
 
@@ -130,60 +121,67 @@ def test_a_reward_that_remembers_is_not_served():
 GREY = as_file(Image.new("L", (8, 8)), "PNG")
 SMALL = as_file(Image.new("RGB", (4, 4)), "PNG")
 CUT = base64.b64encode(base64.b64decode(as_file(Image.effect_noise((8, 8), 50).convert("RGB"), "PNG"))[:80]).decode()
-FIRST = json.loads(request()[1])["images"][0]
+FIRST = json.loads(score_request()[1])["images"][0]
 WRONG = {
     "no JSON": (b"hello", 400, "the body is not JSON"),
     "no UTF-8": (b"\xff\xfe", 400, "the body is not JSON"),
     "deep": (b"[" * 100_000, 400, "the body is not JSON: maximum recursion"),
-    "NaN": (changed(metadata=[{"weight": float("nan")}] * 2), 400, "NaN is not JSON"),
+    "NaN": (changed_request(metadata=[{"weight": float("nan")}] * 2), 400, "NaN is not JSON"),
     "a list": (b"[]", 422, "must be a JSON object with"),
-    "unknown key": (changed(picture=1), 422, "unknown key 'picture'"),
+    "unknown key": (changed_request(picture=1), 422, "unknown key 'picture'"),
     "no images": (b'{"prompts": ["a"]}', 422, "'images' must be a list of strings"),
-    "no prompts": (changed(prompts=None), 422, "'prompts' must be a list of strings"),
-    "prompts of numbers": (changed(prompts=[1, 2]), 422, "'prompts' must be a list of strings"),
-    "none": (changed(prompts=[], images=[]), 422, "1 to 8 prompts, got 0"),
-    "too many": (changed(prompts=["a"] * 9, images=[FIRST] * 9), 422, "1 to 8 prompts, got 9"),
-    "half a letter": (changed(prompts=["a", "\ud800"]), 422, "prompt 1 is not Unicode text"),
-    "fewer images": (changed(images=[FIRST]), 422, "as many images as prompts, got 1 and 2"),
-    "metadata of numbers": (changed(metadata=[1, 2]), 422, "'metadata' must be a list of objects"),
-    "fewer metadata": (changed(metadata=[{}]), 422, "one object per prompt, 2, got 1"),
-    "no base64": (changed(images=[FIRST, "!"]), 422, "image 1 is not base64"),
-    "letters that are not ASCII": (changed(images=[FIRST, "é"]), 422, "image 1 is not"),
-    "no picture": (changed(images=[FIRST, "aGVsbG8="]), 422, "image 1 is not a PNG or JPEG file"),
-    "a GIF": (changed(images=[FIRST, as_file(Image.new("RGB", (8, 8)), "GIF")]), 422, "image 1 is not a PNG or JPEG"),
-    "PostScript": (
-        changed(images=[FIRST, as_file(Image.new("RGB", (8, 8)), "EPS")]),
+    "no prompts": (changed_request(prompts=None), 422, "'prompts' must be a list of strings"),
+    "prompts of numbers": (changed_request(prompts=[1, 2]), 422, "'prompts' must be a list of strings"),
+    "none": (changed_request(prompts=[], images=[]), 422, "1 to 8 prompts, got 0"),
+    "too many": (changed_request(prompts=["a"] * 9, images=[FIRST] * 9), 422, "1 to 8 prompts, got 9"),
+    "half a letter": (changed_request(prompts=["a", "\ud800"]), 422, "prompt 1 is not Unicode text"),
+    "fewer images": (changed_request(images=[FIRST]), 422, "as many images as prompts, got 1 and 2"),
+    "metadata of numbers": (changed_request(metadata=[1, 2]), 422, "'metadata' must be a list of objects"),
+    "fewer metadata": (changed_request(metadata=[{}]), 422, "one object per prompt, 2, got 1"),
+    "no base64": (changed_request(images=[FIRST, "!"]), 422, "image 1 is not base64"),
+    "letters that are not ASCII": (changed_request(images=[FIRST, "é"]), 422, "image 1 is not"),
+    "no picture": (changed_request(images=[FIRST, "aGVsbG8="]), 422, "image 1 is not a PNG or JPEG file"),
+    "a GIF": (
+        changed_request(images=[FIRST, as_file(Image.new("RGB", (8, 8)), "GIF")]),
         422,
         "image 1 is not a PNG or JPEG",
     ),
-    "a TIFF": (changed(images=[FIRST, as_file(Image.new("RGB", (8, 8)), "TIFF")]), 422, "image 1 is not a PNG or JPEG"),
-    "grey": (changed(images=[FIRST, GREY]), 422, "image 1 is L, 8×8"),
-    "another size": (changed(images=[FIRST, SMALL]), 422, "image 1 is RGB, 4×4, and image 0 8×8"),
-    "cut off": (changed(images=[FIRST, CUT]), 422, "image 1 cannot be unpacked"),
-    "many pixels": (changed(images=[FIRST, png_of_size(3000, 1000)]), 413, "10000 pixels together, got 3000064"),
-    "a bomb": (changed(images=[FIRST, png_of_size(50_000, 50_000)]), 422, "decompression bomb"),
-    "a bomb of text": (changed(images=[FIRST, png_with_long_text()]), 422, "image 1 is not a PNG or JPEG file"),
+    "PostScript": (
+        changed_request(images=[FIRST, as_file(Image.new("RGB", (8, 8)), "EPS")]),
+        422,
+        "image 1 is not a PNG or JPEG",
+    ),
+    "a TIFF": (
+        changed_request(images=[FIRST, as_file(Image.new("RGB", (8, 8)), "TIFF")]),
+        422,
+        "image 1 is not a PNG or JPEG",
+    ),
+    "grey": (changed_request(images=[FIRST, GREY]), 422, "image 1 is L, 8×8"),
+    "another size": (changed_request(images=[FIRST, SMALL]), 422, "image 1 is RGB, 4×4, and image 0 8×8"),
+    "cut off": (changed_request(images=[FIRST, CUT]), 422, "image 1 cannot be unpacked"),
+    "many pixels": (
+        changed_request(images=[FIRST, png_of_size(3000, 1000)]),
+        413,
+        "10000 pixels together, got 3000064",
+    ),
+    "a bomb": (changed_request(images=[FIRST, png_of_size(50_000, 50_000)]), 422, "decompression bomb"),
+    "a bomb of text": (changed_request(images=[FIRST, png_with_long_text()]), 422, "image 1 is not a PNG or JPEG file"),
 }
-
-
-def tensors(**changes):
-    texts = torch.frombuffer(bytearray(b'{"prompts": ["a", "b"]}'), dtype=torch.uint8)
-    return safetensors.torch.save({"images": IMAGES, "texts": texts, **changes})
 
 
 WRONG_TENSORS = {
     "no file": (b"hello", 400, "not a safetensors file"),
     "a header beyond the end": ((2**40).to_bytes(8, "little") + b"{}", 400, "not a safetensors file"),
-    "another tensor": (tensors(more=IMAGES.clone()), 422, "must hold 'images' and 'texts'"),
-    "half precision": (tensors(images=IMAGES.half()), 422, r"must be float32 [2, 3, H, W] for the prompts"),
-    "more images": (tensors(images=IMAGES[[0, 1, 1]]), 422, "float32 [2, 3, H, W] for the prompts"),
-    "one image": (tensors(images=IMAGES[0]), 422, "got torch.float32 [3, 8, 8]"),
-    "no pixels": (tensors(images=IMAGES[..., :0]), 422, "got torch.float32 [2, 3, 8, 0]"),
-    "many pixels": (tensors(images=torch.zeros(2, 3, 80, 80)), 413, "10000 pixels together, got 12800"),
-    "beyond 1": (tensors(images=IMAGES + 1), 422, "must lie in [0, 1]"),
-    "NaN": (tensors(images=IMAGES * float("nan")), 422, "must lie in [0, 1]"),
-    "texts as numbers": (tensors(texts=IMAGES.clone()), 422, "'texts' must be the UTF-8 bytes of JSON"),
-    "texts that are not JSON": (tensors(texts=torch.zeros(3, dtype=torch.uint8)), 400, "not JSON"),
+    "another tensor": (tensor_request(more=IMAGES.clone()), 422, "must hold 'images' and 'texts'"),
+    "half precision": (tensor_request(images=IMAGES.half()), 422, r"must be float32 [2, 3, H, W] for the prompts"),
+    "more images": (tensor_request(images=IMAGES[[0, 1, 1]]), 422, "float32 [2, 3, H, W] for the prompts"),
+    "one image": (tensor_request(images=IMAGES[0]), 422, "got torch.float32 [3, 8, 8]"),
+    "no pixels": (tensor_request(images=IMAGES[..., :0]), 422, "got torch.float32 [2, 3, 8, 0]"),
+    "many pixels": (tensor_request(images=torch.zeros(2, 3, 80, 80)), 413, "10000 pixels together, got 12800"),
+    "beyond 1": (tensor_request(images=IMAGES + 1), 422, "must lie in [0, 1]"),
+    "NaN": (tensor_request(images=IMAGES * float("nan")), 422, "must lie in [0, 1]"),
+    "texts as numbers": (tensor_request(texts=IMAGES.clone()), 422, "'texts' must be the UTF-8 bytes of JSON"),
+    "texts that are not JSON": (tensor_request(texts=torch.zeros(3, dtype=torch.uint8)), 400, "not JSON"),
 }
 
 
@@ -210,12 +208,13 @@ def test_wrong_tensors_are_said_to_be(kind, small_server):
 
 
 def test_other_types_and_paths_are_refused(small_server):
-    assert ask(small_server, "POST", "/score", request()[1], {"Content-Type": "application/pickle"})[0] == 415
-    assert ask(small_server, "POST", "/score", request()[1])[0] == 415
+    assert ask(small_server, "POST", "/score", score_request()[1], {"Content-Type": "application/pickle"})[0] == 415
+    assert ask(small_server, "POST", "/score", score_request()[1])[0] == 415
     assert ask(small_server, "GET", "/score")[0] == 405
     assert ask(small_server, "GET", "/docs")[0] == 404
     assert (
-        ask(small_server, "POST", "/score", request()[1], {"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+        ask(small_server, "POST", "/score", score_request()[1], {"Content-Type": "Application/JSON; charset=utf-8"})[0]
+        == 200
     )
 
 
@@ -279,7 +278,7 @@ def test_requests_wait_in_a_short_queue_and_the_reward_is_called_once_at_a_time(
     with serving(probe, max_queue=3) as port:
 
         def score():
-            return ask(port, "POST", "/score", request()[1], JSON_HEADERS)
+            return ask(port, "POST", "/score", score_request()[1], JSON_HEADERS)
 
         probe.may_answer.clear()
         threads, results = in_threads(score, score, score)
@@ -297,7 +296,7 @@ def test_requests_wait_in_a_short_queue_and_the_reward_is_called_once_at_a_time(
 
 def test_what_nobody_waits_for_any_more_is_not_computed():
     probe = Probe()
-    content_type, body = request()
+    content_type, body = score_request()
     head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
     with serving(probe) as port:
         probe.may_answer.clear()
@@ -312,183 +311,3 @@ def test_what_nobody_waits_for_any_more_is_not_computed():
         wait_until(lambda: ask(port, "GET", "/health")[2]["requests"] == 0)
         assert probe.sizes == [2]
         assert results[0][0] == 200
-
-
-# ---------------------------------------------------------------------- requests at random
-class _Marker:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-_forbidden = []
-_watching = []
-_EXECUTION = {
-    "pickle.find_class",
-    "os.system",
-    "subprocess.Popen",
-    "os.exec",
-    "os.posix_spawn",
-    "exec",
-    "compile",
-    "import",
-}
-
-
-def _audit(event, arguments):
-    if _watching and event in _EXECUTION:
-        _forbidden.append((event, str(arguments)[:200]))
-
-
-def odd_values(rng):
-    return rng.choice(
-        [None, True, -1, 0, 1e308, 10**400, "", "a" * 5000, "\x00", "\ud800", [], {}, [[]] * 50, {"a": {"b": [None]}}]
-    )
-
-
-def mutated_json(rng, parsed):
-    """Replace, repeat or remove something somewhere."""
-    keys = list(parsed)
-    key = rng.choice(keys)
-    value = parsed[key]
-    if isinstance(value, list) and value and rng.random() < 0.6:
-        index = rng.randrange(len(value))
-        kind = rng.randrange(3)
-        if kind == 0:
-            value[index] = odd_values(rng)
-        elif kind == 1:
-            value.insert(index, value[index])
-        elif isinstance(value[index], str) and value[index]:
-            at = rng.randrange(len(value[index]))
-            value[index] = value[index][:at] + rng.choice(["A", "=", "é", "\n", ""]) + value[index][at + 1 :]
-    elif rng.random() < 0.7:
-        parsed[key] = odd_values(rng)
-    else:
-        del parsed[key]
-    return json.dumps(parsed).encode()
-
-
-def mutated_bytes(rng, body):
-    body = bytearray(body)
-    for _ in range(rng.choice([1, 1, 2, 8])):
-        at = rng.randrange(len(body) or 1)
-        kind = rng.randrange(4)
-        if kind == 0 and body:
-            body[at] = rng.randrange(256)
-        elif kind == 1:
-            del body[at : at + rng.randrange(1, 50)]
-        elif kind == 2:
-            body[at:at] = rng.randbytes(rng.randrange(1, 50))
-        else:
-            body = body[:at] if rng.random() < 0.3 else body + body[: rng.randrange(100)]
-    return bytes(body)
-
-
-def mutated_picture(rng, parsed):
-    index = rng.randrange(len(parsed["images"]))
-    picture = mutated_bytes(rng, base64.b64decode(parsed["images"][index]))
-    parsed["images"][index] = base64.b64encode(picture).decode()
-    return json.dumps(parsed).encode()
-
-
-def harmful_bodies(marker):
-    """Return pickles that do something, wherever a request may hold one."""
-    payload = pickle.dumps(_Marker(marker), protocol=0)
-    text = base64.b64encode(payload).decode()
-    npy, archive = io.BytesIO(), io.BytesIO()
-    np.save(npy, np.array([_Marker(marker)], dtype=object), allow_pickle=True)
-    torch.save(_Marker(marker), archive)
-    return [
-        payload,
-        pickle.dumps(_Marker(marker)),
-        npy.getvalue(),
-        archive.getvalue(),
-        changed(images=[text, text]),
-        changed(prompts=[text, f"__import__('os').mkdir({str(marker)!r})"]),
-        changed(metadata=[{"__reduce__": ["os.mkdir", [str(marker)]]}, {"py/object": "os.mkdir"}]),
-        tensors(texts=torch.frombuffer(bytearray(payload), dtype=torch.uint8)),
-    ]
-
-
-def random_request(rng, harmful):
-    """Return method, path, headers and body."""
-    image_format = rng.choice(["png", "jpeg", "safetensors"])
-    content_type, body = request(image_format, metadata=[{"n": 1}, {"n": [2.5, "x"]}])
-    kind = rng.randrange(5)
-    if kind == 0:
-        body = mutated_bytes(rng, body)
-    elif kind == 1 and content_type == JSON_TYPE:
-        body = mutated_json(rng, json.loads(body))
-    elif kind == 2 and content_type == JSON_TYPE:
-        body = mutated_picture(rng, json.loads(body))
-    elif kind == 3:
-        body = rng.choice(harmful)
-    headers = {"Content-Type": content_type}
-    if rng.random() < 0.15:
-        types = ["application/octet-stream", "application/x-pickle", SAFETENSORS_TYPE, JSON_TYPE, "", "\xff/\xff"]
-        headers["Content-Type"] = rng.choice(types)
-    if rng.random() < 0.95:
-        headers["Authorization"] = rng.choice(["Bearer secret"] * 20 + ["Bearer", "Basic c2VjcmV0", "Bearer secret2"])
-    if rng.random() < 0.05:
-        headers["Content-Encoding"] = "gzip"
-    method, path = rng.choice(
-        [("POST", "/score")] * 20 + [("PUT", "/score"), ("POST", "/info"), ("GET", "/../etc"), ("POST", "//")]
-    )
-    return method, path, headers, body
-
-
-def raw_exchange(port, data):
-    """Send bytes and the end of them; return what comes until the server closes."""
-    answer = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as opened:
-        try:
-            opened.sendall(data)
-            opened.shutdown(socket.SHUT_WR)
-            while chunk := opened.recv(65536):
-                answer += chunk
-        except ConnectionError:
-            pass
-    return answer
-
-
-def test_a_thousand_random_requests_do_no_harm(tmp_path, caplog):
-    rng = random.Random(0)
-    marker = tmp_path / "executed"
-    with pytest.raises(FileExistsError):  # the markers work: where they are unpickled, they are seen
-        pickle.loads(pickle.dumps(_Marker(tmp_path)))
-    right = {"Authorization": "Bearer secret", **JSON_HEADERS}
-    statuses, harmful = {}, harmful_bodies(marker)
-    sys.addaudithook(_audit)
-    with serving(make_reward("brightness"), token="secret", limits=Limits(max_batch=8, max_pixels=10_000)) as port:
-        expected = ask(port, "POST", "/score", request()[1], right)[2]
-        requests = [random_request(rng, harmful) for _ in range(900)]
-        head = b"POST /score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: 5\r\n\r\nhello"
-        raws = [mutated_bytes(rng, head) for _ in range(100)]
-        assert (
-            ask(port, "POST", "/score", request("safetensors")[1], {**right, "Content-Type": SAFETENSORS_TYPE})[0]
-            == 200
-        )
-        _watching.append(True)
-        for method, path, headers, body in requests:
-            status, _, answer = ask(port, method, path, body, headers)
-            statuses[status] = statuses.get(status, 0) + 1
-            assert status == 200 or "error" in answer or "detail" in answer
-            assert status != 200 or np.isfinite(answer["values"]).all()
-        raw_answers = [raw_exchange(port, data) for data in raws]
-        _watching.clear()
-        assert ask(port, "POST", "/score", request()[1], right)[2] == expected
-        assert ask(port, "GET", "/health")[2] == {"status": "ok", "requests": 0}
-    assert set(statuses) == {200, 400, 401, 404, 405, 413, 415, 422} - ({413} - set(statuses))
-    assert statuses[200] >= 100
-    assert sum(statuses[status] for status in (400, 415, 422)) >= 300
-    assert {answer[:12] for answer in raw_answers} <= {
-        b"",
-        *(f"HTTP/1.1 {status}".encode() for status in (400, 401, 404, 405, 415, 422)),
-    }
-    assert not marker.exists()
-    assert _forbidden == []
-    assert not [record for record in caplog.records if record.levelname == "ERROR"]
