@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import torch
 
 from .base import RewardOutput
-from .wire import PROTOCOL, TOKEN_VARIABLE, Limits
+from .wire import PROTOCOL, Limits
 
 _CONNECT_SECONDS = 10.0
 _INFO_BYTES = 2**16
@@ -140,8 +140,6 @@ class Connection:
         if status >= 500 or status in (408, 429):
             seconds = float(retry_after) if retry_after and retry_after.isdecimal() else 0.0
             raise Unavailable(f"status {status}: {message}", seconds)
-        if status == 401:
-            message += f" (token=…, or the variable {TOKEN_VARIABLE})"
         raise RemoteRewardError(f"the reward server {self.url} refused the request with status {status}: {message}")
 
     def _exchange(
