@@ -14,7 +14,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy
+from agents import DDPOIS, DenoisingPolicy, Processes
 from diffusion_gym.rewards import Normalised
 from diffusion_gym.rewards.remote import RemoteReward
 from tests.serving import free_port
@@ -134,3 +134,21 @@ def test_a_resumed_training_goes_on_with_what_its_reward_learnt(saved_after, lea
     assert all(torch.equal(one, other) for one, other in pairs)
     with pytest.raises(ValueError, match="'brightness' remembers nothing"):
         DDPOIS.load(saved, make("brightness").env)
+
+
+def test_many_processes_refuse_a_reward_that_each_would_learn_for_itself(monkeypatch):
+    class TwoProcesses(Processes):
+        def __init__(self):
+            super().__init__()
+            self.count = 2
+
+        def from_main(self, value):
+            return value
+
+        def join(self, parameters):
+            pass
+
+    monkeypatch.setattr("agents.algorithm.Processes", TwoProcesses)
+    with pytest.raises(ValueError, match="each process would have its own statistics of the reward 'normalised_bright"):
+        make(Normalised("brightness"))
+    assert make(Normalised("brightness", mean=0.5, std=0.1)).processes.count == 2

@@ -195,7 +195,7 @@ def test_a_server_that_is_not_there_is_waited_for_and_then_named(caplog):
     began = time.monotonic()
     with pytest.raises(RemoteRewardError, match=rf"max_retry_seconds=0.5.*{url}: ConnectionRefusedError"):
         RemoteReward(url, max_retry_seconds=0.5)
-    assert 0.1 < time.monotonic() - began < 2
+    assert 0.1 < time.monotonic() - began < 5
     assert f"reward server {url}: ConnectionRefusedError" in caplog.text
 
 
@@ -223,16 +223,16 @@ def test_the_server_says_when_to_come_again():
         remote = RemoteReward(f"remote://127.0.0.1:{port}")
         began = time.monotonic()
         remote(pictures(1), ["a fox"])
-        assert 1 <= time.monotonic() - began < 3
+        assert 1 <= time.monotonic() - began < 8
 
 
 def test_an_answer_that_drips_takes_no_longer_than_the_timeout():
     with scripted(RIGHT, pause=0.05) as port:  # 120 bytes: 6 s
-        remote = RemoteReward(f"remote://127.0.0.1:{port}", timeout=0.3, max_retry_seconds=0.0)
+        remote = RemoteReward(f"remote://127.0.0.1:{port}", timeout=1.0, max_retry_seconds=0.0)
         began = time.monotonic()
-        with pytest.raises(RemoteRewardError, match=rf":{port}: no whole answer within 0.3 s"):
+        with pytest.raises(RemoteRewardError, match=rf":{port}: no whole answer within 1 s"):
             remote(pictures(1), ["a fox"])
-        assert time.monotonic() - began < 2
+        assert 1 <= time.monotonic() - began < 4
 
 
 def test_a_slow_answer_is_asked_for_again():
