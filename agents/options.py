@@ -13,6 +13,7 @@ Schedule = Callable[[float], float]
 OnNonfinite = Literal["raise", "skip"]
 LogXAxis = Literal["timesteps", "reward_queries"]
 RolloutDtype = Literal["float16", "bfloat16"]
+PromptSampling = Literal["random", "round_robin"]
 
 
 class Options(TypedDict, total=False):
@@ -23,6 +24,7 @@ class Options(TypedDict, total=False):
     samples_per_epoch: int | None
     batch_size: int | None
     group_size: int
+    prompt_sampling: PromptSampling
     micro_batch_size: int | None
     rollout_device: str | None
     rollout_dtype: RolloutDtype | None
@@ -55,6 +57,8 @@ class Settings:
         group_size: Images of one prompt that are drawn side by side, a divisor of `env.num_envs`; 1: each image's
             prompt is drawn for itself. Rewards differ more between prompts than among images of one prompt (kilobytes
             of the embedded model's: three times the variance), whose mean groups tell from the first rollout on.
+        prompt_sampling: "random": the prompt of each image, or group, is drawn for itself, as the prompt set's weights
+            say. "round_robin": all prompts in turn, in an order that is shuffled anew for every pass over them.
         micro_batch_size: Transitions per forward and backward pass of a process; None: `env.num_envs`. Only memory and
             speed depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
         rollout_device: Where to keep the rollout's latents and features, such as "cpu"; None: on the policy's device.
@@ -85,6 +89,7 @@ class Settings:
     samples_per_epoch: int | None = None
     batch_size: int | None = None
     group_size: int = 1
+    prompt_sampling: PromptSampling = "random"
     micro_batch_size: int | None = None
     rollout_device: str | None = None
     rollout_dtype: RolloutDtype | None = None
@@ -102,7 +107,8 @@ class Settings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("log_x_axis", LogXAxis), ("rollout_dtype", RolloutDtype)):
+        kinds = {"log_x_axis": LogXAxis, "rollout_dtype": RolloutDtype, "prompt_sampling": PromptSampling}
+        for name, kind in kinds.items():
             value = getattr(self, name)
             if value is not None and value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")

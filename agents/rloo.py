@@ -137,6 +137,8 @@ class RLOO(TrajectoryAlgorithm):
             raise ValueError(f"group_size must be at least 2, got {self.group_size}")
         if self.num_starts is not None and self.num_starts < 1:
             raise ValueError(f"num_starts must be None or at least 1, got {self.num_starts}")
+        if self.num_starts is not None and self.settings.prompt_sampling != "random":
+            raise ValueError('num_starts draws prompt and noise together: leave prompt_sampling at "random"')
         if self.clip_range <= 0:
             raise ValueError(f"clip_range must be positive, got {self.clip_range}")
         if self.ratio == "trajectory" and (self.timestep_fraction < 1 or self.step_weights != "equal"):
@@ -149,7 +151,9 @@ class RLOO(TrajectoryAlgorithm):
     def _start(self, batch: int) -> tuple[int | Sequence[int], Mapping[str, Any] | None]:
         """Return the lanes' seeds, and their prompts where the seeds do not give them: groups lie side by side."""
         if self.same_noise:
-            return [start for start in self._group_seeds(batch) for _ in range(self.group_size)], None
+            return [start for start in self._group_seeds(batch) for _ in range(self.group_size)], self._prompts_in_turn(
+                batch
+            )
         return super()._start(batch)
 
     def _group_seeds(self, batch: int) -> list[int]:

@@ -16,6 +16,12 @@ def training_seed(*key: int) -> int:
     return _FIRST_TRAINING_SEED + derived_seed(*key) // 2
 
 
+def in_turn(count: int, turn: int, *key: int) -> int:
+    """Return whose turn it is of `count` things that take turns, in an order that the key shuffles for every pass."""
+    pass_number, place = divmod(turn, count)
+    return int(np.random.default_rng(derived_seed(*key, pass_number)).permutation(count)[place])
+
+
 def derived_generator(*key: int) -> torch.Generator:
     """Return a CPU generator that starts from the derived seed of the key."""
     return torch.Generator().manual_seed(derived_seed(*key, 1))

@@ -26,7 +26,7 @@ from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
 
 Observation = dict[str, Tensor]
 ModelSource = str | os.PathLike[str] | DiffusionModel
-PromptSource = str | os.PathLike[str] | Sequence[str] | PromptSet | None
+PromptSource = str | os.PathLike[str] | Sequence[str] | Mapping[str, float] | PromptSet | None
 RewardSource = str | Reward | Mapping[str, float]
 
 _OBSERVED_BYTES_LIMIT = 1_000_000

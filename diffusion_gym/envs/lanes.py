@@ -185,8 +185,7 @@ class Lanes:
 
     def _draw(self, generator: torch.Generator) -> tuple[int, Tensor]:
         """Return a prompt's index and x_T [C, H, W], drawn on the host."""
-        prompt_id = int(torch.randint(len(self._prompts), (1,), generator=generator))
-        return prompt_id, torch.randn(self._model.latent_shape, generator=generator)
+        return self._prompts.draw(generator), torch.randn(self._model.latent_shape, generator=generator)
 
     def watch_finite(self, actions: Tensor, active: np.ndarray) -> None:
         """Note on the device which active lanes were given an action that is not finite."""

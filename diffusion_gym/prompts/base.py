@@ -1,14 +1,12 @@
-"""The prompt set and the ways to make one: by name, from a file, from a list."""
+"""The prompt set: texts with what a reward may want to know of each, and how likely each is drawn."""
 
-import json
-import os
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 
-from ..naming import unknown_name
+import torch
 
 Metadata = Mapping[str, object]
 
@@ -29,24 +27,31 @@ class PromptSet:
     Args:
         texts: The prompts, without repetition.
         metadata: What a reward may want to know of each prompt (a question, an answer …), or None: nothing.
+        weights: How likely each is drawn, in proportion; empty: all alike.
 
     Raises:
-        ValueError: there is no prompt, a prompt is repeated, or there is not one metadata entry per prompt.
+        ValueError: there is no prompt, a prompt is repeated, there is not one metadata entry or weight per prompt, or
+            a weight is negative, infinite or NaN, or all are 0.
     """
 
     texts: tuple[str, ...]
     metadata: tuple[Metadata, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.texts:
             raise ValueError("a prompt set needs at least one prompt, got none")
-        repeated = sorted({text for text in self.texts if self.texts.count(text) > 1})
+        repeated = sorted(text for text, count in Counter(self.texts).items() if count > 1)
         if repeated:
             raise ValueError(f"prompts must differ from each other, but these are repeated: {repeated[:5]}")
         if not self.metadata:
             object.__setattr__(self, "metadata", tuple({} for _ in self.texts))
         if len(self.metadata) != len(self.texts):
             raise ValueError(f"got {len(self.metadata)} metadata entries for {len(self.texts)} prompts")
+        if self.weights and len(self.weights) != len(self.texts):
+            raise ValueError(f"got {len(self.weights)} weights for {len(self.texts)} prompts")
+        if self.weights and not (all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)):
+            raise ValueError(f"weights must be finite, at least 0 and not all 0, got {self.weights[:8]}")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -57,59 +62,9 @@ class PromptSet:
     def __getitem__(self, prompt_id: int) -> str:
         return self.texts[prompt_id]
 
-
-def _packaged_lines(file_name: str) -> list[str]:
-    text = (files(__package__) / "data" / file_name).read_text(encoding="utf-8")
-    return text.splitlines()
-
-
-def _simple_animals() -> PromptSet:
-    """The 45 common animals of the DDPO paper, with their article: "a cat", "an ant"."""
-    return PromptSet(tuple(with_article(animal) for animal in _packaged_lines("simple_animals.txt")))
-
-
-def _imagenet_animals() -> PromptSet:
-    """The 398 animal classes of ImageNet-1k, WordNet's synonyms joined by commas, as the DDPO codes use them."""
-    return PromptSet(tuple(_packaged_lines("imagenet_animals.txt")))
-
-
-_NAMED = {"simple_animals": _simple_animals, "imagenet_animals": _imagenet_animals}
-
-
-def _from_file(path: Path) -> PromptSet:
-    """Read a prompt a line (.txt), or a JSON object a line with the key "prompt" and metadata beside it (.jsonl)."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix != ".jsonl":
-        return PromptSet(tuple(line.strip() for line in lines))
-    texts, metadata = [], []
-    for number, line in enumerate(lines, start=1):
-        entry = json.loads(line)
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise ValueError(f'{path}, line {number}: expected a JSON object with a string "prompt", got {line[:80]}')
-        texts.append(entry.pop("prompt"))
-        metadata.append(entry)
-    return PromptSet(tuple(texts), tuple(metadata))
-
-
-def make_prompts(prompts: str | os.PathLike[str] | Sequence[str] | PromptSet) -> PromptSet:
-    """Return a prompt set.
-
-    Args:
-        prompts: A name ("simple_animals": the DDPO paper's 45 animals, "a(n) …"; "imagenet_animals": the 398 of
-            ImageNet), a file (.txt: a prompt a line; .jsonl: {"prompt": …, metadata …} a line), or the prompts.
-
-    Raises:
-        ValueError: the name is not known and no such file exists, or the prompts are empty or repeated.
-    """
-    if isinstance(prompts, PromptSet):
-        return prompts
-    if isinstance(prompts, str | os.PathLike):
-        if prompts in _NAMED:
-            return _NAMED[str(prompts)]()
-        path = Path(prompts)
-        if path.is_file():
-            return _from_file(path)
-        raise ValueError(unknown_name("prompt set (or prompt file)", os.fspath(prompts), _NAMED))
-    if isinstance(prompts, Sequence) and all(isinstance(text, str) for text in prompts):
-        return PromptSet(tuple(prompts))
-    raise ValueError(f"prompts must be a name, a file or a sequence of strings, got {prompts!r}")
+    def draw(self, generator: torch.Generator) -> int:
+        """Return a random prompt's index: each is as likely as the others, or as its weight says."""
+        if not self.weights:
+            return int(torch.randint(len(self), (1,), generator=generator))
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        return int(torch.multinomial(weights, 1, generator=generator))

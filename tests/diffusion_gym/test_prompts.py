@@ -1,6 +1,12 @@
-import pytest
+import importlib.util
+import json
+import sys
 
-from diffusion_gym.prompts import PromptSet, make_prompts, with_article
+import pytest
+import torch
+
+from diffusion_gym.prompts import PromptSet, make_prompts, prompts_from_dataset, with_article
+from diffusion_gym.prompts.sets import ACTIVITIES, NAMED, PAPER_ACTIVITIES, animals_activities
 
 
 @pytest.mark.parametrize(
@@ -26,6 +32,136 @@ def test_imagenet_animals_are_the_398_classes_in_their_order():
     assert prompts[0] == "tench, Tinca tinca"
     assert prompts[151] == "Chihuahua"
     assert prompts[397] == "puffer, pufferfish, blowfish, globefish"
+
+
+def test_every_named_set_has_its_size():
+    sizes = {name: len(make_prompts(name)) for name in NAMED}
+    assert sizes == {
+        "simple_animals": 45, "imagenet_animals": 398, "animals_activities": 135, "animals_activities_paper": 135,
+        "counting": 154, "unseen_animals": 38, "unseen_objects": 50, "unseen_activities": 270,
+        "emoji_animals": 32, "emoji_objects": 32, "emoji_backgrounds": 540,
+    }  # fmt: skip
+
+
+def test_animals_do_the_three_activities_in_either_spelling():
+    prompts = make_prompts("animals_activities")
+    assert prompts.texts[:3] == ("a cat washing the dishes", "a cat riding a bike", "a cat playing chess")
+    assert "an ant playing chess" in prompts.texts
+    assert set(prompts) == {
+        f"{animal} {activity}" for animal in make_prompts("simple_animals") for activity in ACTIVITIES
+    }
+    assert animals_activities(PAPER_ACTIVITIES).texts[0] == "a cat washing dishes"
+    assert make_prompts("animals_activities_paper") == animals_activities(PAPER_ACTIVITIES)
+
+
+def test_counting_asks_how_many_and_what():
+    prompts = make_prompts("counting")
+    metadata = dict(zip(prompts, prompts.metadata, strict=True))
+    asked = {
+        "two cats": "cat",
+        "eight wolves": "wolf",
+        "six fish": "fish",
+        "three foxes": "fox",
+        "seven sheep": "sheep",
+    }
+    for text, noun in asked.items():
+        number, plural = text.split()
+        questions = [f"How many {plural} are there in this image?", "What animal is in this image?"]
+        assert metadata[text] == {"questions": questions, "answers": [number, noun]}
+    animals = {with_article(entry["answers"][1]) for entry in prompts.metadata}
+    assert len(animals) == 22
+    assert animals < set(make_prompts("simple_animals"))
+    assert {entry["answers"][0] for entry in prompts.metadata} == {
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+    }
+
+
+@pytest.mark.parametrize("name", ["unseen_animals", "unseen_objects", "emoji_animals", "emoji_objects"])
+def test_unseen_prompts_are_not_among_those_trained_on(name):
+    assert not set(make_prompts(name)) & set(make_prompts("simple_animals"))
+
+
+def test_unseen_activities_are_those_of_the_same_animals():
+    seen, unseen = make_prompts("animals_activities"), make_prompts("unseen_activities")
+    assert not set(seen) & set(unseen)
+    for prompts in (unseen, make_prompts("emoji_backgrounds")):
+        assert {" ".join(text.split()[:2]) for text in prompts} == set(make_prompts("simple_animals"))
+    assert "an ant on an orange background" in set(make_prompts("emoji_backgrounds"))
+
+
+def test_the_embedded_model_knows_the_words_of_its_sets(emoji):
+    """Each noun of its sets is a few of its tokenizer's pieces: a word that it never saw falls into letters."""
+    vocabulary = json.loads((emoji.path / "tokenizer" / "vocab.json").read_text())
+    words = {
+        word for name in ("emoji_animals", "emoji_objects") for text in make_prompts(name) for word in text.split()
+    }
+    assert [word for word in sorted(words) if f"{word}</w>" not in vocabulary] == []
+
+
+def test_tables_have_a_column_of_prompts_and_metadata(tmp_path):
+    (tmp_path / "drawbench.csv").write_text('Prompts,Category\n"A red car, parked",Colors\na cat,Animals\n')
+    prompts = make_prompts(tmp_path / "drawbench.csv")
+    assert prompts.texts == ("A red car, parked", "a cat")
+    assert prompts.metadata == ({"Category": "Colors"}, {"Category": "Animals"})
+    (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na cat\tAnimals\na dog\tAnimals\na cat\tTwice\n")
+    with pytest.warns(UserWarning, match="1 repeated prompts were left out"):
+        prompts = make_prompts(tmp_path / "parti.tsv")
+    assert prompts.texts == ("a cat", "a dog")
+    assert prompts.metadata[0] == {"Category": "Animals"}
+
+
+def test_tables_without_prompts_are_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"no column is named one of .*'prompt'.* there are \['a', 'b'\]"):
+        make_prompts(tmp_path / "p.csv")
+    (tmp_path / "p.csv").write_text("prompt,b\na cat,2\n,3\n")
+    with pytest.raises(ValueError, match="row 2: expected a text in the column 'prompt', got ''"):
+        make_prompts(tmp_path / "p.csv")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra `datasets` is not installed")
+@pytest.mark.filterwarnings("default")
+def test_datasets_are_read_by_the_real_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "some_prompts"
+    folder.mkdir()
+    rows = [{"Prompt": "a cat", "number": 1}, {"Prompt": "a dog", "number": 2}]
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "test.jsonl").write_text(json.dumps({"Prompt": "a fox", "number": 3}))
+    prompts = make_prompts(f"datasets:{folder}")
+    assert prompts.texts == ("a cat", "a dog")
+    assert prompts.metadata == ({"number": 1}, {"number": 2})
+    assert make_prompts(f"datasets:{folder}:test").texts == ("a fox",)
+    with pytest.raises(ValueError, match="has no column 'caption'"):
+        prompts_from_dataset(str(folder), column="caption")
+
+
+def test_a_dataset_without_its_package_names_the_line_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "diffusion-gym\[datasets\]"'):
+        make_prompts("datasets:owner/name")
+
+
+def test_prompts_are_drawn_as_their_weights_say():
+    prompts = make_prompts({"a cat": 3, "a dog": 0, "a fox": 1})
+    generator = torch.Generator().manual_seed(0)
+    drawn = [prompts.draw(generator) for _ in range(2000)]
+    assert drawn.count(1) == 0
+    assert drawn.count(0) / 2000 == pytest.approx(0.75, abs=0.03)
+    alike = make_prompts(["a cat", "a dog"])
+    assert sum(alike.draw(generator) for _ in range(2000)) / 2000 == pytest.approx(0.5, abs=0.035)
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (0.0, 0.0), (1.0, -1.0), (1.0, float("nan"))])
+def test_wrong_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="weights"):
+        PromptSet(("a", "b"), weights=weights)
 
 
 def test_files_and_lists(tmp_path):
