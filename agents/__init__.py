@@ -3,7 +3,7 @@
 from .checkpoints import Checkpoints
 from .ddpo import DDPOIS, DDPOSF
 from .distributed import Processes
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, HeldOutEvaluation, evaluate
 from .nft import DiffusionNFT
 from .policies import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Policy, TimePredictor
 from .replay import Replay
@@ -22,6 +22,7 @@ __all__ = [
     "DiffusionNFT",
     "Evaluation",
     "FixedSchedule",
+    "HeldOutEvaluation",
     "Policy",
     "Processes",
     "Replay",

@@ -89,22 +89,24 @@ def record_hyperparameters(
     shows: the settings of another algorithm are missing there.
     """
     settings = {name: value for name, value in vars(policy).items() if name != "training" and not name.startswith("_")}
-    made_with = {} if env.spec is None else env.spec.kwargs
-    env_settings = {**made_with, "num_envs": env.num_envs, "reward": env.reward.name}
     scalars = {
         **{name: _as_hyperparameter(value) for name, value in hyperparameters.items()},
         "policy": type(policy).__name__,
-        **_scalars("policy", settings),
-        **_scalars("env", env_settings),
+        **{f"policy/{name}": _as_hyperparameter(value) for name, value in _scalars(settings).items()},
+        **{f"env/{name}": _as_hyperparameter(value) for name, value in environment_settings(env).items()},
     }
     logger.record("hyperparameters", HParam(scalars, {_MAIN_METRIC: 0.0}), exclude=_NOT_AS_TEXT)
 
 
-def _scalars(prefix: str, settings: Mapping[str, object]) -> dict[str, str | float]:
+def environment_settings(env: RewardingEnv) -> dict[str, bool | int | float | str | None]:
+    """Return the scalars that an environment was made with, its number of lanes and its reward's name."""
+    made_with = {} if env.spec is None else env.spec.kwargs
+    return {**_scalars(made_with), "num_envs": env.num_envs, "reward": env.reward.name}
+
+
+def _scalars(settings: Mapping[str, object]) -> dict[str, bool | int | float | str | None]:
     return {
-        f"{prefix}/{name}": _as_hyperparameter(value)
-        for name, value in settings.items()
-        if value is None or isinstance(value, bool | int | float | str)
+        name: value for name, value in settings.items() if value is None or isinstance(value, bool | int | float | str)
     }
 
 

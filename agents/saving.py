@@ -15,10 +15,11 @@ from .guard import GradientGuard
 from .manifest import whole_checkpoint, write_manifest
 from .options import Schedule
 from .policies import Policy, load_policy
+from .reports import environment_settings
 
 Run = TypeVar("Run", bound="SavedRun")
 
-_STATE_FILE = "training_state.json"
+STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _AVERAGE_FILE = "averaged_weights.safetensors"
 _COUNTERS = ("iteration", "reward_queries", "num_updates")
@@ -85,6 +86,7 @@ class SavedRun:
             state = {
                 "algorithm": type(self).__name__,
                 "hyperparameters": self._hyperparameters,
+                "environment": environment_settings(self.env.unwrapped),  # type: ignore[arg-type]
                 "learning_rate": None if callable(self._learning_rate) else self._learning_rate,
                 "seed": self.seed,
                 "num_timesteps": self._timesteps_at_boundary,
@@ -93,7 +95,7 @@ class SavedRun:
                 "reward": self._reward_at_boundary,
                 "extra": self._extra_state(),
             }
-            (folder / _STATE_FILE).write_text(json.dumps(state, indent=2))
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=2))
             write_manifest(folder)
 
     @classmethod
@@ -126,7 +128,7 @@ class SavedRun:
                 given again.
         """
         folder = whole_checkpoint(existing_folder(_without_zip(path)))
-        state = json.loads((folder / _STATE_FILE).read_text())
+        state = json.loads((folder / STATE_FILE).read_text())
         if state["algorithm"] != cls.__name__:
             raise ValueError(f"{folder} is a run of {state['algorithm']}, not of {cls.__name__}")
         rate = state["learning_rate"] if learning_rate is None else learning_rate

@@ -44,7 +44,13 @@ HEAVY = {
     "fastapi": {"diffusion_gym/rewards/server.py"},
     "starlette": {"diffusion_gym/rewards/server.py"},
     "uvicorn": {"diffusion_gym/rewards/server.py"},
-    "stable_baselines3": {"agents/algorithm.py", "agents/checkpoints.py", "agents/reports.py", "agents/adapters"},
+    "stable_baselines3": {
+        "agents/algorithm.py",
+        "agents/checkpoints.py",
+        "agents/evaluation/callback.py",
+        "agents/reports.py",
+        "agents/adapters",
+    },
 }
 
 

@@ -1,6 +1,6 @@
 """The named prompt sets: those of the DDPO paper, and those that the embedded model can draw.
 
-Source: Black et al., 2023, sections 5 and 6, https://arxiv.org/abs/2305.13301; the lists that its codes ship,
+Source: Black et al., 2023, https://arxiv.org/abs/2305.13301; the lists that its codes ship,
 https://github.com/jannerm/ddpo and https://github.com/kvablack/ddpo-pytorch; its page, https://rl-diffusion.github.io.
 """
 

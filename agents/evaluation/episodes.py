@@ -1,6 +1,6 @@
 """How good a policy is on seeds and prompts that are held fixed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +8,9 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from .policies.base import Policy
-from .rollouts import collect
-from .seeding import derived_generator
+from ..policies.base import Policy
+from ..rollouts import Rollout, collect
+from ..seeding import derived_generator
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -90,6 +90,25 @@ def evaluate(
             f"got {len(seeds)} seeds and {len(prompts)} prompts"
         )
     rewards, lengths, images = [], [], []
+    for rollout in episodes(
+        env, policy, seeds=seeds, prompts=prompts, deterministic=deterministic, max_images=max_images
+    ):
+        rewards.append(rollout.returns.cpu().numpy())
+        lengths.append(rollout.lengths)
+        images.append(rollout.images.cpu())
+    return Evaluation(np.concatenate(rewards), np.concatenate(lengths), torch.cat(images), tuple(prompts))
+
+
+def episodes(
+    env: VectorEnv,
+    policy: Policy,
+    *,
+    seeds: Sequence[int],
+    prompts: Sequence[str],
+    deterministic: bool = False,
+    max_images: int,
+) -> Iterator[Rollout]:
+    """Yield rollouts of one episode per lane, in the order of the seeds; the arguments are those of `evaluate`."""
     for start in range(0, len(seeds), env.num_envs):
         part = slice(start, start + env.num_envs)
         rollout = collect(
@@ -102,7 +121,4 @@ def evaluate(
             max_images=max(0, max_images - start),
         )
         assert rollout is not None
-        rewards.append(rollout.returns.cpu().numpy())
-        lengths.append(rollout.lengths)
-        images.append(rollout.images.cpu())
-    return Evaluation(np.concatenate(rewards), np.concatenate(lengths), torch.cat(images), tuple(prompts))
+        yield rollout

@@ -1,0 +1,131 @@
+"""The page's charts, as SVG in data URIs."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .curves import Curves
+from .statistics import mean_interval
+from .study import Comparison, spoken
+
+COLOURS = ("#0b6e99", "#c2571a", "#4f8a3c", "#7a4fa3", "#8a6d1f", "#a33a5b")
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8f98",
+    "axes.grid": True,
+    "grid.color": "#e6e8eb",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "evaluation",
+}
+_CURVES = {
+    "reward in training": "rollout/ep_rew_mean",
+    "held-out gain in training": "evaluation/held_out_gain",
+    "KL to the pretrained model, nats": "evaluation/kl",
+    "diversity of latents in training": "rollout/latent_diversity",
+    "approximate KL of an update": "train/approx_kl",
+    "gradient norm": "train/grad_norm",
+}
+_BAND = ("rollout/ep_rew_q05", "rollout/ep_rew_q95")
+_MOST_CURVES = 4
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """Return a file's content as a URI that a page can show without any other file."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    return data_uri(stream.getvalue(), "image/svg+xml")
+
+
+def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: str, held_out: str | None) -> str:
+    """Return the sets' gains with their intervals, the reward's and beside it the held-out reward's."""
+    kinds = [("reward", f"gain in {reward}{unit}")]
+    if held_out is not None:
+        kinds.append(("held_out", f"gain in {held_out} (held out)"))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 0.75 + 0.42 * len(summaries)), layout="constrained")
+        rows = np.arange(len(summaries))[::-1]
+        for number, (key, label) in enumerate(kinds):
+            axes = figure.add_subplot(1, len(kinds), number + 1)
+            for row, one, colour in zip(rows, summaries, COLOURS, strict=False):
+                gain = one[key]["gain"]
+                axes.plot([gain["low"], gain["high"]], [row, row], color=colour, lw=2.5, solid_capstyle="round")
+                axes.plot(gain["mean"], row, "o", color=colour, ms=7)
+            axes.axvline(0, color="#5b6069", lw=1)
+            names = [spoken(one["name"]) for one in summaries]
+            axes.set(xlabel=label, yticks=rows, yticklabels=names if number == 0 else [], ylim=(-0.6, len(rows) - 0.4))
+            axes.tick_params(axis="y", length=0)
+        return _svg(figure)
+
+
+def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, held_out: str) -> str:
+    """Return what each prompt gained in the reward over what it gained, or paid, in the held-out reward."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for comparison, colour in zip(comparisons, COLOURS, strict=False):
+            gains, others = comparison.gains, comparison.held_out_gains
+            assert others is not None
+            axes.scatter(gains, others, s=14, alpha=0.45, color=colour, lw=0)
+            across, along = mean_interval(gains), mean_interval(others)
+            axes.errorbar(
+                across.mean,
+                along.mean,
+                xerr=across.high - across.mean,
+                yerr=along.high - along.mean,
+                fmt="o",
+                ms=9,
+                mec="white",
+                color=colour,
+                capsize=3,
+                label=spoken(comparison.name),
+            )
+        axes.axhline(0, color="#5b6069", lw=1)
+        axes.axvline(0, color="#5b6069", lw=1)
+        right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
+        if right > 0 > bottom:
+            axes.axvspan(
+                0, right, ymin=0, ymax=-bottom / (axes.get_ylim()[1] - bottom), color="#c0392b", alpha=0.06, lw=0
+            )
+            axes.text(right, bottom, "over-optimised ", ha="right", va="bottom", color="#c0392b")
+            axes.set(xlim=(None, right), ylim=(bottom, None))
+        axes.set(xlabel=f"gain in {reward}{unit}", ylabel=f"gain in {held_out} (held out)")
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        return _svg(figure)
+
+
+def training_chart(curves: Curves) -> str | None:
+    """Return up to four curves of the run's log; None: it has none of those that are shown."""
+    changing = {name for name, (_, y) in curves.items() if len(y) > 1 and np.ptp(y) > 0}
+    shown = [(label, name) for label, name in _CURVES.items() if name in changing][:_MOST_CURVES]
+    if not shown:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 2.6 * -(-len(shown) // 2)), layout="constrained")
+        for number, (label, name) in enumerate(shown):
+            axes = figure.add_subplot(-(-len(shown) // 2), min(2, len(shown)), number + 1)
+            x, y = curves[name]
+            axes.plot(x, y, color=COLOURS[0], lw=1.8, marker="o" if len(x) < 30 else None, ms=3.5)
+            if name == "rollout/ep_rew_mean" and all(bound in curves for bound in _BAND):
+                low, high = (curves[bound][1] for bound in _BAND)
+                axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.12, lw=0)
+                label += ", 5 to 95 % of the images"
+            _finish(axes, label)
+        return _svg(figure)
+
+
+def _finish(axes: Axes, label: str) -> None:
+    axes.set_title(label, fontsize=10, loc="left")
+    axes.set_xlabel("images rewarded")

@@ -1,0 +1,187 @@
+"""The command `python -m agents.evaluate`."""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+import diffusion_gym  # noqa: F401
+from diffusion_gym.prompts import PromptSet, make_prompts
+from diffusion_gym.rewards import Reward, make_reward
+
+from ..policies import DenoisingPolicy
+from .measures import FeatureName, draw_samples, make_features
+from .page import write_page
+from .runs import find_curves, load_denoiser, policy_folder, training_state
+from .study import Comparison, findings
+
+_UNSEEN = ("unseen_animals", "unseen_objects", "unseen_activities")
+_UNSEEN_EMOJI = ("emoji_animals", "emoji_objects", "emoji_backgrounds")
+_FEATURES = {
+    "emoji_scorer": "the image embedding of the scorer emoji_alignment",
+    "latents": "the direction of the latents x₀",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="python -m agents.evaluate",
+        description="Compare a trained policy with the pretrained model, on the prompts that it was trained on and on "
+        "unseen ones, and write a page (index.html) and all numbers (results.json).",
+    )
+    made.add_argument("run", type=Path, help="a saved run, a folder of checkpoints, or a folder with a model/")
+    made.add_argument("--output", type=Path, help="where to write; RUN/evaluation if not given")
+    made.add_argument("--reward", help="the reward that was trained for, if the run does not say")
+    made.add_argument("--held-out", help='a reward that was not trained for, or "none"; emoji_alignment for emoji')
+    made.add_argument("--prompts", help="the prompts that were trained on (a name or a file), if the run does not say")
+    made.add_argument("--unseen", nargs="*", help="sets of unseen prompts, names or files")
+    made.add_argument("--features", choices=tuple(_FEATURES), help="what images are compared by")
+    made.add_argument("--num-steps", type=int, help="denoising steps, if the run does not say")
+    made.add_argument("--samples-per-prompt", type=int, default=4, help="images of each prompt (4)")
+    made.add_argument(
+        "--max-prompts", type=int, default=48, help="of larger sets so many are drawn, always the same (48)"
+    )
+    made.add_argument("--num-envs", type=int, default=32, help="images drawn together (32)")
+    made.add_argument("--device", default="cpu", help="a torch device (cpu)")
+    return made
+
+
+def _setting(args: argparse.Namespace, name: str, saved: Mapping[str, Any], default: object = None) -> Any:
+    """Return a setting as it was given, or as the run says, or the default.
+
+    Raises:
+        SystemExit: there is none of them.
+    """
+    given = getattr(args, name)
+    found = saved.get(name, default) if given is None else given
+    if found is None:
+        raise SystemExit(f"{args.run} does not say its {name}: give --{name.replace('_', '-')}")
+    return found
+
+
+def _some(prompts: PromptSet, most: int) -> PromptSet:
+    """Return the set, or `most` prompts of it that are drawn with a fixed seed, in their order."""
+    if len(prompts) <= most:
+        return prompts
+    chosen = np.sort(np.random.default_rng(0).permutation(len(prompts))[:most])
+    return PromptSet(tuple(prompts[i] for i in chosen), tuple(prompts.metadata[i] for i in chosen))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How every set of prompts is evaluated.
+
+    Args:
+        policy: The trained policy.
+        reward: What it was trained for.
+        held_out: What it was not trained for; None: there is no such reward.
+        features: What images are compared by.
+        num_steps: Denoising steps.
+        samples_per_prompt: Images of each prompt.
+        num_envs: Images drawn together, at most.
+    """
+
+    policy: DenoisingPolicy
+    reward: Reward
+    held_out: Reward | None
+    features: FeatureName
+    num_steps: int
+    samples_per_prompt: int
+    num_envs: int
+
+    @classmethod
+    def parse(cls, args: argparse.Namespace, policy: DenoisingPolicy, saved: Mapping[str, Any]) -> "Setup":
+        """Return what the arguments ask for, the rest as the run says or as is usual for its model."""
+        is_emoji = policy.model.source == "emoji"
+        reward = make_reward(_setting(args, "reward", saved))
+        usual = "emoji_alignment" if is_emoji and reward.name != "emoji_alignment" else "none"
+        held_out = args.held_out or usual
+        return cls(
+            policy,
+            reward,
+            None if held_out == "none" else make_reward(held_out),
+            args.features or ("emoji_scorer" if is_emoji else "latents"),
+            int(_setting(args, "num_steps", saved)),
+            args.samples_per_prompt,
+            args.num_envs,
+        )
+
+    def compare(self, name: str, prompts: PromptSet, *, trained_on: bool) -> Comparison:
+        """Return the pretrained model's and the policy's images of a set of prompts."""
+        policy = self.policy
+        env = gym.make_vec(
+            "DenoisingMDP-v0",
+            num_envs=min(self.num_envs, len(prompts) * self.samples_per_prompt),
+            num_steps=self.num_steps,
+            model=policy.model,
+            reward=self.reward,
+            prompts=prompts,
+            negative_prompt=policy.negative_prompt,
+        )
+        policy.prompts = prompts.texts
+        pretrained = policy.reference()
+        how: dict[str, Any] = {
+            "prompts": prompts.texts,
+            "samples_per_prompt": self.samples_per_prompt,
+            "held_out": self.held_out,
+            "features": make_features(self.features),
+        }
+        before = draw_samples(env, pretrained, **how)
+        return Comparison(name, trained_on, before, draw_samples(env, policy, reference=pretrained, **how))
+
+    def results(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+        """Return the numbers of all sets, the first of which was trained on, as JSON can hold them."""
+        summaries = [one.summary(comparisons[0]) for one in comparisons]
+        unit = "" if self.reward.unit == "1" else f" {self.reward.unit}"
+        held_out = None if self.held_out is None else self.held_out.name
+        return {
+            "reward": self.reward.name,
+            "unit": self.reward.unit,
+            "held_out": held_out,
+            "num_steps": self.num_steps,
+            "guidance_scale": self.policy.guidance_scale,
+            "features": _FEATURES[self.features],
+            "findings": findings(summaries, reward=self.reward.name, unit=unit, held_out=held_out),
+            "sets": summaries,
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Evaluate a run, write its page and its numbers, and print what they say."""
+    args = parser().parse_args(arguments)
+    started = time.monotonic()
+    folder = policy_folder(args.run)
+    state = training_state(folder)
+    saved = state.get("environment", {})
+    setup = Setup.parse(args, load_denoiser(folder, args.device), saved)
+    model = setup.policy.model
+    unseen = args.unseen
+    if unseen is None:
+        unseen = _UNSEEN_EMOJI if model.source == "emoji" else _UNSEEN
+    comparisons: list[Comparison] = []
+    for source in (_setting(args, "prompts", saved, model.default_prompts), *unseen):
+        name = Path(source).stem if isinstance(source, str) else "training prompts"
+        prompts = _some(make_prompts(source), args.max_prompts)
+        comparisons.append(setup.compare(name, prompts, trained_on=not comparisons))
+        minutes = (time.monotonic() - started) / 60
+        print(f"{name}: {len(prompts)} prompts, {minutes:.1f} minutes", flush=True)
+    results = {
+        "run": str(args.run),
+        "checkpoint": folder.name,
+        "algorithm": state.get("algorithm"),
+        "reward_queries": state.get("reward_queries"),
+        "model": model.source,
+        **setup.results(comparisons),
+    }
+    output = args.output or args.run / "evaluation"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(results, indent=1))
+    (output / "index.html").write_text(write_page(results, comparisons, find_curves(args.run)), encoding="utf-8")
+    print(*results["findings"], f"{output}: index.html, results.json", sep="\n")

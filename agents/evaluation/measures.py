@@ -1,0 +1,125 @@
+"""What is measured of a policy on held-out seeds: rewards, features, the KL divergence along its path."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from diffusion_gym.rewards import Reward, to_uint8
+
+from ..policies import Policy
+from ..rollouts import Rollout
+from .episodes import episodes
+
+Features = Callable[[Tensor, Tensor], Tensor]
+"""(images [B, 3, H, W] in [0, 1], latents x_0 [B, …]) -> [B, F], of length 1."""
+FeatureName = Literal["emoji_scorer", "latents"]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """K images of each of P prompts, all on the host.
+
+    Args:
+        prompts: The P prompts.
+        rewards: [P, K].
+        held_out: [P, K] rewards that nothing was trained for; None: there is no such reward.
+        features: [P, K, F], of length 1.
+        kl: [P] Σ_t KL(π ‖ reference) in nats, along the path of each prompt's first image; None: not measured.
+        images: [P, K, H, W, 3] uint8.
+    """
+
+    prompts: tuple[str, ...]
+    rewards: np.ndarray
+    held_out: np.ndarray | None
+    features: np.ndarray
+    kl: np.ndarray | None
+    images: np.ndarray
+
+
+def latent_features(images: Tensor, latents: Tensor) -> Tensor:
+    """Return the directions of the latents x_0, [B, D]: features for models that no other are there for."""
+    return F.normalize(latents.flatten(1).float(), dim=1)
+
+
+def make_features(name: FeatureName) -> Features:
+    """Return what the name says: the image embeddings of the emoji scorer, or the latents themselves."""
+    if name == "latents":
+        return latent_features
+    from diffusion_gym.rewards.emoji_alignment import load_packaged_scorer
+
+    scorer = load_packaged_scorer()
+    return lambda images, latents: scorer.to(images.device).embed_images(images.float())
+
+
+@torch.no_grad()
+def path_kl(policy: Policy, reference: Policy, rollout: Rollout, lanes: np.ndarray) -> np.ndarray:
+    """Return Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) of some episodes of a rollout by π, [len(lanes)], in nats."""
+    steps, columns = np.nonzero(rollout.scored[:, lanes])
+    total = rollout.returns.new_zeros(rollout.num_episodes)
+    for k, b in rollout.micro_batches(steps, lanes[columns], rollout.num_episodes):
+        observation = rollout.observation(k, b)
+        own: Any = policy.distribution(observation)
+        total = total.index_add(0, b, own.kl(reference.distribution(observation), "sum"))
+    return total.cpu().numpy()[lanes]
+
+
+@torch.no_grad()
+def draw_samples(
+    env: VectorEnv,
+    policy: Policy,
+    *,
+    prompts: Sequence[str],
+    samples_per_prompt: int,
+    held_out: Reward | None,
+    features: Features,
+    reference: Policy | None = None,
+) -> Samples:
+    """Return K images of each prompt, drawn from the seeds 0 to P·K − 1, which no training uses.
+
+    Two policies that are given the same prompts and K draw pairs of images from the same noise.
+
+    Args:
+        env: A vector environment with the reward that was trained for.
+        policy: The policy.
+        prompts: P of them; of those in the environment's set the held-out reward sees the metadata.
+        samples_per_prompt: K.
+        held_out: Another reward.
+        features: What images are compared by.
+        reference: Where given, the KL divergence to it is measured.
+    """
+    count = len(prompts) * samples_per_prompt
+    filled = -(-count // env.num_envs) * env.num_envs
+    known = dict(zip(env.unwrapped.prompts, env.unwrapped.prompts.metadata, strict=True))  # type: ignore[attr-defined]
+    texts = [prompts[index % len(prompts)] for index in range(filled)]
+    parts: dict[str, list[np.ndarray]] = {"rewards": [], "held_out": [], "features": [], "kl": [], "images": []}
+    rollouts = episodes(env, policy, seeds=range(filled), prompts=texts, max_images=filled)
+    for start, rollout in zip(range(0, filled, env.num_envs), rollouts, strict=True):
+        own = texts[start : start + env.num_envs]
+        parts["rewards"].append(rollout.returns.cpu().numpy())
+        parts["features"].append(features(rollout.images, rollout.ends).cpu().numpy())
+        parts["images"].append(to_uint8(rollout.images).numpy())
+        if held_out is not None:
+            values = held_out(rollout.images, own, [known.get(text, {}) for text in own]).values
+            parts["held_out"].append(values.float().cpu().numpy())
+        firsts = np.arange(min(env.num_envs, len(prompts) - start))
+        if reference is not None and len(firsts):
+            parts["kl"].append(path_kl(policy, reference, rollout, firsts))
+
+    def by_prompt(name: str) -> np.ndarray:
+        values = np.concatenate(parts[name])[:count]
+        return values.reshape(samples_per_prompt, len(prompts), *values.shape[1:]).swapaxes(0, 1)
+
+    return Samples(
+        prompts=tuple(prompts),
+        rewards=by_prompt("rewards"),
+        held_out=None if held_out is None else by_prompt("held_out"),
+        features=by_prompt("features"),
+        kl=None if reference is None else np.concatenate(parts["kl"]),
+        images=by_prompt("images"),
+    )

@@ -1,0 +1,125 @@
+"""A trained policy against the pretrained model on several sets of prompts: what the training did, and how far it went.
+
+Source: the studies of generalisation and over-optimisation in Black et al., 2023, https://arxiv.org/abs/2305.13301.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .measures import Samples
+from .statistics import Interval, distance_between, distance_within, mean_interval, ratio_interval
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The pretrained model's and the trained policy's images of one set of prompts, from the same noise.
+
+    Args:
+        name: The set's name.
+        trained_on: Whether the training saw these prompts (never these seeds).
+        before: The pretrained model's.
+        after: The trained policy's, with its KL divergence to the pretrained model.
+    """
+
+    name: str
+    trained_on: bool
+    before: Samples
+    after: Samples
+
+    @property
+    def gains(self) -> np.ndarray:
+        """By how much each prompt's mean reward rose, [P]."""
+        return (self.after.rewards - self.before.rewards).mean(1)
+
+    @property
+    def held_out_gains(self) -> np.ndarray | None:
+        """By how much each prompt's mean held-out reward rose, [P]."""
+        if self.after.held_out is None or self.before.held_out is None:
+            return None
+        return (self.after.held_out - self.before.held_out).mean(1)
+
+    @property
+    def is_over_optimised(self) -> bool:
+        """Whether the reward rose and the held-out reward fell, both beyond their 95 % intervals."""
+        held_out = self.held_out_gains
+        return held_out is not None and mean_interval(self.gains).low > 0 and mean_interval(held_out).high < 0
+
+    def summary(self, trained_on: "Comparison") -> dict[str, Any]:
+        """Return the numbers of the set, as JSON can hold them.
+
+        Args:
+            trained_on: The set that was trained on: `carry_over` is this set's share of its gain.
+        """
+        before, after = self.before, self.after
+        held_out = diversity = None
+        if self.held_out_gains is not None:
+            held_out = _change(before.held_out, after.held_out, self.held_out_gains)
+        if after.rewards.shape[1] > 1:
+            within = [distance_within(samples.features) for samples in (before, after)]
+            diversity = _change(within[0], within[1], within[1] - within[0])
+        return {
+            "name": self.name,
+            "trained_on": self.trained_on,
+            "num_prompts": len(after.prompts),
+            "samples_per_prompt": after.rewards.shape[1],
+            "reward": _change(before.rewards, after.rewards, self.gains),
+            "held_out": held_out,
+            "carry_over": None if self is trained_on else _as_dict(ratio_interval(self.gains, trained_on.gains)),
+            "diversity": diversity,
+            "feature_distance": _as_dict(mean_interval(distance_between(before.features, after.features))),
+            "kl": None if after.kl is None else _as_dict(mean_interval(after.kl)),
+            "over_optimised": self.is_over_optimised,
+            "prompts": [
+                {"prompt": prompt, "reward_before": old.tolist(), "reward_after": new.tolist()}
+                for prompt, old, new in zip(after.prompts, before.rewards, after.rewards, strict=True)
+            ],
+        }
+
+
+def _as_dict(interval: Interval | None) -> dict[str, float] | None:
+    return None if interval is None else interval._asdict()
+
+
+def _change(before: np.ndarray | None, after: np.ndarray | None, gains: np.ndarray) -> dict[str, Any]:
+    """Return both means, and the mean paired difference with its interval over prompts."""
+    assert before is not None
+    assert after is not None
+    return {"before": float(before.mean()), "after": float(after.mean()), "gain": _as_dict(mean_interval(gains))}
+
+
+def findings(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: str, held_out: str | None) -> list[str]:
+    """Return what the numbers say, a sentence or two for each set."""
+    sentences = []
+    for one in summaries:
+        gain, share, other = one["reward"]["gain"], one["carry_over"], one["held_out"]
+        where = f"{spoken(one['name'])}, which were {'' if one['trained_on'] else 'not '}trained on"
+        sentence = f"On {where}, {reward} {_verb(gain)}: {_said(gain)}{unit}"
+        if share is not None:
+            sentence += f", {share['mean']:.0%} of the gain on the training prompts ({_range(share, '.0%')})"
+        if other is not None:
+            sentence += f". {held_out}, held out, {_verb(other['gain'])}: {_said(other['gain'])}"
+            sentence += ", so the training has over-optimised here" if one["over_optimised"] else ""
+        sentences.append(f"{sentence}.")
+    return sentences
+
+
+def spoken(name: str) -> str:
+    """Return a set's name as a sentence says it."""
+    return name.replace("_", " ")
+
+
+def _said(change: Mapping[str, float]) -> str:
+    return f"{change['mean']:+.3f} ({_range(change, '+.3f')})".replace("-", "−")
+
+
+def _range(interval: Mapping[str, float], form: str) -> str:
+    return f"{interval['low']:{form}} to {interval['high']:{form}}"
+
+
+def _verb(change: Mapping[str, float]) -> str:
+    if change["low"] > 0:
+        return "rose"
+    return "fell" if change["high"] < 0 else "did not change for sure"

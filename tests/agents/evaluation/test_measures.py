@@ -1,0 +1,113 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import diffusion_gym  # noqa: F401
+from agents import DenoisingPolicy, evaluate
+from agents.evaluation.measures import draw_samples, latent_features, make_features
+from diffusion_gym.models import load_model
+from diffusion_gym.prompts import PromptSet
+from diffusion_gym.rewards import CallableReward
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return load_model("mixture")
+
+
+def make_env(model, num_envs):
+    def east(images, prompts, metadata):
+        return model.positions(images)[:, 0]
+
+    prompts = PromptSet(("anything", *model.names[:2]), ({"weight": 1.0}, {"weight": 2.0}, {"weight": 3.0}))
+    return gym.make_vec(
+        "DenoisingMDP-v0", num_envs=num_envs, num_steps=STEPS, model=model, reward=east, prompts=prompts
+    )
+
+
+def trained(model):
+    """Return a policy whose weights are not the model's."""
+    policy = DenoisingPolicy(model, seed=0)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in policy.denoiser.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return policy
+
+
+def draw(env, policy, **arguments):
+    def weighted_north(images, prompts, metadata):
+        weights = torch.tensor([entry["weight"] for entry in metadata])
+        return weights * env.unwrapped.model.positions(images)[:, 1]
+
+    return draw_samples(
+        env,
+        policy,
+        prompts=tuple(env.unwrapped.prompts),
+        samples_per_prompt=4,
+        held_out=CallableReward(weighted_north),
+        features=latent_features,
+        **arguments,
+    )
+
+
+def test_samples_are_prompt_major_and_do_not_depend_on_the_lanes(mixture):
+    policy = trained(mixture)
+    env = make_env(mixture, 6)
+    prompts = tuple(env.unwrapped.prompts)
+    samples = draw(env, policy, reference=policy.reference())
+    plain = evaluate(env, policy, seeds=range(12), prompts=prompts * 4)
+    np.testing.assert_allclose(samples.rewards, plain.rewards.reshape(4, 3).T, atol=1e-5)
+    north = mixture.positions(plain.images)[:, 1].numpy().reshape(4, 3).T
+    np.testing.assert_allclose(samples.held_out, north * np.array([[1.0], [2.0], [3.0]]), atol=1e-4)
+    assert samples.images.shape[:2] == (3, 4)
+    np.testing.assert_allclose(np.linalg.norm(samples.features, axis=-1), 1, atol=1e-5)
+    other = draw(
+        make_env(mixture, 5), policy, reference=policy.reference()
+    )  # the last 3 of its 15 lanes are for nothing
+    np.testing.assert_allclose(other.rewards, samples.rewards, atol=1e-5)
+    np.testing.assert_allclose(other.kl, samples.kl, rtol=1e-4)
+
+
+def test_kl_is_that_along_the_path_of_each_prompts_first_image(mixture):
+    """Against a loop over single episodes, with the density's own formula."""
+    policy = trained(mixture)
+    reference = policy.reference()
+    samples = draw(make_env(mixture, 6), policy, reference=reference)
+    from agents.seeding import derived_generator
+
+    env = make_env(mixture, 1)
+    for index, prompt in enumerate(samples.prompts):
+        observation, info = env.reset(seed=index, options={"prompt": prompt})
+        generator, total = derived_generator(index), 0.0
+        while not info["ended"].all():
+            own, other = policy.distribution(observation), reference.distribution(observation)
+            if policy.scored(info).all():
+                difference = (own.mean - other.mean).double()
+                total += float((difference**2).sum() / (2 * own.std.double() ** 2))  # the variances are the same
+            observation, _, _, _, info = env.step(policy.act(observation, generators=[generator]))
+        assert samples.kl[index] == pytest.approx(total, rel=1e-3)
+    assert (samples.kl > 0).all()
+
+
+def test_an_untrained_policy_is_the_pretrained_model(mixture):
+    policy = DenoisingPolicy(mixture, seed=0)
+    env = make_env(mixture, 4)
+    samples = draw(env, policy, reference=policy.reference())
+    np.testing.assert_array_equal(samples.rewards, draw(env, policy.reference()).rewards)
+    assert samples.kl == pytest.approx(0, abs=1e-6)
+    assert draw(env, policy).kl is None
+
+
+def test_the_scorers_features_tell_prompts_apart(emoji):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=5, model=emoji, reward="brightness")
+    policy, features = DenoisingPolicy(emoji), make_features("emoji_scorer")
+    samples = draw_samples(
+        env, policy, prompts=("a cat", "a frog"), samples_per_prompt=2, held_out=None, features=features
+    )
+    cosines = np.einsum("pkf,qlf->pqkl", samples.features, samples.features)
+    assert samples.held_out is None
+    assert cosines[0, 0].min() > cosines[0, 1].max()
