@@ -117,7 +117,7 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
     |---|---|---|
     | `model` | `"emoji"` | a name, a diffusers folder, a Hub id, or a loaded `DiffusionModel` |
     | `reward` | `"incompressibility"` | a name, `{name: weight}`, a `Reward`, or `f(images, prompts, metadata)` |
-    | `prompts` | the model's (`"simple_animals"`) | a name, a file, or a list of texts |
+    | `prompts` | the model's (`"simple_animals"`) | a name, a file, a list, or `{prompt: weight}` |
     | `num_steps` | `20` | actions per episode |
     | `device` | `"cpu"` | where the model runs |
     | `dtype` | `"float32"` | precision of latents and frozen denoiser |

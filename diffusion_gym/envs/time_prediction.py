@@ -303,7 +303,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     |---|---|---|
     | `model` | `"emoji"` | a name, a diffusers folder, a Hub id, or a loaded `DiffusionModel` |
     | `reward` | `"incompressibility"` | as in `DenoisingMDP-v0`; or `"reference_distance"` (−MSE to many steps) |
-    | `prompts` | the model's (`"simple_animals"`) | a name, a file, or a list of texts |
+    | `prompts` | the model's (`"simple_animals"`) | a name, a file, a list, or `{prompt: weight}` |
     | `max_steps` | `28` | the most actions of an episode |
     | `guidance_scale` | the model's | classifier-free guidance of the frozen denoiser |
     | `t_min` | 0.1; flow 0.01 | the noise ratio τ below which an episode ends |

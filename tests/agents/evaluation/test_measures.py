@@ -6,6 +6,7 @@ import torch
 import diffusion_gym  # noqa: F401
 from agents import DenoisingPolicy, evaluate
 from agents.evaluation.measures import draw_samples, latent_features, make_features
+from agents.seeding import derived_generator
 from diffusion_gym.models import load_model
 from diffusion_gym.prompts import PromptSet
 from diffusion_gym.rewards import CallableReward
@@ -77,14 +78,13 @@ def test_kl_is_that_along_the_path_of_each_prompts_first_image(mixture):
     policy = trained(mixture)
     reference = policy.reference()
     samples = draw(make_env(mixture, 6), policy, reference=reference)
-    from agents.seeding import derived_generator
-
     env = make_env(mixture, 1)
     for index, prompt in enumerate(samples.prompts):
         observation, info = env.reset(seed=index, options={"prompt": prompt})
         generator, total = derived_generator(index), 0.0
         while not info["ended"].all():
-            own, other = policy.distribution(observation), reference.distribution(observation)
+            with torch.no_grad():
+                own, other = policy.distribution(observation), reference.distribution(observation)
             if policy.scored(info).all():
                 difference = (own.mean - other.mean).double()
                 total += float((difference**2).sum() / (2 * own.std.double() ** 2))  # the variances are the same

@@ -1,0 +1,152 @@
+"""`python -m agents.evaluate`, from a run's folder to the page."""
+
+import html.parser
+import importlib
+import json
+import re
+import runpy
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.logger import configure
+
+import agents
+import diffusion_gym  # noqa: F401
+from agents import RLOO, Checkpoints, ContextFreeSchedule, DenoisingPolicy
+from agents.evaluation.command import main
+from agents.evaluation.curves import read_curves
+from agents.evaluation.runs import policy_folder
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects a page's links and text, and checks that its tags match."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.links, self.text = [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text.append(text)
+
+
+@pytest.fixture(scope="module")
+def run(emoji, tmp_path_factory):
+    """A run of the embedded model with a log and a callback's evaluations in it."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=2, num_steps=2, model=emoji, reward="brightness",
+                       prompts="emoji_objects", autoreset_mode="DISABLED")  # fmt: skip
+    policy = DenoisingPolicy(emoji, use_lora=True, seed=0)
+    learner = RLOO(policy, env, group_size=2, learning_rate=1e-2, seed=0)
+    learner.set_logger(configure(str(folder / "log"), ["tensorboard", "csv"]))
+    learner.learn(3 * 4, Checkpoints(folder, every=2))
+    learner.logger.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(run):
+    """What the command writes for it."""
+    main([str(run), "--samples-per-prompt", "2", "--max-prompts", "3", "--num-envs", "6", "--unseen", "emoji_animals"])
+    return run / "evaluation"
+
+
+def test_the_numbers_are_those_of_the_run(written):
+    results = json.loads((written / "results.json").read_text())
+    assert (results["algorithm"], results["reward"], results["held_out"]) == ("RLOO", "brightness", "emoji_alignment")
+    assert (results["num_steps"], results["reward_queries"]) == (2, 6)
+    trained, unseen = results["sets"]
+    assert [trained["name"], unseen["name"]] == ["emoji_objects", "emoji_animals"]
+    assert [trained["trained_on"], unseen["trained_on"]] == [True, False]
+    for one in (trained, unseen):
+        before, after = (np.array([row[key] for row in one["prompts"]]) for key in ("reward_before", "reward_after"))
+        assert before.shape == (3, 2)
+        assert one["reward"]["before"] == pytest.approx(before.mean(), abs=1e-6)
+        assert one["reward"]["gain"]["mean"] == pytest.approx((after - before).mean(), abs=1e-6)
+        assert one["kl"]["mean"] > 0
+        assert one["feature_distance"]["mean"] > 0
+    assert trained["carry_over"] is None
+    assert len(results["findings"]) == 2
+
+
+def test_the_page_is_whole_and_needs_nothing_else(written):
+    page = Reader((written / "index.html").read_text())
+    assert all(link.startswith("data:image/") for link in page.links)
+    assert len([link for link in page.links if link.startswith("data:image/png")]) == 2 * 2 * 3
+    assert len([link for link in page.links if link.startswith("data:image/svg")]) == 3
+    text = " ".join(page.text)
+    results = json.loads((written / "results.json").read_text())
+    assert all(row["prompt"] in text for one in results["sets"] for row in one["prompts"])
+    assert all(sentence in text for sentence in results["findings"])
+    assert not re.search(r"https?://(?!www\.w3\.org)", (written / "index.html").read_text())
+
+
+def test_prompts_are_shown_as_text_and_not_as_markup(run, tmp_path):
+    (tmp_path / "evil.txt").write_text('<script>alert("x")</script>\n"><img src=x>\n')
+    main([str(run), "--unseen", str(tmp_path / "evil.txt"), "--samples-per-prompt", "1", "--max-prompts", "2",
+          "--held-out", "none", "--output", str(tmp_path / "out")])  # fmt: skip
+    page = Reader((tmp_path / "out" / "index.html").read_text())
+    assert "script" not in page.open
+    assert '<script>alert("x")</script>' in page.text
+    assert all(link.startswith("data:") for link in page.links)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["sets"][1]["held_out"] is None
+
+
+def test_both_logs_say_the_same(run, tmp_path):
+    logs = [read_curves(tmp_path)]
+    for name in ("events.*", "progress.csv"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (file,) = (run / "log").glob(name)
+        (folder / file.name).write_bytes(file.read_bytes())
+        logs.append(read_curves(folder))
+    nothing, events, table = logs
+    assert nothing == {}
+    for name in ("rollout/ep_rew_mean", "train/grad_norm"):
+        np.testing.assert_array_equal(events[name][0], [2, 4, 6])
+        np.testing.assert_allclose(events[name][0], table[name][0])
+        np.testing.assert_allclose(events[name][1], table[name][1], rtol=1e-5)
+
+
+def test_runs_are_found_in_their_folders(run, tmp_path):
+    assert policy_folder(run).name == "iteration_00000003"
+    assert policy_folder(run / "iteration_00000002") == run / "iteration_00000002"
+    (tmp_path / "model").symlink_to(run / "iteration_00000003")
+    assert policy_folder(tmp_path) == tmp_path / "model"
+    with pytest.raises(FileNotFoundError, match=r"has no saved policy: expected policy\.json"):
+        policy_folder(tmp_path.parent)
+
+
+def test_what_a_run_does_not_say_is_asked_for(run, tmp_path, emoji):
+    DenoisingPolicy(emoji, use_lora=True).save(tmp_path)
+    with pytest.raises(SystemExit, match="does not say its reward: give --reward"):
+        main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="does not say its num_steps: give --num-steps"):
+        main([str(tmp_path), "--reward", "brightness"])
+    ContextFreeSchedule([0.5]).save(tmp_path)
+    with pytest.raises(ValueError, match="holds a ContextFreeSchedule: only a DenoisingPolicy"):
+        main([str(tmp_path), "--reward", "brightness"])
+
+
+def test_the_command_has_help_and_the_function_keeps_its_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("agents.evaluate", run_name="__main__")
+    assert ended.value.code == 0
+    assert "--held-out" in capsys.readouterr().out
+    with pytest.raises(ImportError, match="import evaluate from agents"):
+        importlib.import_module("agents.evaluate")
+    assert callable(agents.evaluate)
