@@ -55,7 +55,7 @@ def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: st
     if held_out is not None:
         kinds.append(("held_out", f"gain in {held_out} (held out)"))
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 0.75 + 0.42 * len(summaries)), layout="constrained")
+        figure = Figure(figsize=(11.5, 0.8 + 0.42 * len(summaries)), layout="constrained")
         rows = np.arange(len(summaries))[::-1]
         for number, (key, label) in enumerate(kinds):
             axes = figure.add_subplot(1, len(kinds), number + 1)
@@ -73,7 +73,7 @@ def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: st
 def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, held_out: str) -> str:
     """Return what each prompt gained in the reward over what it gained, or paid, in the held-out reward."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(11.5, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for comparison, colour in zip(comparisons, COLOURS, strict=False):
             gains, others = comparison.gains, comparison.held_out_gains
@@ -113,7 +113,7 @@ def training_chart(curves: Curves) -> str | None:
     if not shown:
         return None
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 2.6 * -(-len(shown) // 2)), layout="constrained")
+        figure = Figure(figsize=(11.5, 2.8 * -(-len(shown) // 2)), layout="constrained")
         for number, (label, name) in enumerate(shown):
             axes = figure.add_subplot(-(-len(shown) // 2), min(2, len(shown)), number + 1)
             x, y = curves[name]

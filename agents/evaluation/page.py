@@ -99,7 +99,7 @@ def _picture(pixels: np.ndarray) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".")
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def _signed(value: float) -> str:

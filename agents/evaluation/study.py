@@ -72,10 +72,18 @@ class Comparison:
             "feature_distance": _as_dict(mean_interval(distance_between(before.features, after.features))),
             "kl": None if after.kl is None else _as_dict(mean_interval(after.kl)),
             "over_optimised": self.is_over_optimised,
-            "prompts": [
-                {"prompt": prompt, "reward_before": old.tolist(), "reward_after": new.tolist()}
-                for prompt, old, new in zip(after.prompts, before.rewards, after.rewards, strict=True)
-            ],
+            "prompts": [{"prompt": prompt} | self._rewards(row) for row, prompt in enumerate(after.prompts)],
+        }
+
+    def _rewards(self, row: int) -> dict[str, list[float]]:
+        """Return the rewards of a prompt's images, [K] each."""
+        values = {"reward": (self.before.rewards, self.after.rewards)}
+        if self.before.held_out is not None and self.after.held_out is not None:
+            values["held_out"] = (self.before.held_out, self.after.held_out)
+        return {
+            f"{name}_{when}": one[row].tolist()
+            for name, both in values.items()
+            for when, one in zip(("before", "after"), both, strict=True)
         }
 
 

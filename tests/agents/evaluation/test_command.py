@@ -75,6 +75,7 @@ def test_the_numbers_are_those_of_the_run(written):
         before, after = (np.array([row[key] for row in one["prompts"]]) for key in ("reward_before", "reward_after"))
         assert before.shape == (3, 2)
         assert one["reward"]["before"] == pytest.approx(before.mean(), abs=1e-6)
+        assert one["held_out"]["after"] == pytest.approx(np.mean([row["held_out_after"] for row in one["prompts"]]))
         assert one["reward"]["gain"]["mean"] == pytest.approx((after - before).mean(), abs=1e-6)
         assert one["kl"]["mean"] > 0
         assert one["feature_distance"]["mean"] > 0
