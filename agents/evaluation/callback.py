@@ -45,7 +45,8 @@ class HeldOutEvaluation(BaseCallback):
         over_optimised: At how many evaluations in a row the training has over-optimised.
 
     Raises:
-        ValueError: an argument is out of its range, or there is only one prompt.
+        ValueError: an argument is out of its range, or there is only one prompt; or, when the training starts, the
+            environment's reward learns from what it judges.
     """
 
     def __init__(
@@ -98,6 +99,12 @@ class HeldOutEvaluation(BaseCallback):
         )
 
     def _on_training_start(self) -> None:
+        reward = self._algorithm.env.unwrapped.reward  # type: ignore[attr-defined]
+        if reward.state_dict():
+            raise ValueError(
+                f"the reward {reward.name!r} learns from what it judges, so evaluations would change it and could not "
+                "be compared: give it its statistics, Normalised(reward, mean=…, std=…)"
+            )
         self._reference = self._algorithm.policy.reference()
         self._pretrained = self._best = self._draw(self._reference, None)
         self._evaluated = 0

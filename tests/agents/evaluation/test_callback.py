@@ -8,6 +8,7 @@ from agents import DDPOIS, DenoisingPolicy, HeldOutEvaluation
 from agents.evaluation.measures import Samples
 from diffusion_gym.models import load_model
 from diffusion_gym.rewards import CallableReward
+from diffusion_gym.rewards.normalised import Normalised
 
 PER_ITERATION = 8 * 3
 
@@ -25,13 +26,13 @@ def mixture():
     return load_model("mixture")
 
 
-def make(model, *, learning_rate=1e-3):
+def make(model, *, learning_rate=1e-3, reward=lambda east: east):
     env = gym.make_vec(
         "DenoisingMDP-v0",
         num_envs=8,
         num_steps=3,
         model=model,
-        reward=CallableReward(lambda images, *_: model.positions(images)[:, 0], "east"),
+        reward=reward(CallableReward(lambda images, *_: model.positions(images)[:, 0], "east")),
         autoreset_mode="DISABLED",
     )
     learner = DDPOIS(
@@ -131,6 +132,15 @@ def test_a_real_training_is_stopped(mixture):
     learner.learn(60 * PER_ITERATION, callback)
     assert callback.over_optimised == 2
     assert learner.iteration < 60
+
+
+def test_a_reward_that_evaluations_would_change_is_refused(mixture):
+    learner, _ = make(mixture, reward=Normalised)
+    with pytest.raises(ValueError, match="'normalised_east' learns from what it judges"):
+        learner.learn(PER_ITERATION, HeldOutEvaluation(held_out(mixture)))
+    learner, _ = make(mixture, reward=lambda east: Normalised(east, mean=0.0, std=2.0))
+    learner.learn(PER_ITERATION, HeldOutEvaluation(held_out(mixture), stop=False))
+    assert learner.iteration == 1
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"patience": 0}, {"significance": 0.5}, {"samples_per_prompt": 0}])
