@@ -99,9 +99,13 @@ def record_hyperparameters(
 
 
 def environment_settings(env: RewardingEnv) -> dict[str, bool | int | float | str | None]:
-    """Return the scalars that an environment was made with, its number of lanes and its reward's name."""
+    """Return the scalars that an environment was made with, its number of lanes and its reward's name.
+
+    Prompts that were given, but not by a name or a file's, are None there.
+    """
     made_with = {} if env.spec is None else env.spec.kwargs
-    return {**_scalars(made_with), "num_envs": env.num_envs, "reward": env.reward.name}
+    prompts = {"prompts": None} if "prompts" in made_with else {}
+    return {**prompts, **_scalars(made_with), "num_envs": env.num_envs, "reward": env.reward.name}
 
 
 def _scalars(settings: Mapping[str, object]) -> dict[str, bool | int | float | str | None]:

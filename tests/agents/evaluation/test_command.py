@@ -18,6 +18,7 @@ from agents import RLOO, Checkpoints, ContextFreeSchedule, DenoisingPolicy
 from agents.evaluation.command import main
 from agents.evaluation.curves import read_curves
 from agents.evaluation.runs import policy_folder
+from agents.reports import environment_settings
 
 
 class Reader(html.parser.HTMLParser):
@@ -131,12 +132,25 @@ def test_runs_are_found_in_their_folders(run, tmp_path):
         policy_folder(tmp_path.parent)
 
 
+def test_a_run_says_how_its_environment_was_made(run, emoji):
+    state = json.loads((policy_folder(run) / "training_state.json").read_text())
+    said = {"reward": "brightness", "num_steps": 2, "num_envs": 2, "prompts": "emoji_objects"}
+    assert {name: state["environment"][name] for name in said} == said
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=2, model=emoji, prompts=["a cat", "a dog"])
+    assert environment_settings(env.unwrapped)["prompts"] is None
+    assert "prompts" not in environment_settings(gym.make_vec("DenoisingMDP-v0", num_envs=2, model=emoji).unwrapped)
+
+
 def test_what_a_run_does_not_say_is_asked_for(run, tmp_path, emoji):
     DenoisingPolicy(emoji, use_lora=True).save(tmp_path)
     with pytest.raises(SystemExit, match="does not say its reward: give --reward"):
         main([str(tmp_path)])
     with pytest.raises(SystemExit, match="does not say its num_steps: give --num-steps"):
         main([str(tmp_path), "--reward", "brightness"])
+    environment = {"reward": "brightness", "num_steps": 2, "prompts": None}  # a list, which no log keeps
+    (tmp_path / "training_state.json").write_text(json.dumps({"environment": environment}))
+    with pytest.raises(SystemExit, match="does not say its prompts: give --prompts"):
+        main([str(tmp_path)])
     ContextFreeSchedule([0.5]).save(tmp_path)
     with pytest.raises(ValueError, match="holds a ContextFreeSchedule: only a DenoisingPolicy"):
         main([str(tmp_path), "--reward", "brightness"])
