@@ -128,7 +128,7 @@ class Algorithm(SavedRun, ABC):
         if not trained:
             raise ValueError(f"{type(policy).__name__} has nothing to train")
         self.processes.join(trained)
-        self.optimizer = self.settings.optimizer(trained, self._current_learning_rate())
+        self.optimizer = self.settings.make_optimizer(trained, self._current_learning_rate())
         on_nonfinite, ema_decay = self.settings.on_nonfinite, self.settings.ema_decay
         self.guard = GradientGuard(policy.device, on_nonfinite=on_nonfinite, scale_losses=policy.needs_loss_scaling)
         self.average = None if ema_decay is None else WeightAverage(trained, ema_decay)

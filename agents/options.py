@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
+from .optimizers import MuonWithAdamW, adamw_class
 from .storage import Storage
 
 Schedule = Callable[[float], float]
@@ -14,11 +15,13 @@ OnNonfinite = Literal["raise", "skip"]
 LogXAxis = Literal["timesteps", "reward_queries"]
 RolloutDtype = Literal["float16", "bfloat16"]
 PromptSampling = Literal["random", "round_robin"]
+OptimizerName = Literal["adamw", "muon"]
 
 
 class Options(TypedDict, total=False):
     """The keywords that every algorithm takes; see `Settings`."""
 
+    optimizer: OptimizerName
     learning_rate: float | Schedule
     warmup_updates: int
     samples_per_epoch: int | None
@@ -47,7 +50,9 @@ class Settings:
     """What every algorithm can be told.
 
     Args:
-        learning_rate: AdamW's, or a function of the remaining progress (1 … 0).
+        optimizer: "adamw", as published, or "muon" (`agents.optimizers.MuonWithAdamW`), whose steps follow the
+            gradient's noise less far; the learning rates of the two compare only roughly.
+        learning_rate: The optimizer's, or a function of the remaining progress (1 … 0).
         warmup_updates: So many first updates have 1/n, 2/n … of the learning rate, for Adam knows little then of the
             gradient's size.
         samples_per_epoch: Images per rollout, of all processes together, a multiple of `env.num_envs` times their
@@ -84,6 +89,7 @@ class Settings:
         ValueError: a value is none of those that there are.
     """
 
+    optimizer: OptimizerName = "adamw"
     learning_rate: float | Schedule = 1e-5
     warmup_updates: int = 0
     samples_per_epoch: int | None = None
@@ -107,11 +113,18 @@ class Settings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        kinds = {"log_x_axis": LogXAxis, "rollout_dtype": RolloutDtype, "prompt_sampling": PromptSampling}
+        kinds = {
+            "log_x_axis": LogXAxis,
+            "rollout_dtype": RolloutDtype,
+            "prompt_sampling": PromptSampling,
+            "optimizer": OptimizerName,
+        }
         for name, kind in kinds.items():
             value = getattr(self, name)
             if value is not None and value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise ValueError(f'use_8bit_adam goes with optimizer="adamw", got {self.optimizer!r}')
         if self.warmup_updates < 0:
             raise ValueError(f"warmup_updates must be at least 0, got {self.warmup_updates}")
 
@@ -127,31 +140,20 @@ class Settings:
             None if self.rollout_dtype is None else getattr(torch, self.rollout_dtype),
         )
 
-    def optimizer(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.AdamW:
-        """Return AdamW over some parameters: torch's, or bitsandbytes' with 8-bit states.
+    def make_optimizer(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+        """Return the optimizer of some parameters.
 
         Raises:
-            ImportError: bitsandbytes is missing.
+            ImportError: bitsandbytes is missing, or torch is too old for Muon.
         """
-        return adamw_class(use_8bit_adam=self.use_8bit_adam)(
+        if self.optimizer == "muon":
+            kind: Callable[..., torch.optim.Optimizer] = MuonWithAdamW
+        else:
+            kind = adamw_class(use_8bit_adam=self.use_8bit_adam)
+        return kind(
             parameters,
             lr=learning_rate,
             betas=(self.adam_beta1, self.adam_beta2),
             weight_decay=self.adam_weight_decay,
             eps=self.adam_epsilon,
         )
-
-
-def adamw_class(*, use_8bit_adam: bool) -> type[torch.optim.AdamW]:
-    """Return torch's AdamW, or bitsandbytes' with 8-bit states.
-
-    Raises:
-        ImportError: bitsandbytes is missing.
-    """
-    if not use_8bit_adam:
-        return torch.optim.AdamW
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ImportError("use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
-    return AdamW8bit
