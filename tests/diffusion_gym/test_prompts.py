@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import sys
 
@@ -125,7 +124,6 @@ def test_tables_without_prompts_are_refused(tmp_path):
         make_prompts(tmp_path / "p.csv")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra `datasets` is not installed")
 @pytest.mark.filterwarnings("default")
 def test_datasets_are_read_by_the_real_library(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
