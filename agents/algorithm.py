@@ -308,6 +308,7 @@ class Algorithm(SavedRun, ABC):
             after_step=after_step,
             max_images=_LOGGED_IMAGES,
             storage=self.storage,
+            async_rewards=self.settings.async_rewards,
         )
         stopped, taken = self.processes.totals(rollout is None, taken)
         self.num_timesteps = before + taken

@@ -28,6 +28,7 @@ class Options(TypedDict, total=False):
     batch_size: int | None
     group_size: int
     prompt_sampling: PromptSampling
+    async_rewards: bool
     micro_batch_size: int | None
     rollout_device: str | None
     rollout_dtype: RolloutDtype | None
@@ -64,6 +65,10 @@ class Settings:
             of the embedded model's: three times the variance), whose mean groups tell from the first rollout on.
         prompt_sampling: "random": the prompt of each image, or group, is drawn for itself, as the prompt set's weights
             say. "round_robin": all prompts in turn, in an order that is shuffled anew for every pass over them.
+        async_rewards: Compute rewards in a thread while the next images of the rollout are drawn, where
+            `samples_per_epoch` is several times `env.num_envs`: for rewards that are waited for, another machine's or
+            another device's. The rollout is the same; `time/reward_seconds` is then the decoding, and the rest of the
+            rollout what the rewards did not hide behind.
         micro_batch_size: Transitions per forward and backward pass of a process; None: `env.num_envs`. Only memory and
             speed depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
         rollout_device: Where to keep the rollout's latents and features, such as "cpu"; None: on the policy's device.
@@ -96,6 +101,7 @@ class Settings:
     batch_size: int | None = None
     group_size: int = 1
     prompt_sampling: PromptSampling = "random"
+    async_rewards: bool = False
     micro_batch_size: int | None = None
     rollout_device: str | None = None
     rollout_dtype: RolloutDtype | None = None

@@ -1,6 +1,8 @@
 """Whole episodes of a vector environment, stored time-major, collected through the Gymnasium API alone."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +111,7 @@ class _Batch:
     scored: list[np.ndarray] = field(default_factory=list)
     rewards: list[Tensor] = field(default_factory=list)
     finals: dict[str, Tensor] = field(default_factory=dict)
+    pending: list[tuple[int, np.ndarray, Future[tuple[Tensor, dict[str, Any]]]]] = field(default_factory=list)
 
     def finish(self, ended: np.ndarray, info: Mapping[str, Any]) -> None:
         """Keep what the last step's info says of the lanes that it ended."""
@@ -117,6 +120,15 @@ class _Batch:
                 mask = torch.from_numpy(ended).to(values.device).reshape(-1, *[1] * (values.ndim - 1))
                 known = self.finals.get(key)
                 self.finals[key] = values if known is None else torch.where(mask, values, known)
+        if "pending_rewards" in info:
+            self.pending.append((len(self.rewards) - 1, ended, info["pending_rewards"]))
+
+    def wait(self) -> None:
+        """Wait for the rewards that are still computed."""
+        for step, ended, future in self.pending:
+            rewards, named = future.result()
+            self.rewards[step] = self.rewards[step] + rewards
+            self.finish(ended, named)
 
 
 @torch.no_grad()
@@ -132,6 +144,7 @@ def collect(
     after_step: Callable[[int], bool] | None = None,
     max_images: int = 16,
     storage: Storage | None = None,
+    async_rewards: bool = False,
 ) -> Rollout | None:
     """Return one episode of every lane for each seed.
 
@@ -152,6 +165,7 @@ def collect(
             collection.
         max_images: How many images to keep.
         storage: How latents and features are kept; None: as they come.
+        async_rewards: Compute the rewards of what one seed gave in a thread while the next one's is drawn.
 
     Returns:
         The rollout; None if `after_step` stopped it.
@@ -167,12 +181,16 @@ def collect(
     each = [options] * len(seeds) if options is None or isinstance(options, Mapping) else options
     drawn_from = generators if isinstance(generators, Sequence) else [generators] * len(seeds)
     batches = []
-    for seed, reset_options, draws in zip(seeds, each, drawn_from, strict=True):
-        observation, info = env.reset(seed=seed, options=reset_options)  # type: ignore[arg-type]
-        batch = _run(env, policy, observation, info, draws, deterministic, reduction, after_step, storage)
-        if batch is None:
-            return None
-        batches.append(batch)
+    deferred = env.unwrapped.deferred_rewards() if async_rewards else contextlib.nullcontext()  # type: ignore[attr-defined]
+    with deferred:
+        for seed, reset_options, draws in zip(seeds, each, drawn_from, strict=True):
+            observation, info = env.reset(seed=seed, options=reset_options)  # type: ignore[arg-type]
+            batch = _run(env, policy, observation, info, draws, deterministic, reduction, after_step, storage)
+            if batch is None:
+                return None
+            batches.append(batch)
+        for batch in batches:
+            batch.wait()
     return _assemble(batches, max_images, storage)
 
 

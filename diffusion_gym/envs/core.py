@@ -3,11 +3,13 @@
 It works on torch tensors on one device; `single.py` shows one lane of it as a numpy environment.
 """
 
+import contextlib
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any, TypedDict
 
 import gymnasium as gym
@@ -141,6 +143,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             self.model, self.prompts, num_envs=num_envs, negative_prompt=negative_prompt, dtype=self.dtype
         )
         self._started = False
+        self._rewarder: ThreadPoolExecutor | None = None
         self.reward_seconds = 0.0
 
     # ------------------------------------------------------------------ what an environment has to provide
@@ -170,13 +173,14 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     def _prepare(self) -> None:
         """Do what is to be done before the lanes are observed; called once in a step, and in a reset."""
 
-    def _evaluate(self, images: Tensor, lanes: np.ndarray) -> RewardOutput:
-        """Return the raw rewards of the lanes' final images [k, 3, H, W]."""
-        texts, metadata = self._lanes.texts, self._lanes.prompt_metadata
-        return self.reward(images, [texts[lane] for lane in lanes], [metadata[lane] for lane in lanes])
+    def _judge(self, lanes: np.ndarray) -> Callable[[Tensor], RewardOutput]:
+        """Return what gives the lanes' final images [k, 3, H, W] their raw rewards, wherever the lanes are by then."""
+        texts = [self._lanes.texts[lane] for lane in lanes]
+        metadata = [self._lanes.prompt_metadata[lane] for lane in lanes]
+        return lambda images: self.reward(images, texts, metadata)
 
-    def _shape(self, values: Tensor, lanes: np.ndarray) -> Tensor:
-        """Return what the lanes earn for their raw rewards, [k]."""
+    def _shape(self, values: Tensor, num_steps: Tensor) -> Tensor:
+        """Return what lanes earn for their raw rewards after so many steps, [k]."""
         return values
 
     # ------------------------------------------------------------------ spaces
@@ -288,6 +292,24 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             images[lanes] = finals
         return tuple(to_uint8(images).numpy())
 
+    def deferred_rewards(self) -> contextlib.AbstractContextManager[None]:
+        """Compute rewards in a thread within the block, for callers that know to wait for them.
+
+        Where lanes end, `step` then returns rewards of 0 for them, and the info of their last step has, in the place of
+        their rewards by name, `pending_rewards`: a future of both. A reward that learns sees images in the same order.
+        `reward_seconds` counts the decoding alone.
+        """
+        return self._deferring()
+
+    @contextlib.contextmanager
+    def _deferring(self) -> Iterator[None]:
+        self._rewarder = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        try:
+            yield
+        finally:
+            self._rewarder.shutdown(cancel_futures=True)
+            self._rewarder = None
+
     def close_extras(self, **kwargs: object) -> None:
         """Let go of the lanes' tensors."""
         self._lanes.release()
@@ -338,18 +360,38 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             raise InvalidAction(f"the actions of lanes {bad} were NaN or infinite in the episode that has just ended")
         began = time.perf_counter()
         images = self.model.decode(self._lanes.latents[index])
-        output = self._evaluate(images, lanes)
-        finite = self._read_flag(torch.isfinite(output.values).all())
-        self.reward_seconds += time.perf_counter() - began
-        if not finite:
-            raise ValueError(f"the reward {self.reward.name!r} returned NaN or infinity: {output.values.tolist()}")
         self._lanes.final_images = (index, images)
-        scores: dict[str, Any] = {}
-        for key, values in {self.reward.name: output.values, **output.extras}.items():
-            scores |= {f"reward/{key}": rewards.index_copy(0, index, values.float()), f"_reward/{key}": ended.copy()}
+        num_steps = self._to_device(self._lanes.step[lanes])
+        compute = partial(self._rewarded, self._judge(lanes), images, num_steps, index=index, ended=ended.copy())
         empty = images.new_zeros((self.num_envs, *images.shape[1:]))
-        scores |= {"images": empty.index_copy(0, index, images), "_images": ended.copy()}
-        return rewards.index_copy(0, index, self._shape(output.values.float(), lanes)), scores
+        scores: dict[str, Any] = {"images": empty.index_copy(0, index, images), "_images": ended.copy()}
+        if self._rewarder is None:
+            rewards, named = compute()
+            scores |= named
+        else:
+            scores["pending_rewards"] = self._rewarder.submit(compute)
+        self.reward_seconds += time.perf_counter() - began
+        return rewards, scores
+
+    @torch.no_grad()
+    def _rewarded(
+        self,
+        judge: Callable[[Tensor], RewardOutput],
+        images: Tensor,
+        num_steps: Tensor,
+        *,
+        index: Tensor,
+        ended: np.ndarray,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the rewards of all lanes, and what to report of those that ended, whose images these are."""
+        output = judge(images)
+        if not self._read_flag(torch.isfinite(output.values).all()):
+            raise ValueError(f"the reward {self.reward.name!r} returned NaN or infinity: {output.values.tolist()}")
+        rewards = torch.zeros(self.num_envs, device=self.device)
+        named: dict[str, Any] = {}
+        for key, values in {self.reward.name: output.values, **output.extras}.items():
+            named |= {f"reward/{key}": rewards.index_copy(0, index, values.float()), f"_reward/{key}": ended}
+        return rewards.index_copy(0, index, self._shape(output.values.float(), num_steps)), named
 
     def _read_flag(self, flag: Tensor) -> bool:
         """Read a boolean from the device: waits for it."""

@@ -1,5 +1,8 @@
 """The time-prediction MDP: the action is the next diffusion time."""
 
+import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -229,18 +232,25 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         return self._to_device(mask).reshape(-1, 1, 1, 1)
 
     # ------------------------------------------------------------------ rewards
-    def _evaluate(self, images: Tensor, lanes: np.ndarray) -> RewardOutput:
+    def _judge(self, lanes: np.ndarray) -> Callable[[Tensor], RewardOutput]:
         if not isinstance(self.reward, ReferenceDistance):
-            return super()._evaluate(images, lanes)
+            return super()._judge(lanes)
         index = self._to_device(lanes)
-        conditioning = {key: value[index] for key, value in self._lanes.conditioning().items()}
-        texts = [self._lanes.texts[lane] for lane in lanes]
-        return self.reward.distance(
-            self.model, images, latents=self._noise[index], conditioning=conditioning, prompts=texts
+        return partial(
+            self.reward.distance,
+            self.model,
+            latents=self._noise[index],
+            conditioning={key: value[index] for key, value in self._lanes.conditioning().items()},
+            prompts=[self._lanes.texts[lane] for lane in lanes],
         )
 
-    def _shape(self, values: Tensor, lanes: np.ndarray) -> Tensor:
-        return self._step_cost(values, self._to_device(self._lanes.step[lanes]))
+    def deferred_rewards(self) -> contextlib.AbstractContextManager[None]:
+        """As in the base; but the distance to a reference is computed at once: it asks the denoiser that lanes ask."""
+        is_reference = isinstance(self.reward, ReferenceDistance)
+        return contextlib.nullcontext() if is_reference else super().deferred_rewards()
+
+    def _shape(self, values: Tensor, num_steps: Tensor) -> Tensor:
+        return self._step_cost(values, num_steps)
 
     def close_extras(self, **kwargs: object) -> None:
         """Let go of the lanes' tensors."""
