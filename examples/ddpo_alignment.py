@@ -109,6 +109,7 @@ def make_algorithm(args: Training, env: gym.vector.VectorEnv, policy: DenoisingP
         batch_size=args.batch_size,
         per_prompt_buffer_size=32,
         per_prompt_min_count=16,
+        async_rewards=True,
         tensorboard_log=log,
         seed=args.seed,
     )

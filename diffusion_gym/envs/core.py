@@ -4,13 +4,12 @@ It works on torch tensors on one device; `single.py` shows one lane of it as a n
 """
 
 import contextlib
-import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any, TypedDict
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -21,68 +20,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from ..models.base import DiffusionModel, load_model, to_dtype
-from ..prompts import PromptSet, make_prompts
-from ..rewards import Reward, RewardOutput, make_reward, to_uint8
+from ..prompts import make_prompts
+from ..rewards import RewardOutput, make_reward, to_uint8
 from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
+from .options import ModelSource, PromptSource, RewardSource, resolve_model, to_autoreset_mode
 
 Observation = dict[str, Tensor]
-ModelSource = str | os.PathLike[str] | DiffusionModel
-PromptSource = str | os.PathLike[str] | Sequence[str] | Mapping[str, float] | PromptSet | None
-RewardSource = str | Reward | Mapping[str, float]
 
 _OBSERVED_BYTES_LIMIT = 1_000_000
-
-
-def to_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    """Return Gymnasium's autoreset mode of its value ("SameStep"), its name ("SAME_STEP") or itself.
-
-    Raises:
-        ValueError: there is no such mode.
-    """
-    for known in AutoresetMode:
-        if mode in (known, known.value, known.name):
-            return known
-    raise ValueError(f"autoreset_mode must be one of {[known.name for known in AutoresetMode]}, got {mode!r}")
-
-
-def _resolve_model(
-    model: ModelSource, *, device: str | torch.device | None, dtype: str | torch.dtype | None, image_size: int | None
-) -> DiffusionModel:
-    """Load a model, or check that a loaded one is what the other arguments ask for."""
-    if not isinstance(model, DiffusionModel):
-        return load_model(model, device=device or "cpu", dtype=dtype or "float32", image_size=image_size)
-    wanted = {
-        "device": (None if device is None else torch.device(device), model.device),
-        "dtype": (None if dtype is None else to_dtype(dtype), model.dtype),
-        "image_size": (image_size, model.image_shape[1]),
-    }
-    for name, (asked, loaded) in wanted.items():
-        if asked is not None and asked != loaded:
-            raise ValueError(
-                f"{name}={asked} differs from the loaded model's {loaded}: leave it out, or load_model anew"
-            )
-    return model
-
-
-class EnvOptions(TypedDict, total=False):
-    """The keywords that every environment takes, single or vector; see `DenoisingEnv`."""
-
-    model: ModelSource
-    reward: RewardSource
-    prompts: PromptSource
-    device: str | torch.device | None
-    dtype: str | torch.dtype | None
-    image_size: int | None
-    negative_prompt: str
-    observe_embeds: bool | None
-    render_mode: str | None
-
-
-class VectorEnvOptions(EnvOptions, total=False):
-    """Those of a vector environment."""
-
-    autoreset_mode: AutoresetMode | str
 
 
 class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
@@ -127,7 +72,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
         self.num_envs = num_envs
         self.reward = make_reward(reward)
-        self.model = _resolve_model(model, device=device, dtype=dtype, image_size=image_size)
+        self.model = resolve_model(model, device=device, dtype=dtype, image_size=image_size)
         self.prompts = make_prompts(self.model.default_prompts if prompts is None else prompts)
         self.device, self.dtype = self.model.device, self._dtype()
         self.negative_prompt = negative_prompt

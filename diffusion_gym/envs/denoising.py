@@ -10,7 +10,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .core import DiffusionVectorEnv, EnvOptions, VectorEnvOptions
+from .core import DiffusionVectorEnv
+from .options import EnvOptions, VectorEnvOptions
 from .single import DiffusionEnv
 
 

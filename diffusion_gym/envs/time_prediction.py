@@ -16,7 +16,8 @@ from typing_extensions import Unpack
 from ..grids import MAX_RATIO, MIN_RATIO
 from ..rewards import RewardOutput
 from ..transitions import ddim_transition
-from .core import DiffusionVectorEnv, EnvOptions, Observation, VectorEnvOptions
+from .core import DiffusionVectorEnv, Observation
+from .options import EnvOptions, VectorEnvOptions
 from .reference import REFERENCE_DISTANCE, ReferenceDistance
 from .single import DiffusionEnv
 from .step_cost import StepCost, StepCostName

@@ -1,0 +1,71 @@
+"""What environments can be told, and what is made of it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+import torch
+from gymnasium.vector import AutoresetMode
+
+from ..models.base import DiffusionModel, load_model, to_dtype
+from ..prompts import PromptSet
+from ..rewards import Reward
+
+ModelSource = str | os.PathLike[str] | DiffusionModel
+PromptSource = str | os.PathLike[str] | Sequence[str] | Mapping[str, float] | PromptSet | None
+RewardSource = str | Reward | Mapping[str, float]
+
+
+def to_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    """Return Gymnasium's autoreset mode of its value ("SameStep"), its name ("SAME_STEP") or itself.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    for known in AutoresetMode:
+        if mode in (known, known.value, known.name):
+            return known
+    raise ValueError(f"autoreset_mode must be one of {[known.name for known in AutoresetMode]}, got {mode!r}")
+
+
+def resolve_model(
+    model: ModelSource, *, device: str | torch.device | None, dtype: str | torch.dtype | None, image_size: int | None
+) -> DiffusionModel:
+    """Return the model, loaded; or, checked, a loaded one.
+
+    Raises:
+        ValueError: the loaded one is not what the other arguments ask for.
+    """
+    if not isinstance(model, DiffusionModel):
+        return load_model(model, device=device or "cpu", dtype=dtype or "float32", image_size=image_size)
+    wanted = {
+        "device": (None if device is None else torch.device(device), model.device),
+        "dtype": (None if dtype is None else to_dtype(dtype), model.dtype),
+        "image_size": (image_size, model.image_shape[1]),
+    }
+    for name, (asked, loaded) in wanted.items():
+        if asked is not None and asked != loaded:
+            raise ValueError(
+                f"{name}={asked} differs from the loaded model's {loaded}: leave it out, or load_model anew"
+            )
+    return model
+
+
+class EnvOptions(TypedDict, total=False):
+    """The keywords that every environment takes, single or vector; see `DenoisingEnv`."""
+
+    model: ModelSource
+    reward: RewardSource
+    prompts: PromptSource
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    image_size: int | None
+    negative_prompt: str
+    observe_embeds: bool | None
+    render_mode: str | None
+
+
+class VectorEnvOptions(EnvOptions, total=False):
+    """Those of a vector environment."""
+
+    autoreset_mode: AutoresetMode | str
