@@ -27,10 +27,10 @@ import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, evaluate
 from agents.algorithm import Algorithm
 
-_POLICY_GRADIENT = {"learning_rate": 2e-4, "step_weights": "inverse_sensitivity"}
+_POLICY_GRADIENT = {"learning_rate": 1e-3, "step_weights": "inverse_sensitivity"}
 _DDPO = {"per_prompt_min_count": 4, "center_advantages": True}
-_GROUPS = {"same_noise": False, "advantage_scale": "rollout"}
-_FORWARD = {"learning_rate": 1e-4, "n_epochs": 1, "noise_draws": 10}
+_GROUPS = {"same_noise": True, "advantage_scale": "rollout"}
+_FORWARD = {"learning_rate": 1e-4, "noise_draws": 10}
 _ALGORITHMS: Mapping[str, tuple[Callable[..., Algorithm], Mapping[str, Any]]] = {
     "DDPO-IS": (DDPOIS, _POLICY_GRADIENT | _DDPO),
     "DDPO-SF": (DDPOSF, _POLICY_GRADIENT | _DDPO),
@@ -39,9 +39,10 @@ _ALGORITHMS: Mapping[str, tuple[Callable[..., Algorithm], Mapping[str, Any]]] = 
     "RWR": (RWR, _FORWARD | {"per_prompt": True}),
     "RWR-sparse": (RWR, _FORWARD | {"per_prompt": True, "best_share": 0.25}),
     "NFT": (DiffusionNFT, _FORWARD | {"per_prompt_buffer_size": 8}),
-    "DDPO-IS, equal steps": (DDPOIS, _POLICY_GRADIENT | _DDPO | {"step_weights": "equal"}),
+    "DDPO-IS, plain": (DDPOIS, _DDPO | {"optimizer": "adamw", "learning_rate": 2e-4}),
 }
-"""Each algorithm's class and settings; IS makes two updates of each rollout, the others one."""
+"""Each algorithm's class and settings; IS makes two updates of each rollout, the others one. The policy gradients learn
+from the first steps alone, with Muon; the last line is the control: all steps, as they are, with AdamW."""
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Args:
     """Of them, images of one prompt."""
     num_steps: int = 10
     """Denoising steps per image."""
+    noisy_steps: int = 4
+    """The first of them, which policy gradients make stochastic in training and learn from."""
     quick: bool = False
     """RLOO and RWR with one seed and 512 images."""
     output: Path = Path("runs/compare_algorithms")
@@ -79,10 +82,14 @@ def make_algorithm(name: str, env: VectorEnv, seed: int, args: Args) -> Algorith
     options = {
         "group_size": args.group_size,
         "samples_per_epoch": args.num_envs,
+        "prompt_sampling": "round_robin",
+        "optimizer": "muon",
         "warmup_updates": 4,
         "seed": seed,
         **own,
     }
+    if "step_weights" in own:
+        options |= {"sde_window": args.noisy_steps, "sde_window_range": (0, args.noisy_steps)}
     if name.startswith("DDPO-IS"):
         options["batch_size"] = args.num_envs // 2
     return algorithm(policy, env, **options)

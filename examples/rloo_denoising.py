@@ -25,7 +25,7 @@ class Args:
 
     reward: str = "incompressibility"
     """A reward's name."""
-    updates: int = 8
+    updates: int = 10
     """Rollouts to learn from, one update each."""
     num_envs: int = 64
     """Images drawn together."""
@@ -33,8 +33,10 @@ class Args:
     """Of them, samples of one prompt."""
     num_steps: int = 10
     """Denoising steps per image."""
-    learning_rate: float = 2e-4
-    """AdamW's, after a warm-up over four updates."""
+    noisy_steps: int = 4
+    """The first of them, which are stochastic in training and learnt from; in the evaluation all are stochastic."""
+    learning_rate: float = 1e-3
+    """Muon's, after a warm-up over four updates."""
     num_eval: int = 128
     """Held-out images before and after; a multiple of num_envs."""
     seed: int = 0
@@ -58,9 +60,13 @@ def main() -> None:
         policy,
         env,
         group_size=args.group_size,
-        same_noise=False,
+        prompt_sampling="round_robin",
+        same_noise=True,
         advantage_scale="rollout",
+        sde_window=args.noisy_steps,
+        sde_window_range=(0, args.noisy_steps),
         step_weights="inverse_sensitivity",
+        optimizer="muon",
         learning_rate=args.learning_rate,
         warmup_updates=4,
         tensorboard_log=str(args.output / "tensorboard"),

@@ -43,12 +43,12 @@ SHORT = {
     ],
     "ddpo_aesthetic.py": [*SMALL_STABLE_DIFFUSION, "--clip", "clip", "--head", "head.safetensors"],
     "rloo_denoising.py": [
-        "--updates", "1", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--num-eval", "4",
-        "--output", "OUTPUT",
+        "--updates", "1", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--noisy-steps", "1",
+        "--num-eval", "4", "--output", "OUTPUT",
     ],
     "compare_algorithms.py": [
-        "--reward-queries", "8", "--num-envs", "4", "--group-size", "4", "--num-steps", "2", "--num-eval", "4",
-        "--eval-every", "4", "--seeds", "0", "--output", "OUTPUT",
+        "--reward-queries", "8", "--num-envs", "4", "--group-size", "4", "--num-steps", "2", "--noisy-steps", "1",
+        "--num-eval", "4", "--eval-every", "4", "--seeds", "0", "--output", "OUTPUT",
     ],
 }  # fmt: skip
 
