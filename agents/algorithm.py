@@ -166,6 +166,9 @@ class Algorithm(SavedRun, ABC):
         """The policy that rollouts are collected with: the one that is trained, unless an algorithm says otherwise."""
         return self.policy
 
+    def _prepare_rollout(self) -> None:
+        """Set up what a rollout is collected with; callbacks at its start see the policy without it."""
+
     # ------------------------------------------------------------------ SB3's interface
     @property
     def device(self) -> torch.device:
@@ -292,6 +295,7 @@ class Algorithm(SavedRun, ABC):
             return callbacks.on_step()
 
         callbacks.on_rollout_start()
+        self._prepare_rollout()
         batches = self.processes.share(self.samples_per_epoch // self.env.num_envs)
         starts = [self._start(batch) for batch in batches]
         rollout = collect(

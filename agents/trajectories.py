@@ -204,13 +204,12 @@ class TrajectoryAlgorithm(Algorithm):
         return low, high
 
     def _collect(self, callbacks: Any) -> Rollout | None:
-        self._place_window()
         rollout = super()._collect(callbacks)
         if rollout is None:
             self._lift_window()
         return rollout
 
-    def _place_window(self) -> None:
+    def _prepare_rollout(self) -> None:
         if self.sde_window is not None:
             assert isinstance(self.policy, DenoisingPolicy)
             low, high = self.sde_window_range

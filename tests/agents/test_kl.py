@@ -5,6 +5,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
@@ -265,6 +266,21 @@ def test_outside_of_its_rollouts_a_policy_has_no_window(mixture, tmp_path):
     assert learner.policy.sde_window is None
     learner.save(tmp_path / "run")
     assert RLOO.load(tmp_path / "run", learner.env).sde_window == 1
+
+
+def test_callbacks_at_the_start_of_a_rollout_evaluate_the_policy_without_a_window(mixture):
+    seen = []
+
+    class Watch(BaseCallback):
+        def _on_rollout_start(self):
+            seen.append(self.model.policy.sde_window)
+
+        def _on_step(self):
+            return True
+
+    learner = learner_on(mixture, sde_window=1)
+    learner.learn(2 * learner.samples_per_epoch * learner.env.unwrapped.num_steps, Watch(), log_interval=0)
+    assert seen == [None, None]
 
 
 def test_the_ratio_is_one_within_a_window(mixture, tmp_path):

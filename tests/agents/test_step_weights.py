@@ -71,7 +71,7 @@ def test_a_deterministic_step_is_infinitely_loud(mixture):
 @pytest.mark.parametrize("window", [None, 2])
 def test_weights_undo_the_sensitivity_where_there_is_a_density(mixture, window):
     learner = make(RLOO, mixture, sde_window=window)
-    learner._place_window()
+    learner._prepare_rollout()
     rollout = collect(learner.env, learner.policy, seeds=[0])
     weights = learner.weights_of_steps(rollout)
     scored = torch.from_numpy(rollout.scored)
