@@ -57,13 +57,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
         own = self.param_groups[0]["params"]
         self._matrices = {one: nn.Parameter(one.detach().flatten(1).clone()) for one in own if one.ndim >= 2}
-        matrices, others = list(self._matrices.values()), [one for one in own if one.ndim < 2]
-        self._parts: list[torch.optim.Optimizer] = []
-        if matrices:
+        self._parts: list[tuple[torch.optim.Optimizer, list[int]]] = []
+        if self._matrices:
             scale: dict[str, Any] = {"momentum": betas[0], "adjust_lr_fn": "match_rms_adamw"}
-            self._parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, **scale))
-        if others:
-            self._parts.append(torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+            muon = torch.optim.Muon(self._matrices.values(), lr=lr, weight_decay=weight_decay, **scale)
+            self._parts.append((muon, [place for place, one in enumerate(own) if one.ndim >= 2]))
+        if others := [one for one in own if one.ndim < 2]:
+            adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+            self._parts.append((adamw, [place for place, one in enumerate(own) if one.ndim < 2]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -71,7 +72,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for parameter, matrix in self._matrices.items():
             matrix.copy_(parameter.flatten(1))
             matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
-        for part in self._parts:
+        for part, _ in self._parts:
             part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
             part.step()
         for parameter, matrix in self._matrices.items():
@@ -79,18 +80,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both, by the parameters' places."""
-        states = {parameter: part.state[parameter] for part in self._parts for parameter in part.state}
-        own = [self._matrices.get(parameter, parameter) for parameter in self.param_groups[0]["params"]]
-        groups = [{**self.param_groups[0], "params": list(range(len(own)))}]
-        return {"state": {k: states[one] for k, one in enumerate(own) if one in states}, "param_groups": groups}
+        parts = [(part.state_dict()["state"], places) for part, places in self._parts]
+        groups = [{**self.param_groups[0], "params": list(range(len(self.param_groups[0]["params"])))}]
+        return {
+            "state": {places[k]: one for state, places in parts for k, one in state.items()},
+            "param_groups": groups,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.param_groups[0]["lr"] = state_dict["param_groups"][0]["lr"]
-        own = [self._matrices.get(parameter, parameter) for parameter in self.param_groups[0]["params"]]
-        for part in self._parts:
-            mine = part.param_groups[0]["params"]
-            places = [k for k, one in enumerate(own) if any(one is other for other in mine)]
-            order = {place: index for index, place in enumerate(places)}
-            state = {order[k]: dict(value) for k, value in state_dict["state"].items() if k in order}
-            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+        state = state_dict["state"]
+        for part, places in self._parts:
+            own = {k: state[place] for k, place in enumerate(places) if place in state}
+            part.load_state_dict({**part.state_dict(), "state": own})

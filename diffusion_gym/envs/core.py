@@ -237,17 +237,14 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             images[lanes] = finals
         return tuple(to_uint8(images).numpy())
 
-    def deferred_rewards(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def deferred_rewards(self) -> Iterator[None]:
         """Compute rewards in a thread within the block, for callers that know to wait for them.
 
         Where lanes end, `step` then returns rewards of 0 for them, and the info of their last step has, in the place of
         their rewards by name, `pending_rewards`: a future of both. A reward that learns sees images in the same order.
         `reward_seconds` counts the decoding alone.
         """
-        return self._deferring()
-
-    @contextlib.contextmanager
-    def _deferring(self) -> Iterator[None]:
         self._rewarder = ThreadPoolExecutor(1, thread_name_prefix="reward")
         try:
             yield

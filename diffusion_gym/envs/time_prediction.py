@@ -1,7 +1,7 @@
 """The time-prediction MDP: the action is the next diffusion time."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -245,10 +245,12 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
             prompts=[self._lanes.texts[lane] for lane in lanes],
         )
 
-    def deferred_rewards(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def deferred_rewards(self) -> Iterator[None]:
         """As in the base; but the distance to a reference is computed at once: it asks the denoiser that lanes ask."""
         is_reference = isinstance(self.reward, ReferenceDistance)
-        return contextlib.nullcontext() if is_reference else super().deferred_rewards()
+        with contextlib.nullcontext() if is_reference else super().deferred_rewards():
+            yield
 
     def _shape(self, values: Tensor, num_steps: Tensor) -> Tensor:
         return self._step_cost(values, num_steps)

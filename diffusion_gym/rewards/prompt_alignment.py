@@ -15,7 +15,7 @@ QUESTION = "Answer concisely: what is going on in this image?"
 REFERENCE = "The image contains {prompt}"
 
 
-class PromptAlignment(ModelReward):
+class PromptAlignment(ModelReward[Llava]):
     """The DDPO paper's alignment reward: the BERTScore recall of LLaVA's description against the prompt.
 
     With the defaults LLaVA-1.5-13B takes 26 GB in half precision and DeBERTa 3 GB, and LLaVA writes up to 64 tokens for
@@ -84,7 +84,6 @@ class PromptAlignment(ModelReward):
 
     def describe(self, images: Tensor) -> list[str]:
         """Return what LLaVA says of images [B, 3, H, W] in [0, 1]."""
-        assert isinstance(self.network, Llava)
         return self.network.answer(images, [self.question] * len(images))
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:  # noqa: D102

@@ -10,7 +10,7 @@ from .llava import LLAVA_13B, Llava
 from .model_based import ModelReward
 
 
-class StrictVQA(ModelReward):
+class StrictVQA(ModelReward[Llava]):
     """The share of a prompt's questions that LLaVA answers rightly: the answer occurs, as spelled, in what it says.
 
     r = mean_i [answer_i in response_i]
@@ -60,9 +60,8 @@ class StrictVQA(ModelReward):
             for prompt, of_prompt in zip(prompts, metadata or [{}] * len(prompts), strict=True)
         ]
         owner = torch.tensor([image for image, (questions, _) in enumerate(asked) for _ in questions])
-        network = self.network
-        assert isinstance(network, Llava)
-        responses = network.answer(images[owner.to(images.device)], [q for questions, _ in asked for q in questions])
+        questions = [question for questions, _ in asked for question in questions]
+        responses = self.network.answer(images[owner.to(images.device)], questions)
         answers = [answer for _, answers in asked for answer in answers]
         right = torch.tensor([float(answer in said) for answer, said in zip(answers, responses, strict=True)])
         total = torch.zeros(len(images)).index_add(0, owner, right)
