@@ -2,10 +2,12 @@
 
     python examples/compare_algorithms.py --quick
 
-15 minutes on 2 cores: two algorithms, one seed. Without `--quick` it is all algorithms, three seeds and 2,048 images
-each: half an hour a run, many hours. Every run leaves its curve in a CSV file and its state in a checkpoint, so that
+15 minutes on 2 cores: two algorithms, one seed. Without `--quick` it is all algorithms, three seeds and 2,240 images
+each: 20 minutes a run, many hours. Every run leaves its curve in a CSV file and its state in a checkpoint, so that
 the command can be stopped and given again, and so that several processes, each with some of the `--algorithms` or
-`--seeds`, may share one folder. `runs/compare_algorithms` gets `<algorithm>_<seed>.csv`, `table.md`, `curves.png`.
+`--seeds`, may share one folder. `runs/compare_algorithms` gets for each run `<algorithm>_<seed>.csv` and some images of
+each evaluation, and of all `table.md`, `curves.png` and `images.png`. Beside the reward that is trained for, the curves
+show one that is not, which tells what the gain is paid with.
 """
 
 import csv
@@ -21,28 +23,34 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from gymnasium.vector import VectorEnv
+from matplotlib.figure import Figure
+from PIL import Image
 from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, evaluate
 from agents.algorithm import Algorithm
+from diffusion_gym.rewards import make_reward, to_uint8
 
 _POLICY_GRADIENT = {"learning_rate": 1e-3, "step_weights": "inverse_sensitivity"}
 _DDPO = {"per_prompt_min_count": 4, "center_advantages": True}
+_CLIP = {"clip_range": 1e-4 * 16_384 / 1_024}
 _GROUPS = {"same_noise": True, "advantage_scale": "rollout"}
 _FORWARD = {"learning_rate": 1e-4, "noise_draws": 10}
 _ALGORITHMS: Mapping[str, tuple[Callable[..., Algorithm], Mapping[str, Any]]] = {
-    "DDPO-IS": (DDPOIS, _POLICY_GRADIENT | _DDPO),
+    "DDPO-IS": (DDPOIS, _POLICY_GRADIENT | _DDPO | _CLIP),
     "DDPO-SF": (DDPOSF, _POLICY_GRADIENT | _DDPO),
     "RLOO": (RLOO, _POLICY_GRADIENT | _GROUPS),
     "GRPO": (RLOO, _POLICY_GRADIENT | _GROUPS | {"baseline": "group_mean", "advantage_scale": "group"}),
     "RWR": (RWR, _FORWARD | {"per_prompt": True}),
     "RWR-sparse": (RWR, _FORWARD | {"per_prompt": True, "best_share": 0.25}),
     "NFT": (DiffusionNFT, _FORWARD | {"per_prompt_buffer_size": 8}),
-    "DDPO-IS, plain": (DDPOIS, _DDPO | {"optimizer": "adamw", "learning_rate": 2e-4}),
+    "DDPO-IS, plain": (DDPOIS, _DDPO | _CLIP | {"optimizer": "adamw", "learning_rate": 2e-4}),
 }
 """Each algorithm's class and settings; IS makes two updates of each rollout, the others one. The policy gradients learn
-from the first steps alone, with Muon; the last line is the control: all steps, as they are, with AdamW."""
+from the first steps alone, with Muon; the last line is the control: all steps, as they are, with AdamW. The published
+clip range is for means of log-probs over the 16,384 numbers of Stable Diffusion's latents; the emoji's have 1,024."""
+_NUM_SHOWN = 10
 
 
 @dataclass
@@ -53,14 +61,16 @@ class Args:
     """Which."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the trainings; the held-out seeds are 0, 1, 2 … for all."""
-    reward_queries: int = 2_048
+    reward_queries: int = 2_240
     """Images that each run may have judged."""
-    eval_every: int = 256
+    eval_every: int = 320
     """Images between two evaluations."""
     num_eval: int = 128
     """Held-out images of an evaluation; a multiple of num_envs."""
     reward: str = "incompressibility"
-    """A reward's name."""
+    """The name of the reward to train for."""
+    held_out: str = "emoji_alignment"
+    """The name of another, which is only looked at."""
     num_envs: int = 64
     """Images drawn together and learnt from."""
     group_size: int = 8
@@ -70,7 +80,7 @@ class Args:
     noisy_steps: int = 4
     """The first of them, which policy gradients make stochastic in training and learn from."""
     quick: bool = False
-    """RLOO and RWR with one seed and 512 images."""
+    """RLOO and RWR with one seed and 640 images."""
     output: Path = Path("runs/compare_algorithms")
     """Where to write."""
 
@@ -96,11 +106,15 @@ def make_algorithm(name: str, env: VectorEnv, seed: int, args: Args) -> Algorith
 
 
 def read_curve(file: Path) -> dict[int, np.ndarray]:
-    """Return a run's held-out rewards [num_eval] by the number of reward queries before."""
+    """Return a run's rewards on the held-out seeds by the number of reward queries before.
+
+    Each is [2, num_eval]: the reward that is trained for, and the other one.
+    """
     if not file.exists():
         return {}
     with file.open(newline="") as opened:
-        return {int(row[0]): np.array(row[1:], dtype=np.float64) for row in csv.reader(opened)}
+        rows = [[float(value) for value in row] for row in csv.reader(opened)]
+    return {int(row[0]): np.array(row[1:]).reshape(2, -1) for row in rows}
 
 
 def write_curve(file: Path, curve: Mapping[int, np.ndarray]) -> None:
@@ -108,25 +122,31 @@ def write_curve(file: Path, curve: Mapping[int, np.ndarray]) -> None:
     unfinished = file.with_suffix(".tmp")
     with unfinished.open("w", newline="") as opened:
         csv.writer(opened).writerows(
-            [queries, *(f"{one:.4f}" for one in rewards)] for queries, rewards in curve.items()
+            [queries, *(f"{one:.4f}" for one in rewards.ravel())] for queries, rewards in curve.items()
         )
     unfinished.replace(file)
 
 
 class Judge(BaseCallback):
-    """Adds the held-out rewards to a run's curve, every `eval_every` images."""
+    """Adds the rewards on held-out seeds to a run's curve, every `eval_every` images."""
 
     def __init__(self, file: Path, args: Args) -> None:
         super().__init__()
         self.file = file
         self.args = args
+        self.held_out = make_reward(args.held_out)
 
     def _on_rollout_start(self) -> None:
         curve, queries = read_curve(self.file), self.model.reward_queries
         if queries % self.args.eval_every or queries in curve:
             return
-        result = evaluate(self.model.get_env(), self.model.policy, seeds=range(self.args.num_eval))
-        write_curve(self.file, curve | {queries: result.rewards})
+        env, num_eval = self.model.get_env(), self.args.num_eval
+        result = evaluate(env, self.model.policy, seeds=range(num_eval), max_images=num_eval)
+        metadata = dict(zip(env.unwrapped.prompts, env.unwrapped.prompts.metadata, strict=True))
+        others = self.held_out(result.images, result.prompts, [metadata[prompt] for prompt in result.prompts])
+        first = np.hstack(list(to_uint8(result.images[:_NUM_SHOWN]).numpy()))
+        Image.fromarray(first).save(self.file.with_name(f"{self.file.stem}_{queries}.png"))
+        write_curve(self.file, curve | {queries: np.stack([result.rewards, others.values.numpy()])})
 
     _on_training_end = _on_rollout_start
 
@@ -161,7 +181,7 @@ def run(name: str, seed: int, args: Args) -> None:
 
 def gain(curve: Mapping[int, np.ndarray], queries: int) -> float:
     """Return the mean reward's gain over the one before training, in per cent of it."""
-    return 100 * float(curve[queries].mean() / curve[0].mean() - 1)
+    return 100 * float(curve[queries][0].mean() / curve[0][0].mean() - 1)
 
 
 def reached(curve: Mapping[int, np.ndarray], per_cent: float) -> str:
@@ -169,42 +189,85 @@ def reached(curve: Mapping[int, np.ndarray], per_cent: float) -> str:
     return str(next((queries for queries in sorted(curve) if gain(curve, queries) >= per_cent), "not"))
 
 
-def summarise(args: Args) -> None:
-    """Write the table and the plot of the runs that are there."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+def read_curves(name: str, args: Args) -> dict[int, dict[int, np.ndarray]]:
+    """Return the curves of an algorithm's runs by their seeds."""
+    curves = {seed: read_curve(args.output / f"{name}_{seed}.csv") for seed in args.seeds}
+    return {seed: curve for seed, curve in curves.items() if len(curve) > 1}
+
+
+def tabulate(args: Args) -> str:
+    """Return a table of the runs that are there, each algorithm at the last evaluation that all its seeds have."""
     lines = [
-        "| algorithm | seeds | reward queries | gain, % | standard error over seeds | +6 % after | +15 % after |",
+        f"| algorithm | seeds | queries | gain in {args.reward}, % | {args.held_out} | +6 % after | +15 % after |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in args.algorithms:
-        files = [args.output / f"{name}_{seed}.csv" for seed in args.seeds]
-        curves = [curve for file in files if len(curve := read_curve(file)) > 1]
+        curves = read_curves(name, args).values()
+        if not curves:
+            continue
+        last = max(set.intersection(*(set(curve) for curve in curves)))
+        gains = np.array([gain(curve, last) for curve in curves])
+        error = f" ± {gains.std(ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
+        before, after = (np.mean([curve[queries][1].mean() for curve in curves]) for queries in (0, last))
+        first = [", ".join(reached(curve, per_cent) for curve in curves) for per_cent in (6.0, 15.0)]
+        lines.append(
+            f"| {name} | {len(curves)} | {last} | {gains.mean():+.1f}{error} | {before:.2f} → {after:.2f} | "
+            f"{first[0]} | {first[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_curves(args: Args) -> Figure:
+    """Return the plot of both rewards over the reward queries: means of the seeds, with their standard errors."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for number, name in enumerate(args.algorithms):
+        curves = read_curves(name, args).values()
         if not curves:
             continue
         queries = sorted(set.intersection(*(set(curve) for curve in curves)))
-        gains = np.array([[gain(curve, number) for number in queries] for curve in curves])
-        error = gains.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else np.full(len(queries), np.nan)
-        axes.errorbar(queries, gains.mean(0), np.nan_to_num(error), label=name, marker=".", capsize=2)
-        first = [", ".join(reached(curve, per_cent) for curve in curves) for per_cent in (6.0, 15.0)]
-        lines.append(
-            f"| {name} | {len(curves)} | {queries[-1]} | {gains.mean(0)[-1]:+.1f} | {error[-1]:.1f} | "
-            f"{first[0]} | {first[1]} |"
-        )
-    axes.set(xlabel="reward queries", ylabel=f"gain in {args.reward} on held-out seeds, %")
-    axes.axhline(0, color="gray", lw=0.8)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(args.output / "curves.png", dpi=150)
-    plt.close(figure)
-    table = "\n".join(lines)
+        gains = [[gain(curve, number) for number in queries] for curve in curves]
+        others = [[curve[number][1].mean() for number in queries] for curve in curves]
+        for axes, values in zip(panels, (np.array(gains), np.array(others)), strict=True):
+            error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
+            style = {"color": f"C{number}", "marker": "o^sDvP*X"[number % 8], "markersize": 4, "capsize": 2}
+            axes.errorbar(queries, values.mean(0), error, label=name, **style)
+    panels[0].set(xlabel="reward queries", ylabel=f"gain in {args.reward} on held-out seeds, %")
+    panels[1].set(xlabel="reward queries", ylabel=f"{args.held_out}, not trained for")
+    panels[0].legend(fontsize="small")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_images(args: Args) -> Figure:
+    """Return rows of images from the same noise: the pretrained model's, and each algorithm's last with its seed 0."""
+    rows: dict[str, Path] = {}
+    for name in args.algorithms:
+        for seed, curve in list(read_curves(name, args).items())[:1]:
+            rows.setdefault("pretrained", args.output / f"{name}_{seed}_0.png")
+            rows[f"{name}\n{gain(curve, max(curve)):+.0f} %"] = args.output / f"{name}_{seed}_{max(curve)}.png"
+    figure, panels = plt.subplots(len(rows), squeeze=False, figsize=(9, 0.9 * len(rows)), layout="constrained")
+    for axes, (label, file) in zip(panels[:, 0], rows.items(), strict=True):
+        axes.imshow(plt.imread(file))
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    return figure
+
+
+def summarise(args: Args) -> None:
+    """Write the table and the pictures of the runs that are there."""
+    table = tabulate(args)
     (args.output / "table.md").write_text(table + "\n")
     print(table)
+    for name, figure in (("curves", draw_curves(args)), ("images", draw_images(args))):
+        figure.savefig(args.output / f"{name}.png", dpi=150)
+        plt.close(figure)
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.quick:
-        args = replace(args, algorithms=("RLOO", "RWR"), seeds=(0,), reward_queries=512, eval_every=128)
+        args = replace(args, algorithms=("RLOO", "RWR"), seeds=(0,), reward_queries=640)
     args.output.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for name in args.algorithms:

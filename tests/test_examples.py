@@ -142,7 +142,7 @@ def test_compare_algorithms(tmp_path):
     for curve in curves.values():
         rows = [row.split(",") for row in curve.splitlines()]
         assert [int(row[0]) for row in rows] == [0, 4, 8]
-        assert {len(row) for row in rows} == {5}
+        assert {len(row) for row in rows} == {1 + 2 * 4}
     assert len({curve.splitlines()[0] for curve in curves.values()}) == 1  # all start from the same model
     assert len({curve.splitlines()[2] for curve in curves.values()}) > 5
     (output / "GRPO_0.csv").unlink()  # then it starts anew
@@ -151,8 +151,9 @@ def test_compare_algorithms(tmp_path):
     assert re.findall(r"^(\S+), seed (\d)", again, re.MULTILINE) == [("GRPO", "0"), ("RWR", "0")]
     assert re.findall(r"^\|.*\|$", again, re.MULTILINE) == re.findall(r"^\|.*\|$", text, re.MULTILINE)
     assert len((output / "table.md").read_text().splitlines()) == 10
-    with Image.open(output / "curves.png") as picture:
-        assert picture.size[0] > 1000
+    for name in ("curves.png", "images.png"):
+        with Image.open(output / name) as picture:
+            assert picture.size[0] > 1000
 
 
 def test_rloo_tpm(tmp_path):
