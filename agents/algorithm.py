@@ -30,13 +30,13 @@ from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
 from .rollouts import Rollout, collect
 from .saving import SavedRun
-from .seeding import derived_generator, derived_seed, in_turn, training_seed
+from .seeding import derived_generator, derived_seed
+from .starts import Starts
 
 MaybeCallback = BaseCallback | Sequence[BaseCallback] | Callable[[dict[str, Any], dict[str, Any]], bool] | None
 Self = TypeVar("Self", bound="Algorithm")
 
-ENV_STREAM, _POLICY_STREAM, _UPDATE_STREAM = range(3)
-_PROMPT_STREAM = 4
+_POLICY_STREAM, _UPDATE_STREAM = 1, 2
 _LOGGED_IMAGES = 16
 
 
@@ -297,7 +297,7 @@ class Algorithm(SavedRun, ABC):
         callbacks.on_rollout_start()
         self._prepare_rollout()
         batches = self.processes.share(self.samples_per_epoch // self.env.num_envs)
-        starts = [self._start(batch) for batch in batches]
+        starts = [self._starts().reset(self.iteration, batch) for batch in batches]
         rollout = collect(
             self.env,
             self.behaviour,
@@ -325,36 +325,15 @@ class Algorithm(SavedRun, ABC):
         callbacks.on_rollout_end()
         return rollout
 
-    def _start(self, batch: int) -> tuple[int | Sequence[int], Mapping[str, Any] | None]:
-        """Return the seed or seeds and the options of the reset that begins a batch of this iteration."""
-        if self.group_size == 1:
-            return training_seed(self.seed, ENV_STREAM, self.iteration, batch), self._prompts_in_turn(batch)
-        starts = self._group_seeds(batch)
-        seeds = [training_seed(start, sample) for start in starts for sample in range(self.group_size)]
-        prompts = self.env.unwrapped.prompts  # type: ignore[attr-defined]
-        if prompts.weights:
-            ids = [prompts.draw(derived_generator(start)) for start in starts]
-        else:
-            ids = [derived_seed(start) % len(prompts) for start in starts]
-        return seeds, self._prompts_in_turn(batch) or self._of_groups(ids)
-
-    def _prompts_in_turn(self, batch: int) -> Mapping[str, Any] | None:
-        """Return the reset options that give the groups of a batch their prompts in turn; None: these are drawn."""
-        if self.settings.prompt_sampling == "random":
-            return None
-        groups = self.env.num_envs // self.group_size
-        first = (self.iteration * (self.samples_per_epoch // self.env.num_envs) + batch) * groups
-        num_prompts = len(self.env.unwrapped.prompts)  # type: ignore[attr-defined]
-        turns = range(first, first + groups)
-        return self._of_groups([in_turn(num_prompts, turn, self.seed, _PROMPT_STREAM) for turn in turns])
-
-    def _of_groups(self, ids: Sequence[int]) -> dict[str, Any]:
-        return {"prompt_id": [index for index in ids for _ in range(self.group_size)]}
-
-    def _group_seeds(self, batch: int) -> list[int]:
-        """Return a seed for each group of a batch; groups lie side by side."""
-        groups = range(self.env.num_envs // self.group_size)
-        return [training_seed(self.seed, ENV_STREAM, self.iteration, batch, group) for group in groups]
+    def _starts(self) -> Starts:
+        """Return where the episodes begin."""
+        return Starts(
+            env=self.env,
+            seed=self.seed,
+            num_batches=self.samples_per_epoch // self.env.num_envs,
+            group_size=self.group_size,
+            prompt_sampling=self.settings.prompt_sampling,
+        )
 
     def _update_generator(self) -> np.random.Generator:
         """Return the generator of this iteration's shuffles."""

@@ -210,7 +210,7 @@ def test_groups_share_their_prompt_and_their_noise_if_asked(time_env, latent_env
     learner = make(time_env, latent_env, "times", same_noise=same_noise, samples_per_epoch=8)
     seen = []
     learner.learn(1, callback=lambda local, _: seen.append(local["rollout"]) if "rollout" in local else True)
-    starts = [learner._start(batch) for batch in range(2)]
+    starts = [learner._starts().reset(learner.iteration, batch) for batch in range(2)]
     for seed, options in starts:
         observation, info = learner.env.reset(seed=seed, options=options)
         prompts, noise = info["prompt_id"].reshape(2, 2), observation["latents"].reshape(2, 2, -1)
@@ -225,7 +225,7 @@ def test_starts_can_be_drawn_from_a_few(time_env, latent_env):
     learner = make(time_env, latent_env, "times", num_starts=3)
     seeds = set()
     for learner.iteration in range(30):
-        seeds.update(learner._start(0)[0])
+        seeds.update(learner._starts().reset(learner.iteration, 0)[0])
     assert len(seeds) == 3
 
 
