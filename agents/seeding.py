@@ -12,7 +12,10 @@ def derived_seed(*key: int) -> int:
 
 
 def training_seed(*key: int) -> int:
-    """Return a derived seed that is at least 2**32, so that all smaller seeds are held out from training."""
+    """Return a derived seed that is at least 2**32, so that all smaller seeds are held out from training.
+
+    torch's CPU generator keeps the low 32 bits alone: a smaller seed's noise may be met by chance, 2**-32 a pair.
+    """
     return _FIRST_TRAINING_SEED + derived_seed(*key) // 2
 
 
