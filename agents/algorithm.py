@@ -123,7 +123,8 @@ class Algorithm(SavedRun, ABC):
         self._progress_remaining = 1.0
         self._learning_rate = self.settings.learning_rate
         self._has_own_logger = False
-        self._hyperparameters = {**own, **self.settings.hyperparameters()}
+        sizes = {"samples_per_epoch": self.samples_per_epoch, "batch_size": self.batch_size}
+        self._hyperparameters = {**own, **self.settings.hyperparameters(), **sizes}
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError(f"{type(policy).__name__} has nothing to train")
@@ -166,8 +167,9 @@ class Algorithm(SavedRun, ABC):
         """The policy that rollouts are collected with: the one that is trained, unless an algorithm says otherwise."""
         return self.policy
 
-    def _prepare_rollout(self) -> None:
-        """Set up what a rollout is collected with; callbacks at its start see the policy without it."""
+    def _collecting(self) -> contextlib.AbstractContextManager[object]:
+        """Return what a rollout is collected and learnt from in; callbacks before and after it are outside."""
+        return contextlib.nullcontext()
 
     # ------------------------------------------------------------------ SB3's interface
     @property
@@ -295,25 +297,25 @@ class Algorithm(SavedRun, ABC):
             return callbacks.on_step()
 
         callbacks.on_rollout_start()
-        self._prepare_rollout()
         batches = self.processes.share(self.samples_per_epoch // self.env.num_envs)
         starts = [self._starts().reset(self.iteration, batch) for batch in batches]
-        rollout = collect(
-            self.env,
-            self.behaviour,
-            seeds=[seed for seed, _ in starts],
-            options=[options for _, options in starts],
-            # The first batch draws from the iteration's own stream: with one batch a rollout there is no other.
-            generators=[
-                derived_generator(self.seed, _POLICY_STREAM, self.iteration, *([batch] if batch else []))
-                for batch in batches
-            ],
-            reduction=self.log_prob_reduction,
-            after_step=after_step,
-            max_images=_LOGGED_IMAGES,
-            storage=self.storage,
-            async_rewards=self.settings.async_rewards,
-        )
+        with self._collecting():
+            rollout = collect(
+                self.env,
+                self.behaviour,
+                seeds=[seed for seed, _ in starts],
+                options=[options for _, options in starts],
+                # The first batch draws from the iteration's own stream: with one batch a rollout there is no other.
+                generators=[
+                    derived_generator(self.seed, _POLICY_STREAM, self.iteration, *([batch] if batch else []))
+                    for batch in batches
+                ],
+                reduction=self.log_prob_reduction,
+                after_step=after_step,
+                max_images=_LOGGED_IMAGES,
+                storage=self.storage,
+                async_rewards=self.settings.async_rewards,
+            )
         stopped, taken = self.processes.totals(rollout is None, taken)
         self.num_timesteps = before + taken
         if stopped:
@@ -335,9 +337,9 @@ class Algorithm(SavedRun, ABC):
             prompt_sampling=self.settings.prompt_sampling,
         )
 
-    def _update_generator(self) -> np.random.Generator:
-        """Return the generator of this iteration's shuffles."""
-        return np.random.default_rng(derived_seed(self.seed, _UPDATE_STREAM, self.iteration))
+    def _update_generator(self, *key: int) -> np.random.Generator:
+        """Return the generator of this iteration's shuffles, or of a part of it."""
+        return np.random.default_rng(derived_seed(self.seed, _UPDATE_STREAM, self.iteration, *key))
 
     def _shuffled(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return episodes in a random order that deals them out evenly: one of each batch of lanes, and again.
@@ -393,7 +395,7 @@ class Algorithm(SavedRun, ABC):
     def _report(self, rollout: Rollout, metrics: Metrics, stopwatch: Stopwatch) -> None:
         """Write a rollout and its updates into the log."""
         counters = {
-            "train/learning_rate": self._current_learning_rate(),
+            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             "train/n_updates": self.num_updates,
             "time/iterations": self.iteration,
             "time/total_timesteps": self.num_timesteps,

@@ -51,6 +51,7 @@ class _DDPO(TrajectoryAlgorithm):
         **options: Unpack[TrajectoryOptions],
     ) -> None:
         shared = {
+            "n_epochs": n_epochs,
             "advantage_clip": advantage_clip,
             "center_advantages": center_advantages,
             "per_prompt_buffer_size": per_prompt_buffer_size,
@@ -196,8 +197,7 @@ class DDPOIS(_DDPO):
         if clip_range <= 0:
             raise ValueError(f"clip_range must be positive, got {clip_range}")
         options.setdefault("batch_size", 64)
-        own = {"n_epochs": n_epochs, "clip_range": clip_range}
-        super().__init__(policy, env, n_epochs=n_epochs, own=own, **options)
+        super().__init__(policy, env, n_epochs=n_epochs, own={"clip_range": clip_range}, **options)
         self.clip_range = clip_range
 
     def _loss(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:

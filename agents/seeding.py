@@ -7,7 +7,7 @@ _FIRST_TRAINING_SEED = 2**32
 
 
 def derived_seed(*key: int) -> int:
-    """Return a seed that is a hash of the key: streams of different keys are independent."""
+    """Return a seed that is a hash of the key: streams of keys that differ in more than final zeros are independent."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 

@@ -71,9 +71,9 @@ def test_a_deterministic_step_is_infinitely_loud(mixture):
 @pytest.mark.parametrize("window", [None, 2])
 def test_weights_undo_the_sensitivity_where_there_is_a_density(mixture, window):
     learner = make(RLOO, mixture, sde_window=window)
-    learner._prepare_rollout()
-    rollout = collect(learner.env, learner.policy, seeds=[0])
-    weights = learner.weights_of_steps(rollout)
+    with learner._collecting():
+        rollout = collect(learner.env, learner.policy, seeds=[0])
+        weights = learner.weights_of_steps(rollout)
     scored = torch.from_numpy(rollout.scored)
     assert int(scored.sum()) == 8 * (window or STEPS - 1)  # the last step goes to the clean end
     assert (weights[~scored] == 0).all()
