@@ -17,6 +17,7 @@ def normalise(rewards: Tensor, *, epsilon: float = 1e-6) -> Tensor:
 
     Source: ddpo-pytorch (population standard deviation).
     """
+    rewards = rewards - rewards[:1]  # the mean of equal numbers may else differ from them, by rounding
     return (rewards - rewards.mean()) / (rewards.std(correction=0) + epsilon)
 
 
@@ -50,6 +51,7 @@ def group_advantages(
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"group_advantages needs rewards [P, K] with K of at least 2, got {list(rewards.shape)}")
     size = rewards.shape[1]
+    rewards = rewards - rewards[:, :1]  # see `normalise`
     advantages = rewards - rewards.mean(1, keepdim=True)
     if baseline == "leave_one_out":
         advantages = advantages * (size / (size - 1))

@@ -30,13 +30,13 @@ from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
 from .rollouts import Rollout, collect
 from .saving import SavedRun
-from .seeding import derived_generator, derived_seed, in_turn, training_seed
+from .seeding import derived_generator, derived_seed
+from .starts import Starts
 
 MaybeCallback = BaseCallback | Sequence[BaseCallback] | Callable[[dict[str, Any], dict[str, Any]], bool] | None
 Self = TypeVar("Self", bound="Algorithm")
 
-ENV_STREAM, _POLICY_STREAM, _UPDATE_STREAM = range(3)
-_PROMPT_STREAM = 4
+_POLICY_STREAM, _UPDATE_STREAM = 1, 2
 _LOGGED_IMAGES = 16
 
 
@@ -123,7 +123,8 @@ class Algorithm(SavedRun, ABC):
         self._progress_remaining = 1.0
         self._learning_rate = self.settings.learning_rate
         self._has_own_logger = False
-        self._hyperparameters = {**own, **self.settings.hyperparameters()}
+        sizes = {"samples_per_epoch": self.samples_per_epoch, "batch_size": self.batch_size}
+        self._hyperparameters = {**own, **self.settings.hyperparameters(), **sizes}
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError(f"{type(policy).__name__} has nothing to train")
@@ -166,8 +167,9 @@ class Algorithm(SavedRun, ABC):
         """The policy that rollouts are collected with: the one that is trained, unless an algorithm says otherwise."""
         return self.policy
 
-    def _prepare_rollout(self) -> None:
-        """Set up what a rollout is collected with; callbacks at its start see the policy without it."""
+    def _collecting(self) -> contextlib.AbstractContextManager[object]:
+        """Return what a rollout is collected and learnt from in; callbacks before and after it are outside."""
+        return contextlib.nullcontext()
 
     # ------------------------------------------------------------------ SB3's interface
     @property
@@ -295,25 +297,25 @@ class Algorithm(SavedRun, ABC):
             return callbacks.on_step()
 
         callbacks.on_rollout_start()
-        self._prepare_rollout()
         batches = self.processes.share(self.samples_per_epoch // self.env.num_envs)
-        starts = [self._start(batch) for batch in batches]
-        rollout = collect(
-            self.env,
-            self.behaviour,
-            seeds=[seed for seed, _ in starts],
-            options=[options for _, options in starts],
-            # The first batch draws from the iteration's own stream: with one batch a rollout there is no other.
-            generators=[
-                derived_generator(self.seed, _POLICY_STREAM, self.iteration, *([batch] if batch else []))
-                for batch in batches
-            ],
-            reduction=self.log_prob_reduction,
-            after_step=after_step,
-            max_images=_LOGGED_IMAGES,
-            storage=self.storage,
-            async_rewards=self.settings.async_rewards,
-        )
+        starts = [self._starts().reset(self.iteration, batch) for batch in batches]
+        with self._collecting():
+            rollout = collect(
+                self.env,
+                self.behaviour,
+                seeds=[seed for seed, _ in starts],
+                options=[options for _, options in starts],
+                # The first batch draws from the iteration's own stream: with one batch a rollout there is no other.
+                generators=[
+                    derived_generator(self.seed, _POLICY_STREAM, self.iteration, *([batch] if batch else []))
+                    for batch in batches
+                ],
+                reduction=self.log_prob_reduction,
+                after_step=after_step,
+                max_images=_LOGGED_IMAGES,
+                storage=self.storage,
+                async_rewards=self.settings.async_rewards,
+            )
         stopped, taken = self.processes.totals(rollout is None, taken)
         self.num_timesteps = before + taken
         if stopped:
@@ -325,40 +327,19 @@ class Algorithm(SavedRun, ABC):
         callbacks.on_rollout_end()
         return rollout
 
-    def _start(self, batch: int) -> tuple[int | Sequence[int], Mapping[str, Any] | None]:
-        """Return the seed or seeds and the options of the reset that begins a batch of this iteration."""
-        if self.group_size == 1:
-            return training_seed(self.seed, ENV_STREAM, self.iteration, batch), self._prompts_in_turn(batch)
-        starts = self._group_seeds(batch)
-        seeds = [training_seed(start, sample) for start in starts for sample in range(self.group_size)]
-        prompts = self.env.unwrapped.prompts  # type: ignore[attr-defined]
-        if prompts.weights:
-            ids = [prompts.draw(derived_generator(start)) for start in starts]
-        else:
-            ids = [derived_seed(start) % len(prompts) for start in starts]
-        return seeds, self._prompts_in_turn(batch) or self._of_groups(ids)
+    def _starts(self) -> Starts:
+        """Return where the episodes begin."""
+        return Starts(
+            env=self.env,
+            seed=self.seed,
+            num_batches=self.samples_per_epoch // self.env.num_envs,
+            group_size=self.group_size,
+            prompt_sampling=self.settings.prompt_sampling,
+        )
 
-    def _prompts_in_turn(self, batch: int) -> Mapping[str, Any] | None:
-        """Return the reset options that give the groups of a batch their prompts in turn; None: these are drawn."""
-        if self.settings.prompt_sampling == "random":
-            return None
-        groups = self.env.num_envs // self.group_size
-        first = (self.iteration * (self.samples_per_epoch // self.env.num_envs) + batch) * groups
-        num_prompts = len(self.env.unwrapped.prompts)  # type: ignore[attr-defined]
-        turns = range(first, first + groups)
-        return self._of_groups([in_turn(num_prompts, turn, self.seed, _PROMPT_STREAM) for turn in turns])
-
-    def _of_groups(self, ids: Sequence[int]) -> dict[str, Any]:
-        return {"prompt_id": [index for index in ids for _ in range(self.group_size)]}
-
-    def _group_seeds(self, batch: int) -> list[int]:
-        """Return a seed for each group of a batch; groups lie side by side."""
-        groups = range(self.env.num_envs // self.group_size)
-        return [training_seed(self.seed, ENV_STREAM, self.iteration, batch, group) for group in groups]
-
-    def _update_generator(self) -> np.random.Generator:
-        """Return the generator of this iteration's shuffles."""
-        return np.random.default_rng(derived_seed(self.seed, _UPDATE_STREAM, self.iteration))
+    def _update_generator(self, *key: int) -> np.random.Generator:
+        """Return the generator of this iteration's shuffles, or of a part of it."""
+        return np.random.default_rng(derived_seed(self.seed, _UPDATE_STREAM, self.iteration, *key))
 
     def _shuffled(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return episodes in a random order that deals them out evenly: one of each batch of lanes, and again.
@@ -414,7 +395,7 @@ class Algorithm(SavedRun, ABC):
     def _report(self, rollout: Rollout, metrics: Metrics, stopwatch: Stopwatch) -> None:
         """Write a rollout and its updates into the log."""
         counters = {
-            "train/learning_rate": self._current_learning_rate(),
+            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             "train/n_updates": self.num_updates,
             "time/iterations": self.iteration,
             "time/total_timesteps": self.num_timesteps,

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .manifest import top_level_names
+
 _PREVIOUS = ".previous"
 _PARTIAL = ".partial"
 
@@ -32,17 +34,16 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; it takes the place of `path` when the block ends without an error.
 
     A crash, a full disk or a kill in between leaves what was at `path` whole: there, or (between the two renames)
-    beside it under a name that `existing_folder` knows.
+    beside it under a name that `existing_folder` knows. Files and folders at `path` that its manifest does not list are
+    somebody else's: they stay.
 
     Raises:
         OSError: the disk refused, in the block too: safetensors has an error of its own for that.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, previous = path.with_name(path.name + _PARTIAL), path.with_name(path.name + _PREVIOUS)
-    if not path.exists() and previous.exists():
-        previous.rename(path)
-    for leftover in (partial, previous):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _finish_replacement(path)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -57,6 +58,21 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         path.rename(previous)
     partial.rename(path)
     _sync(path.parent)
+    _finish_replacement(path)
+
+
+def _finish_replacement(path: Path) -> None:
+    """Bring back what stood at `path` if nothing does now; otherwise what was not part of it, and remove the rest."""
+    previous = path.with_name(path.name + _PREVIOUS)
+    if not previous.exists():
+        return
+    if not path.exists():
+        previous.rename(path)
+        return
+    written = top_level_names(previous)
+    for entry in previous.iterdir():
+        if entry.name not in written and not (path / entry.name).exists():
+            entry.rename(path / entry.name)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -72,11 +88,7 @@ def clear_leftovers(folder: Path, prefix: str) -> None:
     for partial in folder.glob(f"{prefix}*{_PARTIAL}"):
         shutil.rmtree(partial)
     for previous in folder.glob(f"{prefix}*{_PREVIOUS}"):
-        path = previous.with_name(previous.name.removesuffix(_PREVIOUS))
-        if path.exists():
-            shutil.rmtree(previous)
-        else:
-            previous.rename(path)
+        _finish_replacement(previous.with_name(previous.name.removesuffix(_PREVIOUS)))
 
 
 def existing_folder(path: Path) -> Path:

@@ -40,6 +40,15 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=2))
 
 
+def top_level_names(folder: Path) -> set[str]:
+    """Return the names in a folder of what a checkpoint's manifest lists, and the manifest's; none if it has none."""
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
+    except (OSError, ValueError, KeyError):
+        return set()
+    return {MANIFEST_FILE, *(name.partition("/")[0] for name in files)}
+
+
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, beside its manifest; None if it is whole."""
     try:
@@ -74,7 +83,7 @@ def whole_checkpoint(path: Path) -> Path:
         FileNotFoundError: the folder is neither.
     """
     found = find_checkpoints(path)
-    if not found:
+    if not found or (path / MANIFEST_FILE).exists():
         if not any(path.iterdir()):
             raise FileNotFoundError(f"there is no saved run at {path}: the folder is empty")
         damage = find_damage(path)

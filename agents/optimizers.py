@@ -77,6 +77,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step()
         for parameter, matrix in self._matrices.items():
             parameter.copy_(matrix.view_as(parameter))
+            matrix.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both, by the parameters' places."""

@@ -4,8 +4,9 @@ Source: Ahmadian et al., 2024, "Back to Basics: Revisiting REINFORCE Style Optim
 as Ye et al., 2024 (TPDM), https://arxiv.org/abs/2412.01243, use it to train a time predictor.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final, get_args
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, final, get_args
 
 import numpy as np
 import torch
@@ -16,12 +17,11 @@ from typing_extensions import Unpack
 from diffusion_gym.transitions import Reduction
 
 from .advantages import AdvantageScale, GroupBaseline, group_advantages
-from .algorithm import ENV_STREAM
 from .diagnostics import ratio_metrics
 from .losses import approximate_kl, clipped_surrogate_coefficients, clipped_surrogate_loss
 from .policies import Policy
 from .rollouts import Rollout
-from .seeding import derived_seed, training_seed
+from .starts import Starts
 from .trajectories import TrajectoryAlgorithm, TrajectoryOptions
 
 Ratio = Literal["trajectory", "step"]
@@ -148,20 +148,8 @@ class RLOO(TrajectoryAlgorithm):
             )
 
     # ------------------------------------------------------------------ groups
-    def _start(self, batch: int) -> tuple[int | Sequence[int], Mapping[str, Any] | None]:
-        """Return the lanes' seeds, and their prompts where the seeds do not give them: groups lie side by side."""
-        if self.same_noise:
-            return [start for start in self._group_seeds(batch) for _ in range(self.group_size)], self._prompts_in_turn(
-                batch
-            )
-        return super()._start(batch)
-
-    def _group_seeds(self, batch: int) -> list[int]:
-        if self.num_starts is None:
-            return super()._group_seeds(batch)
-        groups = range(self.env.num_envs // self.group_size)
-        drawn = (derived_seed(self.seed, ENV_STREAM, self.iteration, batch, group) for group in groups)
-        return [training_seed(self.seed, ENV_STREAM, number % self.num_starts) for number in drawn]
+    def _starts(self) -> Starts:
+        return replace(super()._starts(), same_noise=self.same_noise, num_starts=self.num_starts)
 
     def _advantages(self, rollout: Rollout) -> Tensor:
         """Return the advantage of each episode, [B]."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from torch import Tensor
 
 from diffusion_gym.transitions import Reduction
@@ -178,6 +178,7 @@ def collect(
         raise ValueError(f"{env} is not a torch vector environment of diffusion_gym, such as DenoisingMDP-v0")
     storage = storage or Storage()
     storage.check(env)
+    _check_wrappers(env, policy, async_rewards)
     each = [options] * len(seeds) if options is None or isinstance(options, Mapping) else options
     drawn_from = generators if isinstance(generators, Sequence) else [generators] * len(seeds)
     batches = []
@@ -192,6 +193,18 @@ def collect(
         for batch in batches:
             batch.wait()
     return _assemble(batches, max_images, storage)
+
+
+def _check_wrappers(env: VectorEnv, policy: Policy, async_rewards: bool) -> None:
+    expected, given = (getattr(one, "max_steps", None) for one in (env.unwrapped, policy))
+    if None not in (expected, given) and expected != given:
+        raise ValueError(
+            f"the policy's steps are those of episodes of at most {given} steps, the env's have {expected}"
+        )
+    while async_rewards and env is not env.unwrapped:
+        if type(env).step is not VectorWrapper.step:
+            raise ValueError(f"async_rewards comes too late for {type(env).__name__}, which sees each step's rewards")
+        env = env.env  # type: ignore[attr-defined]
 
 
 def _run(

@@ -140,7 +140,7 @@ class RWR(ForwardProcessAlgorithm):
         """
         if len(replay.latents) == len(replay):
             replay = replay.share(self.processes.share(len(replay)))
-        rng = self._update_generator()
+        rng = self._update_generator(self.num_updates)  # a folder may be learnt from again and again
         weights = self.weights(replay)
         rows = np.flatnonzero(weights.cpu().numpy())
         means = mean_of(self._update(replay, weights, batch, rng) for batch in self._batches(rows, rng))

@@ -22,7 +22,7 @@ Run = TypeVar("Run", bound="SavedRun")
 STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _AVERAGE_FILE = "averaged_weights.safetensors"
-_COUNTERS = ("iteration", "reward_queries", "num_updates")
+_COUNTERS = ("iteration", "num_updates")
 
 
 class SavedRun:
@@ -39,7 +39,7 @@ class SavedRun:
     iteration: int
     reward_queries: int
     num_updates: int
-    _timesteps_at_boundary: int
+    _at_boundary: Mapping[str, int]
     _reward_at_boundary: Mapping[str, Any]
     _learning_rate: float | Schedule
     _hyperparameters: Mapping[str, Any]
@@ -59,7 +59,7 @@ class SavedRun:
 
     def _mark_boundary(self) -> None:
         """Note what a resumed run begins with: one that is saved within a rollout plays it again."""
-        self._timesteps_at_boundary = self.num_timesteps
+        self._at_boundary = {"num_timesteps": self.num_timesteps, "reward_queries": self.reward_queries}
         self._reward_at_boundary = self.env.unwrapped.reward.state_dict()  # type: ignore[attr-defined]
 
     def save(self, path: str | Path) -> None:
@@ -89,13 +89,13 @@ class SavedRun:
                 "environment": environment_settings(self.env.unwrapped),  # type: ignore[arg-type]
                 "learning_rate": None if callable(self._learning_rate) else self._learning_rate,
                 "seed": self.seed,
-                "num_timesteps": self._timesteps_at_boundary,
+                **self._at_boundary,
                 **{counter: getattr(self, counter) for counter in _COUNTERS},
                 "guard": self.guard.state_dict(),
                 "reward": self._reward_at_boundary,
                 "extra": self._extra_state(),
             }
-            (folder / STATE_FILE).write_text(json.dumps(state, indent=2))
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=2, default=_plain))
             write_manifest(folder)
 
     @classmethod
@@ -159,12 +159,17 @@ class SavedRun:
             self.average.load(folder / _AVERAGE_FILE)
         self.guard.load_state_dict(state["guard"])
         self.env.unwrapped.reward.load_state_dict(state.get("reward", {}))  # type: ignore[attr-defined]
-        self.num_timesteps = state["num_timesteps"]
+        self.num_timesteps, self.reward_queries = state["num_timesteps"], state["reward_queries"]
         self._mark_boundary()
         for counter in _COUNTERS:
             setattr(self, counter, state[counter])
         self._load_extra_state(state["extra"])
         self._load_files(folder)
+
+
+def _plain(value: Any) -> Any:
+    """Return a numpy number as Python's."""
+    return value.item()
 
 
 def _without_zip(path: str | Path) -> Path:

@@ -7,12 +7,15 @@ _FIRST_TRAINING_SEED = 2**32
 
 
 def derived_seed(*key: int) -> int:
-    """Return a seed that is a hash of the key: streams of different keys are independent."""
+    """Return a seed that is a hash of the key: streams of keys that differ in more than final zeros are independent."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 def training_seed(*key: int) -> int:
-    """Return a derived seed that is at least 2**32, so that all smaller seeds are held out from training."""
+    """Return a derived seed that is at least 2**32, so that all smaller seeds are held out from training.
+
+    torch's CPU generator keeps the low 32 bits alone: a smaller seed's noise may be met by chance, 2**-32 a pair.
+    """
     return _FIRST_TRAINING_SEED + derived_seed(*key) // 2
 
 

@@ -1,5 +1,6 @@
 """What the policy-gradient algorithms share, which learn from whole trajectories of scored actions."""
 
+import contextlib
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -201,46 +202,47 @@ class TrajectoryAlgorithm(Algorithm):
                 f"sde_window must be at least 1 step and fit into sde_window_range, within the {num_steps} steps of an "
                 f"episode; got {self.sde_window} and {(low, high)}"
             )
+        times = self._times()
+        scored = self.policy.scored({"timestep": times[:-1], "next_timestep": times[1:]})
+        if not scored[high - self.sde_window : high].any():
+            raise ValueError(
+                f"sde_window_range {(low, high)} allows a window of {self.sde_window} steps without a density: "
+                f"steps {np.flatnonzero(~scored).tolist()} have none"
+            )
         return low, high
 
-    def _collect(self, callbacks: Any) -> Rollout | None:
-        rollout = super()._collect(callbacks)
-        if rollout is None:
-            self._lift_window()
-        return rollout
+    @contextlib.contextmanager
+    def _collecting(self) -> Iterator[None]:
+        """Make the steps of this iteration's window stochastic, and no others, within the block."""
+        if self.sde_window is None:
+            yield
+            return
+        assert isinstance(self.policy, DenoisingPolicy)
+        before, self.policy.sde_window = self.policy.sde_window, self._window(self.sde_window)
+        try:
+            yield
+        finally:
+            self.policy.sde_window = before
 
-    def _prepare_rollout(self) -> None:
-        if self.sde_window is not None:
-            assert isinstance(self.policy, DenoisingPolicy)
-            low, high = self.sde_window_range
-            draw = derived_seed(self.seed, _WINDOW_STREAM, self.iteration)
-            start = low + draw % (high - low - self.sde_window + 1)
-            times = self.policy.model.schedule.timesteps(self.env.unwrapped.num_steps).float()  # type: ignore[attr-defined]
-            self.policy.sde_window = (float(times[start]), float(times[start + self.sde_window]))
+    def _window(self, size: int) -> tuple[float, float]:
+        """Return the times between which this iteration's steps are stochastic."""
+        low, high = self.sde_window_range
+        start = low + derived_seed(self.seed, _WINDOW_STREAM, self.iteration) % (high - low - size + 1)
+        times = self._times()
+        return float(times[start]), float(times[start + size])
 
-    def _lift_window(self) -> None:
-        if self.sde_window is not None:
-            assert isinstance(self.policy, DenoisingPolicy)
-            self.policy.sde_window = None
+    def _times(self) -> Tensor:
+        assert isinstance(self.policy, DenoisingPolicy)
+        return self.policy.model.schedule.timesteps(self.env.unwrapped.num_steps).float()  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ updates
     def train(self, rollout: Rollout) -> Metrics:
         """Update the policy from one rollout: `n_epochs` passes, one update per `batch_size` episodes."""
-        rng = self._update_generator()
-        measured, advantages = self._advantages_of_actions(rollout)
-        if self.step_weights != "equal":
-            advantages = advantages * self.weights_of_steps(rollout)
-        updates: list[Metrics] = []
-        num_updates = 0
-        for lanes in self._batches(rollout.num_episodes, rng):
-            metrics = self._accumulate(rollout, advantages, lanes, rng)
-            if self.stop_kl is not None and self._read(metrics["approx_kl"]) > self.stop_kl:
-                self.guard.clear(self.optimizer)
-                updates.append(metrics)
-                break
-            updates.append(metrics | {"grad_norm": self._optimizer_step()})
-            num_updates += 1
-        self._lift_window()
+        with self._collecting():
+            measured, advantages = self._advantages_of_actions(rollout)
+            if self.step_weights != "equal":
+                advantages = advantages * self.weights_of_steps(rollout)
+            updates, num_updates = self._updates(rollout, advantages)
         found = {**mean_of(updates)}
         if self.kl.place == "loss" and "kl" in found:
             found["kl"] = found["kl"] * float(rollout.scored.sum() / rollout.num_episodes)
@@ -252,6 +254,18 @@ class TrajectoryAlgorithm(Algorithm):
             found["kl_coefficient"] = advantages.new_tensor(self.kl.coefficient)
             self.kl.adapt(self._read(found["kl"]))
         return found
+
+    def _updates(self, rollout: Rollout, advantages: Tensor) -> tuple[list[Metrics], int]:
+        """Make a rollout's updates; return what each measured, and how many there were."""
+        rng = self._update_generator()
+        updates: list[Metrics] = []
+        for lanes in self._batches(rollout.num_episodes, rng):
+            metrics = self._accumulate(rollout, advantages, lanes, rng)
+            if self.stop_kl is not None and self._read(metrics["approx_kl"]) > self.stop_kl:
+                self.guard.clear(self.optimizer)
+                return [*updates, metrics], len(updates)
+            updates.append(metrics | {"grad_norm": self._optimizer_step()})
+        return updates, len(updates)
 
     @staticmethod
     def _read(value: Tensor) -> float:
@@ -290,21 +304,18 @@ class TrajectoryAlgorithm(Algorithm):
         """Return (steps, lanes) of the transitions to learn from, [M] each, shuffled.
 
         Each trajectory gives the first `timestep_fraction` of its own random order of time, as in ddpo-pytorch; of the
-        times within the window, where there is one.
+        times at which there is a density.
 
         Raises:
             ValueError: no action has a density.
         """
-        times = np.arange(len(scored)) if self.sde_window is None else np.flatnonzero(scored.any(1))
+        times = np.flatnonzero(scored.any(1))
         kept = max(1, int(len(times) * self.timestep_fraction))
         steps = np.stack([rng.permutation(times)[:kept] for _ in lanes], axis=1)
         columns = np.broadcast_to(lanes, steps.shape)
         usable = scored[steps, columns]
         if not usable.any():
-            raise ValueError(
-                f"none of the {usable.size} actions to learn from has a density: give the policy eta > 0 "
-                "(or learn from more steps: timestep_fraction)"
-            )
+            raise ValueError("none of the actions to learn from has a density: give the policy eta > 0")
         order = rng.permutation(int(usable.sum()))
         return steps[usable][order], columns[usable][order]
 

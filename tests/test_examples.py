@@ -35,7 +35,8 @@ SHORT = {
     ],
     "reinforce.py": ["--iterations", "1", "--num-envs", "4", "--num-steps", "2", "--num-eval", "4"],
     "ddpo_incompressibility.py": [
-        "--reward-queries", "8", "--num-envs", "4", "--num-steps", "2", "--num-eval", "24", "--output", "OUTPUT",
+        "--reward-queries", "8", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--noisy-steps", "1",
+        "--num-eval", "24", "--output", "OUTPUT",
     ],
     "ddpo_alignment.py": [
         *SMALL_STABLE_DIFFUSION, "--llava", "llava", "--bert-score", "bert", "--num-layers", "2",

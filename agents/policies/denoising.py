@@ -209,7 +209,9 @@ class DenoisingPolicy(Policy):
 
     @property
     def needs_loss_scaling(self) -> bool:
-        """Whether the arithmetic is in fp16."""
+        """Whether the arithmetic is in fp16: by autocast, or because LoRA's frozen weights are."""
+        if self.mixed_precision == "no":
+            return self.use_lora and self.model.dtype == torch.float16
         return self.mixed_precision == "fp16"
 
     def action_dtype(self, observation: Observation) -> torch.dtype:

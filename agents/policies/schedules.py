@@ -59,13 +59,18 @@ class ContextFreeSchedule(Policy):
         self.device = torch.device(device)
         self.logits = nn.Parameter(BetaDistribution.logits_of(ratios, initial_concentration).to(self.device))
 
+    @property
+    def max_steps(self) -> int:
+        """The environment's."""
+        return len(self.logits)
+
     def distribution(self, observation: Observation) -> BetaDistribution:
         """Return the Beta of the lanes' steps."""
-        return BetaDistribution.from_logits(self.logits[_step_index(observation, len(self.logits))])
+        return BetaDistribution.from_logits(self.logits[_step_index(observation, self.max_steps)])
 
     def save(self, folder: Path) -> None:
         """Write the logits, in safetensors."""
-        write_config(folder, self, max_steps=len(self.logits))
+        write_config(folder, self, max_steps=self.max_steps)
         save_file({"logits": self.logits.detach().contiguous()}, Path(folder) / _WEIGHTS_FILE)
 
     def load_weights(self, folder: Path) -> None:

@@ -87,7 +87,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._lanes = Lanes(
             self.model, self.prompts, num_envs=num_envs, negative_prompt=negative_prompt, dtype=self.dtype
         )
-        self._started = False
+        self._started = self._interrupted = False
         self._rewarder: ThreadPoolExecutor | None = None
         self.reward_seconds = 0.0
 
@@ -176,7 +176,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             raise ResetNeeded("the first reset must be of all lanes: call reset() without reset_mask")
         self._start(mask, seeds=lane_seeds(seed, self.num_envs), options=parsed)
         self._lanes.final_images = None
-        self._started = True
+        self._started, self._interrupted = True, False
         self._prepare()
         return self._observe(), self._info() | {"ended": self._lanes.ended.copy()}
 
@@ -201,6 +201,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._require_open()
         self._require_reset()
         self._check_actions(actions)
+        self._interrupted = True
         actions = actions.detach()
         waiting = self._lanes.ended.copy()
         self._lanes.watch_finite(actions, ~waiting)
@@ -218,6 +219,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         if self.autoreset_mode is AutoresetMode.NEXT_STEP and waiting.any():
             self._start(waiting)
         self._prepare()
+        self._interrupted = False
         observation, info = self._observe(), self._info() | scores | final
         terminated = self._lanes.ended if self.autoreset_mode is AutoresetMode.DISABLED else ended
         info["ended"] = terminated.copy()
@@ -270,10 +272,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     def _require_reset(self, *, of_all: bool = True) -> None:
         if not self._started:
             raise ResetNeeded("call reset() before step() or render()")
+        if of_all and self._interrupted:
+            raise ResetNeeded("the last step ended in an error: call reset()")
         if of_all and self.autoreset_mode is AutoresetMode.DISABLED and self._lanes.ended.all():
             raise ResetNeeded("every lane has ended: call reset() (autoreset_mode is DISABLED)")
-        if of_all and self.autoreset_mode is AutoresetMode.SAME_STEP and self._lanes.ended.any():
-            raise ResetNeeded("the last step ended in an error: call reset()")
 
     def _check_actions(self, actions: Tensor) -> None:
         shape = (self.num_envs, *self.single_action_space.shape)

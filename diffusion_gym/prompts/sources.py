@@ -33,6 +33,8 @@ def _from_rows(rows: Iterable[Mapping[str, object]], column: str, source: object
     for number, row in enumerate(rows, start=1):
         entry = dict(row)
         text = entry.pop(column)
+        if None in entry:
+            raise ValueError(f"{source}, row {number}: more cells than columns; a text with a comma needs quotes")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{source}, row {number}: expected a text in the column {column!r}, got {text!r}")
         repeated += text.strip() in first
@@ -49,13 +51,21 @@ def _from_table(path: Path) -> PromptSet:
         return _from_rows(rows, _prompt_column(rows.fieldnames or (), path), path)
 
 
+def _lines(path: Path) -> list[str]:
+    """Return a file's lines; a text may hold other separators, such as U+2028."""
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def _from_json_lines(path: Path) -> PromptSet:
     """Read a JSON object a line, with the key "prompt" and metadata beside it."""
     texts, metadata = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise ValueError(f'{path}, line {number}: expected a JSON object with a string "prompt", got {line[:80]}')
         texts.append(entry.pop("prompt"))
@@ -69,8 +79,7 @@ def _from_file(path: Path) -> PromptSet:
         return _from_table(path)
     if suffix == ".jsonl":
         return _from_json_lines(path)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return PromptSet(tuple(line.strip() for line in lines if line.strip()))
+    return PromptSet(tuple(line.strip() for line in _lines(path) if line.strip()))
 
 
 def prompts_from_dataset(source: str, *, split: str = "train", column: str | None = None) -> PromptSet:

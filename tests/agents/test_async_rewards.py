@@ -4,6 +4,7 @@ import gymnasium as gym
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import TransformReward
 
 from agents import DDPOIS, DenoisingPolicy, TimePredictor, collect
 from diffusion_gym.rewards import Normalised
@@ -44,6 +45,13 @@ def test_episodes_of_different_lengths_pay_for_their_own_steps(emoji, reward):
     waited, deferred = play(False), play(True)
     assert len(set(waited.lengths.tolist())) > 1
     assert torch.equal(waited.returns, deferred.returns)
+
+
+def test_wrappers_that_see_the_rewards_are_refused(emoji, make_env):
+    wrapped = TransformReward(make_env(), lambda rewards: 100 * rewards)
+    assert collect(wrapped, DenoisingPolicy(emoji, seed=1)).num_episodes == 4
+    with pytest.raises(ValueError, match="async_rewards comes too late for TransformReward"):
+        collect(wrapped, DenoisingPolicy(emoji, seed=1), async_rewards=True)
 
 
 def test_next_episodes_begin_while_the_reward_is_computed(emoji, make_env):

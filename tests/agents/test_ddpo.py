@@ -7,7 +7,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.logger import configure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents import DDPOIS, DDPOSF, DenoisingPolicy, collect
+from agents import DDPOIS, DDPOSF, Checkpoints, DenoisingPolicy, collect
 from agents.files import replaced_folder
 
 ALGORITHMS = [DDPOSF, DDPOIS]
@@ -96,6 +96,9 @@ def test_hyperparameters_survive_a_checkpoint(emoji, make_env, tmp_path):
     assert (again.clip_range, again.n_epochs, again.timestep_fraction) == (3e-4, 2, 0.5)
     assert again.advantage_clip is None
     assert again.seed == 3
+    make(DDPOSF, emoji, make_env(), n_epochs=3, samples_per_epoch=np.int64(8), batch_size=None).save(tmp_path / "sf")
+    again = DDPOSF.load(tmp_path / "sf", make_env(num_envs=2))
+    assert (again.n_epochs, again.samples_per_epoch, again.batch_size) == (3, 8, 8)
     with pytest.raises(ValueError, match="is a run of DDPOIS, not of DDPOSF"):
         DDPOSF.load(tmp_path / "run", make_env())
     with pytest.raises(FileNotFoundError, match="no saved run"):
@@ -253,6 +256,19 @@ def test_checkpoint_callback_in_the_middle_of_a_rollout_resumes_exactly(emoji, m
     assert same(weights(whole), weights(resumed))
 
 
+def test_a_run_saved_at_the_end_of_a_rollout_counts_it_once(emoji, make_env, tmp_path):
+    class Save(BaseCallback):
+        def _on_rollout_end(self):
+            self.model.save(tmp_path / "run")
+
+        def _on_step(self):
+            return True
+
+    make(DDPOIS, emoji, make_env()).learn(12, Save(), log_interval=0)
+    resumed = DDPOIS.load(tmp_path / "run", make_env())
+    assert (resumed.num_timesteps, resumed.reward_queries, resumed.iteration) == (0, 0, 0)
+
+
 def test_progress_bar(emoji, make_env, capsys):
     make(DDPOIS, emoji, make_env()).learn(12, progress_bar=True)
     assert "12/12" in "".join(capsys.readouterr())
@@ -313,6 +329,25 @@ def test_a_kill_between_the_two_renames_loses_nothing(emoji, make_env, tmp_path)
     learner.save(tmp_path / "run")
     assert DDPOIS.load(tmp_path / "run", make_env()).iteration == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_save_keeps_what_is_not_its_own(emoji, make_env, tmp_path):
+    run = tmp_path / "run"
+    (run / "evaluation").mkdir(parents=True)
+    (run / "notes.txt").write_text("mine")
+    learner = make(DDPOIS, emoji, make_env())
+    for _ in range(2):
+        learner.save(run)
+    assert (run / "notes.txt").read_text() == "mine"
+    run.rename(tmp_path / "run.previous")  # where a kill after the two renames would leave it
+    learner.save(tmp_path / "new")
+    (tmp_path / "new").rename(run)
+    learner.save(run)
+    assert (run / "notes.txt").read_text() == "mine"
+    assert (run / "evaluation").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    make(DDPOIS, emoji, make_env()).learn(12, Checkpoints(run, every=1), log_interval=0)
+    assert DDPOIS.load(run, make_env()).iteration == 0  # the saved run, not the checkpoints beside it
 
 
 def test_folder_is_replaced_only_when_it_is_whole(tmp_path):

@@ -268,25 +268,56 @@ def test_outside_of_its_rollouts_a_policy_has_no_window(mixture, tmp_path):
     assert RLOO.load(tmp_path / "run", learner.env).sde_window == 1
 
 
-def test_callbacks_at_the_start_of_a_rollout_evaluate_the_policy_without_a_window(mixture):
+def test_an_error_leaves_no_window_behind(mixture, monkeypatch):
+    learner = learner_on(mixture, sde_window=1)
+
+    def broken(*_, **__):
+        raise FloatingPointError("the loss is NaN")
+
+    monkeypatch.setattr(learner, "_optimizer_step", broken)
+    with pytest.raises(FloatingPointError):
+        learner.learn(1, log_interval=0)
+    assert learner.policy.sde_window is None
+    monkeypatch.setattr("agents.algorithm.collect", broken)
+    with pytest.raises(FloatingPointError):
+        learner.learn(1, log_interval=0)
+    assert learner.policy.sde_window is None
+
+
+def test_a_window_needs_a_density(mixture):
+    with pytest.raises(
+        ValueError, match=r"\(0, 4\) allows a window of 1 steps without a density: steps \[3\] have none"
+    ):
+        learner_on(mixture, sde_window=1, sde_window_range=(0, 4))
+
+
+def test_callbacks_around_a_rollout_evaluate_the_policy_without_a_window(mixture):
     seen = []
 
     class Watch(BaseCallback):
         def _on_rollout_start(self):
             seen.append(self.model.policy.sde_window)
 
+        _on_rollout_end = _on_rollout_start
+
         def _on_step(self):
             return True
 
     learner = learner_on(mixture, sde_window=1)
     learner.learn(2 * learner.samples_per_epoch * learner.env.unwrapped.num_steps, Watch(), log_interval=0)
-    assert seen == [None, None]
+    assert seen == [None] * 4
 
 
 def test_the_ratio_is_one_within_a_window(mixture, tmp_path):
     (line,) = logged(learner_on(mixture, sde_window=2, kl_place="exact"), tmp_path, 1)
     assert line["train/approx_kl"] == pytest.approx(0, abs=1e-9)
     assert line["train/kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_share_of_the_steps_is_taken_of_those_that_have_a_density(mixture):
+    learner = learner_on(mixture, algorithm=DDPOSF, timestep_fraction=0.25, batch_size=2, log_prob_reduction="sum")
+    learner.learn(12 * 8 * 4, log_interval=0)  # where it took the last step alone, it raised
+    assert learner.num_updates == 48
 
 
 def test_the_share_of_the_steps_is_that_of_the_window(mixture):

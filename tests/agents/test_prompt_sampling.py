@@ -3,6 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, RLOO, DenoisingPolicy
@@ -49,6 +50,13 @@ def test_groups_of_one_noise_take_turns_with_it(mixture):
     drawn = prompts_of(mixture, RLOO, iterations=5, num_envs=4, group_size=2, same_noise=True,
                        prompt_sampling="round_robin")  # fmt: skip
     assert sorted(drawn[:, ::2].ravel().tolist()) == sorted([*range(len(PROMPTS))] * 2)
+    assert (drawn[:, ::2] == drawn[:, 1::2]).all()
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=4, model=mixture, autoreset_mode="DISABLED")
+    learner = RLOO(DenoisingPolicy(mixture), env, group_size=2, same_noise=True, prompt_sampling="round_robin")
+    seeds, options = learner._starts().reset(0, 0)
+    noise = env.reset(seed=seeds, options=options)[0]["latents"]
+    assert torch.equal(noise[::2], noise[1::2])
+    assert not torch.equal(noise[0], noise[2])
     with pytest.raises(ValueError, match="num_starts draws prompt and noise together"):
         prompts_of(mixture, RLOO, iterations=1, group_size=2, num_starts=3, prompt_sampling="round_robin")
 

@@ -237,3 +237,8 @@ def test_a_run_on_times_is_logged_too(tmp_path, emoji):
     assert tags["histograms"] == ["rollout/ep_rew"]
     assert "rollout/prompts/text_summary" in tags["tensors"]
     assert hparams.SESSION_START_INFO_TAG in events.summary_metadata
+
+
+def test_the_learning_rate_is_the_one_that_was_used(model):
+    entries = learn(make(model, learning_rate=3e-4, warmup_updates=3), 4)
+    assert [entry["train/learning_rate"] for entry in entries] == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4])

@@ -157,7 +157,8 @@ def test_residency_of_a_rollout_and_an_update(on_device, named_places, algorithm
 
 
 def test_residency_of_an_update_with_a_kl_penalty_and_a_window(on_device, named_places, monkeypatch):
-    on_the_host(monkeypatch, DDPOIS, "_prepare_rollout")
+    on_the_host(monkeypatch, DDPOIS, "_window")
+    on_the_host(monkeypatch, DDPOIS, "_window_range")
     env = make()
     policy = DenoisingPolicy(env.unwrapped.model, seed=0)
     reference = policy.reference()

@@ -8,7 +8,7 @@ from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOSF, RLOO, ContextFreeSchedule, DenoisingPolicy, FixedSchedule, TimePredictor, collect
-from agents.advantages import group_advantages
+from agents.advantages import group_advantages, normalise
 from agents.losses import clipped_surrogate_coefficients, clipped_surrogate_loss
 from diffusion_gym.models import load_model
 from tests.tiny import make_tiny_stable_diffusion
@@ -91,6 +91,10 @@ def test_group_relative_advantages_are_grpos():
     expected = (rewards.numpy() - rewards.numpy().mean(1, keepdims=True))[:2] / rewards.numpy()[:2].std(1)[:, None]
     np.testing.assert_allclose(grpo[:2].numpy(), expected, rtol=1e-3)
     assert grpo[2].abs().max() < 1e-3
+    equal = torch.full((2, 12), 50.3)  # whose mean is not 50.3, in float32
+    for scale in ("none", "rollout", "group"):
+        assert (group_advantages(equal, scale=scale) == 0).all()
+    assert (normalise(equal[0]) == 0).all()
     scaled = group_advantages(1e-6 * rewards, baseline="group_mean", scale="group")
     torch.testing.assert_close(scaled, grpo, rtol=1e-3, atol=1e-3)
     assert float(group_advantages(rewards, scale="rollout").std(correction=0)) == pytest.approx(1, rel=1e-5)
@@ -208,9 +212,7 @@ def test_kl_to_the_reference_is_in_closed_form(time_env, latent_env, monkeypatch
 @pytest.mark.parametrize("same_noise", [True, False])
 def test_groups_share_their_prompt_and_their_noise_if_asked(time_env, latent_env, same_noise):
     learner = make(time_env, latent_env, "times", same_noise=same_noise, samples_per_epoch=8)
-    seen = []
-    learner.learn(1, callback=lambda local, _: seen.append(local["rollout"]) if "rollout" in local else True)
-    starts = [learner._start(batch) for batch in range(2)]
+    starts = [learner._starts().reset(learner.iteration, batch) for batch in range(2)]
     for seed, options in starts:
         observation, info = learner.env.reset(seed=seed, options=options)
         prompts, noise = info["prompt_id"].reshape(2, 2), observation["latents"].reshape(2, 2, -1)
@@ -225,7 +227,7 @@ def test_starts_can_be_drawn_from_a_few(time_env, latent_env):
     learner = make(time_env, latent_env, "times", num_starts=3)
     seeds = set()
     for learner.iteration in range(30):
-        seeds.update(learner._start(0)[0])
+        seeds.update(learner._starts().reset(learner.iteration, 0)[0])
     assert len(seeds) == 3
 
 

@@ -139,9 +139,10 @@ def test_it_regresses_to_the_tilted_mixture(line, best_share, monkeypatch):
 
 
 # ---------------------------------------------------------------------- images on disk
-def test_it_learns_from_a_folder_of_images(tiny, tmp_path):
+def test_it_learns_from_a_folder_of_images(tiny, tmp_path, monkeypatch):
     env = make_env(tiny, num_envs=4)
     policy = DenoisingPolicy(tiny, seed=0)
+    predict = policy.predict_noised
     rollout = collect(env, policy, seeds=[0], max_images=4)
     texts = [env.unwrapped.prompts[index] for index in rollout.prompt_id]
     lines = []
@@ -159,6 +160,11 @@ def test_it_learns_from_a_folder_of_images(tiny, tmp_path):
     before = [parameter.clone() for parameter in policy.parameters()]
     assert float(learner.fit(replay)["loss"]) > 0
     assert any(not torch.equal(*pair) for pair in zip(before, policy.parameters(), strict=True))
+    noised = []
+    monkeypatch.setattr(policy, "predict_noised", lambda *inputs: noised.append(inputs[2]) or predict(*inputs))
+    for _ in range(2):
+        learner.fit(replay)
+    assert len({float(noise.sum()) for noise in noised}) == 4
     with pytest.raises(FileNotFoundError, match=r"has no metadata\.jsonl"):
         Replay.from_folder(tmp_path / "elsewhere", tiny)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "prompt": "a cat"}))

@@ -71,9 +71,9 @@ def test_a_deterministic_step_is_infinitely_loud(mixture):
 @pytest.mark.parametrize("window", [None, 2])
 def test_weights_undo_the_sensitivity_where_there_is_a_density(mixture, window):
     learner = make(RLOO, mixture, sde_window=window)
-    learner._prepare_rollout()
-    rollout = collect(learner.env, learner.policy, seeds=[0])
-    weights = learner.weights_of_steps(rollout)
+    with learner._collecting():
+        rollout = collect(learner.env, learner.policy, seeds=[0])
+        weights = learner.weights_of_steps(rollout)
     scored = torch.from_numpy(rollout.scored)
     assert int(scored.sum()) == 8 * (window or STEPS - 1)  # the last step goes to the clean end
     assert (weights[~scored] == 0).all()
@@ -140,15 +140,14 @@ def test_times_have_no_sensitivity(mixture):
 def test_groups_share_the_prompt_and_nothing_else(emoji):
     env = gym.make_vec("DenoisingMDP-v0", num_envs=8, num_steps=2, model=emoji)
     learner = DDPOSF(DenoisingPolicy(emoji, use_lora=True), env, samples_per_epoch=16, group_size=4, seed=0)
-    rollout = collect(env, learner.policy, seeds=[seed for seed, _ in map(learner._start, range(2))],
-                      options=[options for _, options in map(learner._start, range(2))])  # fmt: skip
+    seeds, options = zip(*(learner._starts().reset(0, batch) for batch in range(2)), strict=True)
+    rollout = collect(env, learner.policy, seeds=seeds, options=options)
     groups = rollout.prompt_id.reshape(4, 4)
     assert (groups == groups[:, :1]).all()
     assert len(set(groups[:, 0])) > 1
     starts = rollout.changing["latents"][0].flatten(1)
     assert len(torch.unique(starts, dim=0)) == 16
-    learner.iteration = 1
-    assert not np.array_equal(learner._start(0)[1]["prompt_id"], rollout.prompt_id[:8])
+    assert not np.array_equal(learner._starts().reset(1, 0)[1]["prompt_id"], rollout.prompt_id[:8])
 
 
 @pytest.mark.parametrize("group_size", [0, 3])

@@ -189,6 +189,10 @@ def test_a_fixed_schedule_cannot_be_scored_or_too_long(env):
         policy.log_prob(observation, torch.full((4, 1), 0.5))
     with pytest.raises(ValueError, match="1 to 2 numbers"):
         FixedSchedule([0.5] * 3, max_steps=2)
+    env = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model="mixture", autoreset_mode="DISABLED", max_steps=6)
+    for policy in (FixedSchedule([0.5] * 3), ContextFreeSchedule([0.5] * 5)):
+        with pytest.raises(ValueError, match=r"of episodes of at most [35] steps, the env's have 6"):
+            collect(env, policy)
     for wrong in ([], [0.5, 1.0], [[0.5]]):
         with pytest.raises(ValueError, match="initial_ratios must be a vector"):
             ContextFreeSchedule(wrong)

@@ -126,7 +126,7 @@ def run(name, folder, rank, *, break_it=False):
     learner.learn(total_timesteps=10**6, callback=StopAfter(ITERATIONS))
     learner.logger.close()
     found |= {f"weight/{index}": parameter.detach().clone() for index, parameter in enumerate(trained(learner))}
-    counters = [learner._timesteps_at_boundary, learner.reward_queries, learner.iteration, learner.num_updates]
+    counters = [*learner._at_boundary.values(), learner.iteration, learner.num_updates]
     return found | {"counters": torch.tensor(counters)}
 
 
@@ -161,7 +161,7 @@ def one_stops_for_all(folder, rank):
     learner = make("rloo-times")
     last = learner.processes.count - 1
     learner.learn(10**6, callback=StopAfter(1, has_a_say=rank == last), log_interval=0)
-    return [learner.iteration, learner._timesteps_at_boundary, learner.reward_queries]
+    return [learner.iteration, *learner._at_boundary.values()]
 
 
 def all_start_alike(folder, rank):

@@ -122,6 +122,9 @@ def test_tables_without_prompts_are_refused(tmp_path):
     (tmp_path / "p.csv").write_text("prompt,b\na cat,2\n,3\n")
     with pytest.raises(ValueError, match="row 2: expected a text in the column 'prompt', got ''"):
         make_prompts(tmp_path / "p.csv")
+    (tmp_path / "p.csv").write_text("prompt,b\na cat, red,2\n")
+    with pytest.raises(ValueError, match="row 1: more cells than columns; a text with a comma needs quotes"):
+        make_prompts(tmp_path / "p.csv")
 
 
 @pytest.mark.filterwarnings("default")
@@ -170,11 +173,13 @@ def test_files_and_lists(tmp_path):
     prompts = make_prompts(tmp_path / "p.jsonl")
     assert prompts.texts == ("2 cats", "a dog")
     assert prompts.metadata == ({"n": 2}, {})
+    (tmp_path / "windows.txt").write_bytes("\ufeffa cat\r\na \u2028dog\r\n".encode())
+    assert make_prompts(tmp_path / "windows.txt").texts == ("a cat", "a \u2028dog")
     assert make_prompts(["x", "y"]).texts == ("x", "y")
     assert make_prompts(prompts) is prompts
 
 
-@pytest.mark.parametrize("line", ['["a cat"]', '{"text": "a cat"}', '{"prompt": 3}'])
+@pytest.mark.parametrize("line", ['["a cat"]', '{"text": "a cat"}', '{"prompt": 3}', '{"prompt": "a'])
 def test_wrong_lines_are_named_with_their_number(tmp_path, line):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "ok"}\n' + line)

@@ -398,7 +398,8 @@ def test_single_environment_says_when_its_episode_is_over(emoji):
         env.step(env.action_space.sample())
 
 
-def test_an_error_at_the_end_of_an_episode_asks_for_a_reset(emoji):
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_an_error_at_the_end_of_an_episode_asks_for_a_reset(mode):
     broken = [True]
 
     def flaky(images, prompts, metadata):
@@ -406,15 +407,15 @@ def test_an_error_at_the_end_of_an_episode_asks_for_a_reset(emoji):
             raise ConnectionError("the reward is away")
         return images.mean((1, 2, 3))
 
-    env = make_vec(model=emoji, reward=flaky, num_steps=1)
-    env.reset()
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=2, model="mixture", reward=flaky, num_steps=1, autoreset_mode=mode)
+    action = env.reset()[0]["latents"]
     with pytest.raises(ConnectionError):
-        env.step(actions())
+        env.step(action)
     with pytest.raises(gym.error.ResetNeeded, match="the last step ended in an error"):
-        env.step(actions())
+        env.step(action)
     broken.append(False)
     env.reset()
-    assert env.step(actions())[4]["ended"].all()
+    assert env.step(action)[4]["ended"].all()
 
 
 def test_a_reward_with_gradients_is_detached(emoji):
