@@ -7,7 +7,7 @@ each: 20 minutes a run, many hours. Every run leaves its curve in a CSV file and
 the command can be stopped and given again, and so that several processes, each with some of the `--algorithms` or
 `--seeds`, may share one folder. `runs/compare_algorithms` gets for each run `<algorithm>_<seed>.csv` and some images of
 each evaluation, and of all `table.md`, `curves.png` and `images.png`. Beside the reward that is trained for, the curves
-show one that is not, which tells what the gain is paid with.
+show one that is not, which tells what the gain is paid with; the images are those at which a run first had +15 %.
 """
 
 import csv
@@ -184,9 +184,9 @@ def gain(curve: Mapping[int, np.ndarray], queries: int) -> float:
     return 100 * float(curve[queries][0].mean() / curve[0][0].mean() - 1)
 
 
-def reached(curve: Mapping[int, np.ndarray], per_cent: float) -> str:
-    """Return the reward queries after which a gain was seen first."""
-    return str(next((queries for queries in sorted(curve) if gain(curve, queries) >= per_cent), "not"))
+def reached(curve: Mapping[int, np.ndarray], per_cent: float) -> int | None:
+    """Return the reward queries after which a gain was seen first; None: it never was."""
+    return next((queries for queries in sorted(curve) if gain(curve, queries) >= per_cent), None)
 
 
 def read_curves(name: str, args: Args) -> dict[int, dict[int, np.ndarray]]:
@@ -198,55 +198,67 @@ def read_curves(name: str, args: Args) -> dict[int, dict[int, np.ndarray]]:
 def tabulate(args: Args) -> str:
     """Return a table of the runs that are there, each algorithm at the last evaluation that all its seeds have."""
     lines = [
-        f"| algorithm | seeds | queries | gain in {args.reward}, % | {args.held_out} | +6 % after | +15 % after |",
-        "|---|---|---|---|---|---|---|",
+        f"| algorithm | seeds | +6 % after | +15 % after | {args.held_out} then | queries | gain at the end, % | "
+        f"{args.held_out} |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in args.algorithms:
-        curves = read_curves(name, args).values()
+        curves = list(read_curves(name, args).values())
         if not curves:
             continue
+        some, much = ([reached(curve, per_cent) for curve in curves] for per_cent in (6.0, 15.0))
+        then = [curve[queries][1].mean() for curve, queries in zip(curves, much, strict=True) if queries is not None]
         last = max(set.intersection(*(set(curve) for curve in curves)))
         gains = np.array([gain(curve, last) for curve in curves])
         error = f" ± {gains.std(ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
-        before, after = (np.mean([curve[queries][1].mean() for curve in curves]) for queries in (0, last))
-        first = [", ".join(reached(curve, per_cent) for curve in curves) for per_cent in (6.0, 15.0)]
-        lines.append(
-            f"| {name} | {len(curves)} | {last} | {gains.mean():+.1f}{error} | {before:.2f} → {after:.2f} | "
-            f"{first[0]} | {first[1]} |"
-        )
+        cells = [
+            name,
+            str(len(curves)),
+            *(", ".join("not" if one is None else str(one) for one in column) for column in (some, much)),
+            f"{np.mean(then):.2f}" if then else "–",
+            str(last),
+            f"{gains.mean():+.1f}{error}",
+            f"{np.mean([curve[last][1].mean() for curve in curves]):.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw_curves(args: Args) -> Figure:
-    """Return the plot of both rewards over the reward queries: means of the seeds, with their standard errors."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    """Return the gain over the reward queries, and the other reward over the gain: mean and standard error of seeds."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for number, name in enumerate(args.algorithms):
         curves = read_curves(name, args).values()
         if not curves:
             continue
         queries = sorted(set.intersection(*(set(curve) for curve in curves)))
-        gains = [[gain(curve, number) for number in queries] for curve in curves]
-        others = [[curve[number][1].mean() for number in queries] for curve in curves]
-        for axes, values in zip(panels, (np.array(gains), np.array(others)), strict=True):
-            error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else None
-            style = {"color": f"C{number}", "marker": "o^sDvP*X"[number % 8], "markersize": 4, "capsize": 2}
-            axes.errorbar(queries, values.mean(0), error, label=name, **style)
-    panels[0].set(xlabel="reward queries", ylabel=f"gain in {args.reward} on held-out seeds, %")
-    panels[1].set(xlabel="reward queries", ylabel=f"{args.held_out}, not trained for")
-    panels[0].legend(fontsize="small")
-    for axes in panels:
+        gains = np.array([[gain(curve, one) for one in queries] for curve in curves])
+        others = np.array([[curve[one][1].mean() for one in queries] for curve in curves])
+        errors = [values.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else None for values in (gains, others)]
+        style = {"color": f"C{number}", "marker": "o^sDvP*X"[number % 8], "markersize": 4, "capsize": 2}
+        left.errorbar(queries, gains.mean(0), errors[0], label=name, **style)
+        right.errorbar(gains.mean(0), others.mean(0), errors[1], errors[0], **style)
+    left.set(xlabel="reward queries", ylabel=f"gain in {args.reward}, %, on held-out seeds")
+    right.set(xlabel=f"gain in {args.reward}, %", ylabel=f"{args.held_out}, not trained for")
+    left.legend(fontsize="small")
+    for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
 
 
 def draw_images(args: Args) -> Figure:
-    """Return rows of images from the same noise: the pretrained model's, and each algorithm's last with its seed 0."""
+    """Return rows of images from the same noise: the pretrained model's, and each algorithm's with its first seed.
+
+    They are of the evaluation at which +15 % was first seen; of the last one where it never was.
+    """
     rows: dict[str, Path] = {}
     for name in args.algorithms:
         for seed, curve in list(read_curves(name, args).items())[:1]:
+            queries = reached(curve, 15.0) or max(curve)
             rows.setdefault("pretrained", args.output / f"{name}_{seed}_0.png")
-            rows[f"{name}\n{gain(curve, max(curve)):+.0f} %"] = args.output / f"{name}_{seed}_{max(curve)}.png"
-    figure, panels = plt.subplots(len(rows), squeeze=False, figsize=(9, 0.9 * len(rows)), layout="constrained")
+            label = f"{name}\n{gain(curve, queries):+.0f} % after {queries:,}"
+            rows[label] = args.output / f"{name}_{seed}_{queries}.png"
+    figure, panels = plt.subplots(len(rows), squeeze=False, figsize=(9, 0.85 * len(rows)), layout="constrained")
     for axes, (label, file) in zip(panels[:, 0], rows.items(), strict=True):
         axes.imshow(plt.imread(file))
         axes.set_ylabel(label, rotation=0, ha="right", va="center")
@@ -260,7 +272,7 @@ def summarise(args: Args) -> None:
     (args.output / "table.md").write_text(table + "\n")
     print(table)
     for name, figure in (("curves", draw_curves(args)), ("images", draw_images(args))):
-        figure.savefig(args.output / f"{name}.png", dpi=150)
+        figure.savefig(args.output / f"{name}.png", dpi=150, bbox_inches="tight")
         plt.close(figure)
 
 
