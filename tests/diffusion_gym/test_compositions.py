@@ -99,6 +99,11 @@ def test_its_state_goes_through_json_and_sums():
     for other in (make_reward("brightness"), Normalised("brightness"), make_reward({"brightness": 1.0})):
         with pytest.raises(ValueError, match=r"remembers nothing|the state given is not that of"):
             other.load_state_dict(first.state_dict())
+    alone = Normalised("brightness")
+    alone(pictures(5), ["a"] * 5)
+    for of_another in (alone.state_dict(), {"reward": first.state_dict()}):
+        with pytest.raises(ValueError, match="the state given is not that of"):
+            make().load_state_dict(of_another)
     fresh = make()
     fresh.load_state_dict({})
     assert fresh.state_dict() == make().state_dict()
