@@ -74,6 +74,16 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
+def check_prompts(images: Tensor, prompts: Sequence[str]) -> None:
+    """Do nothing where there is a prompt per image.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if len(prompts) != len(images):
+        raise ValueError(f"there must be a prompt per image, got {len(images)} images and {len(prompts)} prompts")
+
+
 class CallableReward(Reward):
     """A user's function `f(images, prompts, metadata) -> [B]` as a reward.
 

@@ -11,7 +11,7 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor
 
-from .base import Metadata, Reward, RewardOutput
+from .base import Metadata, Reward, RewardOutput, check_prompts
 from .connection import Connection, RemoteRewardError, Unavailable
 from .wire import TOKEN_VARIABLE, ImageFormat, checked_token, encode_request
 
@@ -89,8 +89,7 @@ class RemoteReward(Reward):
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
-        if len(prompts) != len(images):
-            raise ValueError(f"there must be a prompt per image, got {len(images)} images and {len(prompts)} prompts")
+        check_prompts(images, prompts)
         parts = self._parts(images, prompts, metadata)
         if len(self._connections) == 1:
             outputs = [self._score(0, *part) for part in parts]
