@@ -144,9 +144,7 @@ def _not_json(constant: str) -> None:
 
 def _parse_object(text: bytes, limits: Limits, *, allowed: set[str]) -> dict[str, object]:
     most, given = _VALUES_PER_IMAGE * limits.max_batch, sum(text.count(mark) for mark in b",[{")
-    if (
-        given > most
-    ):  # there are about as many values, and a value of two letters takes up to 70 bytes when it is parsed
+    if given > most:  # about as many values, of which one of two letters takes up to 70 bytes of memory
         raise BadRequest(f"prompts and metadata may have {most} commas and opening brackets together, got {given}", 413)
     try:
         parsed = json.loads(text.decode("utf-8"), parse_constant=_not_json)
