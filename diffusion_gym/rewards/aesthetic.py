@@ -88,6 +88,9 @@ class Aesthetic(ModelReward[AestheticPredictor]):
     def _prepare(self) -> ImagePreparation:
         return pretrained(ImagePreparation.load, self.clip, what="CLIP's preprocessor_config.json", keyword="clip")
 
+    def load_rest(self) -> None:  # noqa: D102
+        self._prepare  # noqa: B018
+
     def score(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
     ) -> RewardOutput:

@@ -74,6 +74,16 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
+def check_prompts(images: Tensor, prompts: Sequence[str]) -> None:
+    """Do nothing where there is a prompt per image.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if len(prompts) != len(images):
+        raise ValueError(f"there must be a prompt per image, got {len(images)} images and {len(prompts)} prompts")
+
+
 class CallableReward(Reward):
     """A user's function `f(images, prompts, metadata) -> [B]` as a reward.
 
@@ -98,10 +108,20 @@ class CallableReward(Reward):
 
 
 class WeightedSum(Reward):
-    """Σ_i w_i·r_i over named rewards; every r_i is reported as an extra."""
+    """Σ_i w_i·r_i over named rewards; every r_i is reported as an extra.
+
+    Raises:
+        ValueError: two of the rewards have one name.
+    """
 
     def __init__(self, weighted: Sequence[tuple[Reward, float]]) -> None:
         self.weighted = tuple(weighted)
+        names = [reward.name for reward, _ in self.weighted]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"the rewards of a sum are reported by their names, which must differ, got {names}: "
+                'give one of them another, reward.name = "..."'
+            )
         self.name = "+".join(f"{weight:g}*{reward.name}" for reward, weight in self.weighted)
         units = {reward.unit for reward, _ in self.weighted}
         self.unit = units.pop() if len(units) == 1 else "mixed"
@@ -125,8 +145,8 @@ class WeightedSum(Reward):
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
         states = state.get("weighted", [{}] * len(self.weighted))
-        if not isinstance(states, list) or len(states) != len(self.weighted):
-            raise ValueError(f"the state given is not that of {self.name!r}")
+        if not isinstance(states, list) or len(states) != len(self.weighted) or state.keys() - {"weighted"}:
+            raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")
         for (reward, _), one in zip(self.weighted, states, strict=True):
             reward.load_state_dict(one)
 

@@ -70,6 +70,9 @@ class ClipReward(ModelReward[CLIPModel]):
         what = "CLIP's preprocessor_config.json"
         return pretrained(ImagePreparation.load, self.processor, what=what, keyword="processor")
 
+    def load_rest(self) -> None:  # noqa: D102
+        self._tokenizer, self._prepare  # noqa: B018
+
     def prepare(self, images: Tensor) -> Tensor:
         """Return images [B, 3, H, W] in [0, 1] as CLIP wants them."""
         return self._prepare(images)

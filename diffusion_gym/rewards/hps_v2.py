@@ -75,6 +75,10 @@ class HPSv2(ClipReward):
     Source: Wu et al., 2023, https://arxiv.org/abs/2306.09341; `hpsv2/img_score.py`, version 1.2.0. As there, the longer
     side is resized to CLIP's (224) and the rest padded with black, without rounding to bytes.
 
+    Note:
+        There torchvision resizes a tensor, with antialiasing from torchvision 0.17 on and without before. Here it is
+        always with: scores of the published code under an older torchvision differ.
+
     Args:
         weights: The checkpoint, in OpenCLIP's names: a file, or owner/name/file on the Hub.
         clip: Where CLIP-H's `config.json`, tokenizer and `preprocessor_config.json` are: a folder, or an id on the Hub.

@@ -155,6 +155,9 @@ class ImageReward(ModelReward[BlipRewardModel]):
     def _tokenizer(self) -> BertTokenizer:
         return pretrained(BertTokenizer.from_pretrained, self.tokenizer, what="BERT's tokenizer", keyword="tokenizer")
 
+    def load_rest(self) -> None:  # noqa: D102
+        self._tokenizer  # noqa: B018
+
     def score(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
     ) -> RewardOutput:

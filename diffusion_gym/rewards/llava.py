@@ -1,7 +1,9 @@
 """A vision-language model of the LLaVA family that answers questions about images."""
 
 from collections.abc import Sequence
+from functools import partial
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
@@ -40,13 +42,14 @@ class Llava(nn.Module):
             tokenizer.pad_token = tokenizer.eos_token
 
     @classmethod
-    def load(cls, source: str, *, max_new_tokens: int = 64) -> "Llava":
-        """Return the model of a folder or a Hub id.
+    def load(cls, source: str, *, dtype: torch.dtype = torch.float32, max_new_tokens: int = 64) -> "Llava":
+        """Return the model of a folder or a Hub id, which is at no time larger than `dtype` makes it.
 
         Raises:
             ValueError: there is none.
         """
-        model = pretrained(AutoModelForImageTextToText.from_pretrained, source, what="LLaVA", keyword="llava")
+        load = partial(AutoModelForImageTextToText.from_pretrained, torch_dtype=dtype)  # `dtype` from 4.56 on only
+        model = pretrained(load, source, what="LLaVA", keyword="llava")
         processor = pretrained(AutoProcessor.from_pretrained, source, what="LLaVA's processor", keyword="llava")
         return cls(model, processor, max_new_tokens=max_new_tokens)
 

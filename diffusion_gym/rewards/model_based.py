@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .base import Metadata, Reward, RewardOutput
+from .base import Metadata, Reward, RewardOutput, check_prompts
 
 T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
@@ -56,10 +56,25 @@ class ModelReward(Reward, Generic[Network]):
         """The frozen network."""
         return self.load().to(self.device, self.dtype).eval().requires_grad_(False)
 
+    def load_all(self) -> None:
+        """Load now what the first call would load.
+
+        Raises:
+            ValueError: `device` is None, or something cannot be had.
+        """
+        if self.device is None:
+            raise ValueError(f"to load {self.name} before it sees an image, say where it is to live: device=...")
+        self.load_rest()
+        self.network  # noqa: B018
+
+    def load_rest(self) -> None:
+        """Load what the reward needs beside its network: first, for it is the smaller part to find missing."""
+
     @torch.no_grad()
     def __call__(  # noqa: D102
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
+        check_prompts(images, prompts)
         if self.device is None:
             self.device = images.device
         outputs = []
@@ -89,10 +104,11 @@ def pretrained(load: Callable[[str], T], source: str | Path, *, what: str, keywo
         return load(source)
     except OSError as error:
         owner, _, rest = source.partition("/")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         fetch = f", for example with `hf download {owner}/{rest.replace('/', ' ', 1)}`," if owner and rest else ""
         raise ValueError(
             f"{what} could not be loaded from {source!r}: there is no such file or folder here, and the Hugging Face "
-            f"Hub did not give it ({str(error).splitlines()[0]}). Fetch it where there is a network{fetch} and name "
+            f"Hub did not give it ({reason}). Fetch it where there is a network{fetch} and name "
             f"the local copy: {keyword}=..."
         ) from error
 

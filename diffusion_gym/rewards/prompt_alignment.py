@@ -44,7 +44,7 @@ class PromptAlignment(ModelReward[Llava]):
         batch_size: The most images described at once.
 
     Raises:
-        ValueError: `reference` has no "{prompt}", or, when called, a model cannot be had.
+        ValueError: `reference` has no "{prompt}", or, when called, it is empty with a prompt or a model cannot be had.
     """
 
     name = "prompt_alignment"
@@ -74,7 +74,7 @@ class PromptAlignment(ModelReward[Llava]):
         self.max_new_tokens = max_new_tokens
 
     def load(self) -> Llava:  # noqa: D102
-        return Llava.load(self.llava, max_new_tokens=self.max_new_tokens)
+        return Llava.load(self.llava, dtype=self.dtype, max_new_tokens=self.max_new_tokens)
 
     @cached_property
     def compare(self) -> BertScore:
@@ -82,14 +82,20 @@ class PromptAlignment(ModelReward[Llava]):
         assert self.device is not None
         return BertScore(self.bert_score, num_layers=self.num_layers, device=self.device)
 
+    def load_rest(self) -> None:  # noqa: D102
+        self.compare  # noqa: B018
+
     def describe(self, images: Tensor) -> list[str]:
         """Return what LLaVA says of images [B, 3, H, W] in [0, 1]."""
         return self.network.answer(images, [self.question] * len(images))
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:  # noqa: D102
+        references = [self.reference.replace("{prompt}", prompt) for prompt in prompts]
+        for prompt, reference in zip(prompts, references, strict=True):
+            if not reference.strip():
+                raise ValueError(f"there is nothing to compare with for the prompt {prompt!r}: say more in reference=")
         compare = self.compare  # first: it is the smaller one to find missing
         descriptions = self.describe(images)
-        references = [self.reference.replace("{prompt}", prompt) for prompt in prompts]
         precision, recall, f1 = compare(descriptions, references)
         empty = torch.tensor([float(not description) for description in descriptions])
         return RewardOutput(recall, {"bertscore_precision": precision, "bertscore_f1": f1, "empty_description": empty})

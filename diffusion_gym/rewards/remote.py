@@ -3,16 +3,17 @@
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from .base import Metadata, Reward, RewardOutput
-from .connection import Connection, RemoteRewardError, Unavailable
+from .base import Metadata, Reward, RewardOutput, check_prompts
+from .connection import Connection, RemoteRewardError
+from .exchange import Unavailable, in_parallel
 from .wire import TOKEN_VARIABLE, ImageFormat, checked_token, encode_request
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ class RemoteReward(Reward):
 
     Args:
         url: The server's address, "remote://host:port" ("https://…" for one behind a proxy); or those of several that
-            serve the same reward: they share the parts of a batch, and stand in for each other.
+            serve the same reward: they share the parts of a batch, and stand in for each other; one that fails is asked
+            after the others for the rest of the batch.
         token: What the servers ask for; None: the environment variable DIFFUSION_GYM_REWARD_TOKEN, if it is set.
         timeout: The seconds that the answer to a part may take in all.
         max_retry_seconds: How long after its first failure a part is asked for again.
@@ -79,7 +81,9 @@ class RemoteReward(Reward):
         self.num_retries = 0
         self._jitter = random.Random()
         self._connections = [Connection(one, token=token, timeout=timeout) for one in urls]
-        self._served = [self._ask([connection], Connection.info) for connection in self._connections]
+        self._served = [
+            self._ask([connection], Connection.info, set(), threading.Event()) for connection in self._connections
+        ]
         first = self._served[0]
         self.name, self.unit, self.range = first.name, first.unit, first.range
         for one, served in zip(urls, self._served, strict=True):
@@ -89,15 +93,18 @@ class RemoteReward(Reward):
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
-        if len(prompts) != len(images):
-            raise ValueError(f"there must be a prompt per image, got {len(images)} images and {len(prompts)} prompts")
-        parts = self._parts(images, prompts, metadata)
-        if len(self._connections) == 1:
-            outputs = [self._score(0, *part) for part in parts]
-        else:
-            with ThreadPoolExecutor(len(self._connections)) as pool:
-                jobs = [pool.submit(self._score, index, *part) for index, part in enumerate(parts)]
-                outputs = [job.result() for job in jobs]
+        check_prompts(images, prompts)
+        failed: set[Connection] = set()
+
+        def score(numbered: tuple[int, tuple[str, bytes, int]], over: threading.Event) -> RewardOutput:
+            """Return the rewards of one part, from the server whose turn it is or from another."""
+            index, part = numbered
+            turn = index % len(self._connections)
+            order, expected = self._connections[turn:] + self._connections[:turn], self._served[turn]
+            return self._ask(order, lambda connection: connection.score(*part, expected), failed, over)
+
+        parts = enumerate(self._parts(images, prompts, metadata))
+        outputs = in_parallel(score, parts, num_threads=len(self._connections))
         if any(output.extras.keys() != outputs[0].extras.keys() for output in outputs):
             raise RemoteRewardError(f"the servers {[one.url for one in self._connections]} answered different extras")
         values = torch.cat([output.values for output in outputs]).to(images.device)
@@ -121,22 +128,30 @@ class RemoteReward(Reward):
             else:
                 yield type_, body, num_images
 
-    def _score(self, part: int, content_type: str, body: bytes, num_images: int) -> RewardOutput:
-        """Return the rewards of one part, from the server whose turn it is or from another."""
-        turn = part % len(self._connections)
-        order = self._connections[turn:] + self._connections[:turn]
-        expected = self._served[turn]
-        return self._ask(order, lambda connection: connection.score(content_type, body, num_images, expected))
+    def _ask(
+        self,
+        connections: Sequence[Connection],
+        ask: Callable[[Connection], T],
+        failed: set[Connection],
+        over: threading.Event,
+    ) -> T:
+        """Return what the first of these servers answers that does; they are asked again and again until it is over.
 
-    def _ask(self, connections: Sequence[Connection], ask: Callable[[Connection], T]) -> T:
-        """Return what the first of these servers answers that does; they are asked again and again."""
+        Those that failed the last time, as the parts of a batch tell each other, are asked after the others.
+        """
         began, rounds = None, 0
         while True:
             wanted, failures = 0.0, []
-            for connection in connections:
+            for connection in sorted(connections, key=lambda one: one in failed):
+                if over.is_set():
+                    raise RemoteRewardError("the reward server is asked no more: another part of the batch has failed")
                 try:
-                    return ask(connection)
+                    answer = ask(connection)
+                    failed.discard(connection)
+                    return answer
                 except Unavailable as unavailable:
+                    logger.warning("reward server %s: %s", connection.url, unavailable)
+                    failed.add(connection)
                     failures.append(f"{connection.url}: {unavailable}")
                     wanted = max(wanted, unavailable.seconds)
             began = time.monotonic() if began is None else began
@@ -149,5 +164,5 @@ class RemoteReward(Reward):
                     f"(max_retry_seconds={self.max_retry_seconds:g}): {'; '.join(failures)}"
                 )
             self.num_retries += 1
-            logger.warning("reward server %s; asked again in %.1f s", "; ".join(failures), wait)
-            time.sleep(wait)
+            logger.warning("no reward server answered; asked again in %.1f s", wait)
+            over.wait(wait)

@@ -29,14 +29,19 @@ try:
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
     from starlette.requests import ClientDisconnect
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as missing:
     raise ImportError('the reward server needs FastAPI: pip install "diffusion-gym[server]"') from missing
 
 from .. import __version__
 from .base import Reward, RewardOutput, reward_class
+from .model_based import ModelReward
 from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, checked_token, decode_request
 
 logger = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 10.0
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class RewardServer:
@@ -183,17 +188,33 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+class _Protocol(H11Protocol):
+    """uvicorn's; closes connections that ask for nothing, or not to the end: anybody could open ever more of them."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_IDLE_SECONDS, self._look, None)
+
+    def _look(self, last_request: object) -> None:
+        """Close where nothing is being answered, and no request has begun since this one."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is last_request and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+        else:
+            self.loop.call_later(_IDLE_SECONDS, self._look, self.cycle)
+
+
 def configure(server: RewardServer, host: str, port: int) -> uvicorn.Config:
     """Return how uvicorn serves it."""
     return uvicorn.Config(
         server.app,
         host=host,
         port=port,
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="off",
         access_log=False,
-        limit_concurrency=server.max_queue + 64,
         timeout_graceful_shutdown=10,
     )
 
@@ -212,12 +233,20 @@ def serve(server: RewardServer, *, host: str = "127.0.0.1", port: int = 8085) ->
     uvicorn.Server(configure(server, host, port)).run()
 
 
+def _json_object(text: str) -> dict[str, object]:
+    parsed = json.loads(text)
+    if not isinstance(parsed, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object like {{"clip": "/models/clip"}}, got {text}')
+    return parsed
+
+
 def _parser() -> argparse.ArgumentParser:
     defaults = Limits()
     parser = argparse.ArgumentParser(prog="python -m diffusion_gym.rewards.server", description="Serve a reward.")
     parser.add_argument("--reward", required=True, help="its name, as in make_reward")
-    parser.add_argument("--options", type=json.loads, default={}, help='its keywords as JSON: {"clip": "/models/clip"}')
+    parser.add_argument("--options", type=_json_object, default={}, help='its keywords: {"clip": "/models/clip"}')
     parser.add_argument("--device", default="cpu", help="where it computes: cuda:1")
+    parser.add_argument("--dtype", choices=_DTYPES, help="the type that its network computes in")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--port", type=int, default=8085)
     parser.add_argument("--token-file", type=Path, help=f"a file with the token; or set {TOKEN_VARIABLE}")
@@ -225,15 +254,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-pixels", type=int, default=defaults.max_pixels, help="pixels of its images together")
     parser.add_argument("--max-bytes", type=int, default=defaults.max_bytes, help="bytes of its body")
     parser.add_argument("--max-queue", type=int, default=8, help="requests at once, the waiting ones included")
+    parser.add_argument("--read-seconds", type=float, default=60.0, help="the longest that reading a request may take")
     return parser
 
 
-def _load_reward(name: str, options: Mapping[str, object], device: str) -> Reward:
-    """Return the reward, a network's with its weights: they are there before the first request comes."""
-    from .model_based import ModelReward  # takes a second, which servers of other rewards are spared
-
+def _load_reward(name: str, options: Mapping[str, object], *, device: str, dtype: str | None) -> Reward:
+    """Return the reward; all that a network's needs is there before the first request comes."""
+    if options.keys() & {"device", "dtype"}:
+        raise ValueError("device and dtype are not given among the options, but as --device and --dtype")
     kind = reward_class(name)
-    given = {**({"device": device} if issubclass(kind, ModelReward) else {}), **options}
+    given = {**options, **({"device": device} if issubclass(kind, ModelReward) else {})}
+    if dtype is not None:
+        given["dtype"] = _DTYPES[dtype]
     try:
         inspect.signature(kind).bind(**given)
     except TypeError as error:
@@ -242,7 +274,7 @@ def _load_reward(name: str, options: Mapping[str, object], device: str) -> Rewar
         ) from None
     reward = kind(**given)
     if isinstance(reward, ModelReward):
-        reward.network  # noqa: B018
+        reward.load_all()
     return reward
 
 
@@ -252,9 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         token = given.token_file.read_text().strip() if given.token_file else os.environ.get(TOKEN_VARIABLE)
-        reward = _load_reward(given.reward, given.options, given.device)
+        reward = _load_reward(given.reward, given.options, device=given.device, dtype=given.dtype)
         limits = Limits(max_batch=given.max_batch, max_pixels=given.max_pixels, max_bytes=given.max_bytes)
-        server = RewardServer(reward, device=given.device, token=token, limits=limits, max_queue=given.max_queue)
+        served = {"max_queue": given.max_queue, "read_seconds": given.read_seconds}
+        server = RewardServer(reward, device=given.device, token=token, limits=limits, **served)
         serve(server, host=given.host, port=given.port)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -52,7 +52,7 @@ class StrictVQA(ModelReward[Llava]):
         self.max_new_tokens = max_new_tokens
 
     def load(self) -> Llava:  # noqa: D102
-        return Llava.load(self.llava, max_new_tokens=self.max_new_tokens)
+        return Llava.load(self.llava, dtype=self.dtype, max_new_tokens=self.max_new_tokens)
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:  # noqa: D102
         asked = [

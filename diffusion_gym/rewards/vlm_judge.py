@@ -8,17 +8,17 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
-import requests
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .base import Metadata, Reward, RewardOutput, to_uint8
+from .base import Metadata, Reward, RewardOutput, check_prompts, to_uint8
+from .exchange import Endpoint, Garbage, Refused, Unavailable, in_parallel
+from .wire import checked_token
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -28,15 +28,7 @@ TEMPLATE = (
     "drawn? Reply with one number from {low:g} (not at all) to {high:g} (perfectly), and nothing else."
 )
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
-WORTH_ANOTHER_TRY = {408, 429, 500, 502, 503, 504}
-
-
-class _TryAgain(Exception):  # noqa: N818
-    """What went wrong this time, and how long the server wants to be left alone."""
-
-    def __init__(self, reason: str, *, after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.after = after
+_REPLY_BYTES = 2**22
 
 
 class VLMJudge(Reward):
@@ -48,20 +40,21 @@ class VLMJudge(Reward):
     last try, or at once at any other status, there is an error: never a made-up score.
 
     Args:
-        base_url: Where the endpoint is, up to and without "/chat/completions".
+        base_url: Where the endpoint is, up to and without "/chat/completions"; https goes through the proxy that the
+            environment names (https_proxy), if it does.
         model: The model's name there; None: the only one that the server lists.
         token_variable: The environment variable that holds the token; None: the server wants none.
         template: The question. "{prompt}" stands for the prompt, "{low:g}" and "{high:g}" for the range.
         score_range: The least and the greatest number to ask for and to accept.
         options: Further fields of the request: temperature, max_tokens (reasoning models need more), seed …
-        timeout: How long to wait for a connection, and then for each part of the reply, in seconds.
+        timeout: The seconds that a whole reply may take.
         max_tries: How often to ask for one score.
         backoff: The wait before the second try in seconds; it doubles up to a minute.
         max_concurrency: The most requests at once.
 
     Raises:
-        ValueError: a keyword is out of its range, the template has no "{prompt}" or unknown fields, or, when called,
-            the environment has no token or the server lists several models.
+        ValueError: a keyword is out of its range, the address is none, the template has no "{prompt}" or unknown
+            fields, or, when called, the environment has no token or the server lists several models.
         RuntimeError: when called: the server refused, or gave no score in `max_tries` tries.
     """
 
@@ -89,11 +82,11 @@ class VLMJudge(Reward):
                 f"{max_tries}, {max_concurrency}, {timeout} and {backoff}"
             )
         self.base_url = base_url.rstrip("/")
+        self._endpoint = Endpoint(base_url, timeout=timeout)
         self.token_variable = token_variable
         self.template = template
         self.range = (float(score_range[0]), float(score_range[1]))
         self.options = {"temperature": 0, "max_tokens": 16} if options is None else dict(options)
-        self.timeout = timeout
         self.max_tries = max_tries
         self.backoff = backoff
         self.max_concurrency = max_concurrency
@@ -121,18 +114,10 @@ class VLMJudge(Reward):
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
+        check_prompts(images, prompts)
         self.model  # noqa: B018  (asked for once, before the threads)
-        over = threading.Event()
-        pool = ThreadPoolExecutor(self.max_concurrency)
-        try:
-            pixels = to_uint8(images).numpy()
-            futures = [pool.submit(self.judge, *one, over) for one in zip(pixels, prompts, strict=True)]
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()
-            values = [future.result() for future in futures]
-        finally:
-            over.set()
-            pool.shutdown(cancel_futures=True)
+        asked = zip(to_uint8(images).numpy(), prompts, strict=True)
+        values = in_parallel(lambda one, over: self.judge(*one, over), asked, num_threads=self.max_concurrency)
         return RewardOutput(torch.tensor(values, dtype=torch.float32, device=images.device))
 
     def judge(self, pixels: np.ndarray, prompt: str, over: threading.Event) -> float:
@@ -156,58 +141,44 @@ class VLMJudge(Reward):
             if tries and over.wait(max(after, min(self.backoff * 2 ** (tries - 1), 60.0))):
                 break
             try:
-                return read(self._send(method, self.base_url + path, body))
-            except _TryAgain as error:
-                reason, after = str(error), error.after
+                return read(self._send(method, path, body))
+            except Unavailable as error:
+                reason, after = str(error), min(error.seconds, 60.0)
                 logger.warning("%s, try %d of %d: %s", self.base_url, tries + 1, self.max_tries, reason)
         raise RuntimeError(f"{self.base_url} gave no usable reply in {self.max_tries} tries; the last: {reason}")
 
-    def _send(self, method: str, url: str, body: bytes | None) -> object:
+    def _send(self, method: str, path: str, body: bytes | None) -> object:
         """Return the JSON that the server replies."""
+        headers = {"Content-Type": "application/json", **self._authorization()}
         try:
-            response = requests.request(
-                method,
-                url,
-                data=body,
-                headers={"Content-Type": "application/json"},
-                auth=self._authorise,
-                timeout=self.timeout,
-                allow_redirects=False,
-            )
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            raise _TryAgain(f"{type(error).__name__}: {error}") from error
-        shown = response.text[:200]
-        if response.status_code in WORTH_ANOTHER_TRY:
-            asked = response.headers.get("Retry-After", "")
-            after = float(asked) if NUMBER.fullmatch(asked) else 0.0
-            raise _TryAgain(f"status {response.status_code}: {shown}", after=min(after, 60.0))
-        if response.status_code != 200:
-            raise RuntimeError(f"{url} refused with status {response.status_code}: {shown}")
+            answer = self._endpoint.ask(method, path, headers=headers, body=body, max_bytes=_REPLY_BYTES)
+        except Refused as error:
+            raise RuntimeError(f"{self.base_url}{path} {error}") from error
+        except Garbage as error:
+            raise Unavailable(f"expected JSON, got {error}") from error
         try:
-            return response.json()
-        except requests.exceptions.JSONDecodeError as error:
-            raise _TryAgain(f"expected JSON, got {shown!r}") from error
+            return json.loads(answer)
+        except (ValueError, RecursionError) as error:
+            raise Unavailable(f"expected JSON, got {answer[:200]!r}") from error
 
-    def _authorise(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.token_variable is not None:
-            token = os.environ.get(self.token_variable)
-            if not token:
-                raise ValueError(
-                    f"the environment variable {self.token_variable} must hold the token, but it is not set"
-                )
-            request.headers["Authorization"] = f"Bearer {token}"
-        return request
+    def _authorization(self) -> dict[str, str]:
+        if self.token_variable is None:
+            return {}
+        token = os.environ.get(self.token_variable)
+        if not token:
+            raise ValueError(f"the environment variable {self.token_variable} must hold the token, but it is not set")
+        return {"Authorization": f"Bearer {checked_token(token)}"}
 
     def _number(self, reply: object) -> float:
         """Return the number of a reply, which must be all that it says."""
         try:
             text = reply["choices"][0]["message"]["content"]  # type: ignore[index]
         except (KeyError, IndexError, TypeError) as error:
-            raise _TryAgain(f"expected a chat completion, got {str(reply)[:200]}") from error
+            raise Unavailable(f"expected a chat completion, got {str(reply)[:200]}") from error
         number = NUMBER.fullmatch(text.strip()) if isinstance(text, str) else None
         if number is None or not self.range[0] <= float(number.group()) <= self.range[1]:
             low, high = self.range
-            raise _TryAgain(f"expected a number from {low:g} to {high:g}, got {str(text)[:200]!r}")
+            raise Unavailable(f"expected a number from {low:g} to {high:g}, got {str(text)[:200]!r}")
         return float(number.group())
 
 
@@ -215,4 +186,4 @@ def _model_names(reply: object) -> list[str]:
     try:
         return [str(model["id"]) for model in reply["data"]]  # type: ignore[index]
     except (KeyError, TypeError) as error:
-        raise _TryAgain(f"expected a list of models, got {str(reply)[:200]}") from error
+        raise Unavailable(f"expected a list of models, got {str(reply)[:200]}") from error

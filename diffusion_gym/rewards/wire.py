@@ -29,6 +29,7 @@ TOKEN_VARIABLE = "DIFFUSION_GYM_REWARD_TOKEN"
 ImageFormat = Literal["png", "jpeg", "safetensors"]
 
 _ANSWER_BYTES_PER_IMAGE = 4096
+_VALUES_PER_IMAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Limits:
     """The largest request that a server takes.
 
     Args:
-        max_batch: Images.
+        max_batch: Images. Their prompts and metadata may have 4096 commas and opening brackets each, which bounds what
+            JSON takes in memory.
         max_pixels: Pixels of all images together, as their headers say before anything is unpacked.
         max_bytes: Bytes of the body, counted as they come.
 
@@ -123,12 +125,12 @@ def decode_request(
         BadRequest: it is not one, or larger than the limits.
     """
     if content_type == JSON_TYPE:
-        request = _parse_object(body, allowed={"images", "prompts", "metadata"})
+        request = _parse_object(body, limits, allowed={"images", "prompts", "metadata"})
         prompts, metadata = _texts(request, limits)
         images = _decode_pictures(_strings(request, "images"), len(prompts), limits)
     elif content_type == SAFETENSORS_TYPE:
         tensors = _load_tensors(body)
-        request = _parse_object(tensors["texts"].numpy().tobytes(), allowed={"prompts", "metadata"})
+        request = _parse_object(tensors["texts"].numpy().tobytes(), limits, allowed={"prompts", "metadata"})
         prompts, metadata = _texts(request, limits)
         images = _check_images(tensors["images"], len(prompts), limits)
     else:
@@ -140,7 +142,10 @@ def _not_json(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _parse_object(text: bytes, *, allowed: set[str]) -> dict[str, object]:
+def _parse_object(text: bytes, limits: Limits, *, allowed: set[str]) -> dict[str, object]:
+    most, given = _VALUES_PER_IMAGE * limits.max_batch, sum(text.count(mark) for mark in b",[{")
+    if given > most:  # about as many values, of which one of two letters takes up to 70 bytes of memory
+        raise BadRequest(f"prompts and metadata may have {most} commas and opening brackets together, got {given}", 413)
     try:
         parsed = json.loads(text.decode("utf-8"), parse_constant=_not_json)
     except (ValueError, RecursionError) as error:

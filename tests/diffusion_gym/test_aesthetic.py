@@ -36,7 +36,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward(folder):
-    return Aesthetic(clip=folder, head=folder / "head.pth")
+    reward = Aesthetic(clip=folder, head=folder / "head.pth", device="cpu")
+    reward.load_all()
+    assert {"network", "_prepare"} <= vars(reward).keys()
+    return reward
 
 
 def pictures(number):

@@ -99,6 +99,11 @@ def test_its_state_goes_through_json_and_sums():
     for other in (make_reward("brightness"), Normalised("brightness"), make_reward({"brightness": 1.0})):
         with pytest.raises(ValueError, match=r"remembers nothing|the state given is not that of"):
             other.load_state_dict(first.state_dict())
+    alone = Normalised("brightness")
+    alone(pictures(5), ["a"] * 5)
+    for of_another in (alone.state_dict(), {"reward": first.state_dict()}):
+        with pytest.raises(ValueError, match="the state given is not that of"):
+            make().load_state_dict(of_another)
     fresh = make()
     fresh.load_state_dict({})
     assert fresh.state_dict() == make().state_dict()
@@ -143,16 +148,17 @@ def test_timed_reports_seconds_per_image(monkeypatch):
 
 def test_cached_asks_once_for_the_same_picture_prompt_and_metadata():
     counted = Counted()
-    reward = Cached(Timed(counted))
+    reward = Cached(Normalised(counted, mean=0.0, std=2.0))
     images = pictures(3)[[0, 1, 0, 0, 0]]
     prompts, metadata = ["a", "a", "a", "bb", "a"], [{}, {}, {}, {}, {"n": 1}]
     expected = Counted()(images, prompts, metadata)
     output = reward(images, prompts, metadata)
-    assert torch.equal(output.values, expected)
+    assert torch.equal(output.values, expected / 2)
+    assert torch.equal(output.extras["Counted"], expected)
     assert (reward.hits, reward.misses, counted.sizes) == (1, 4, [4])
     again = reward(images.flip(0), prompts[::-1], metadata[::-1])
-    assert torch.equal(again.values, expected.flip(0))
-    assert torch.equal(again.extras["Counted_seconds"], output.extras["Counted_seconds"].flip(0))
+    assert torch.equal(again.values, expected.flip(0) / 2)
+    assert torch.equal(again.extras["Counted"], expected.flip(0))
     assert (reward.hits, reward.misses, counted.sizes) == (6, 4, [4])
     reward(images.double()[:1], prompts[:1], metadata[:1])
     assert reward.misses == 5

@@ -33,7 +33,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward(folder):
-    return ImageReward(weights=folder / "ImageReward.pt", tokenizer=folder / "bert")
+    reward = ImageReward(weights=folder / "ImageReward.pt", tokenizer=folder / "bert", device="cpu")
+    reward.load_all()
+    assert {"network", "_tokenizer"} <= vars(reward).keys()
+    return reward
 
 
 def image(index):

@@ -1,13 +1,16 @@
 """What rewards by networks share: loading late, chunks, devices and honest errors."""
 
 import pickle
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
 from diffusion_gym.rewards import RewardOutput, make_reward
+from diffusion_gym.rewards.clip import ClipScore
 from diffusion_gym.rewards.model_based import ModelReward, fill, pretrained, read_weights
+from tests.tiny import make_tiny_clip
 
 
 class Recorder(ModelReward):
@@ -111,6 +114,29 @@ def test_every_pretrained_reward_is_made_by_name_and_says_what_it_needs(name, wh
     assert len(reward.range) == 2
     with pytest.raises(ValueError, match=f"{what} could not be loaded from .*`hf download .*`.* {keyword}=\\.\\.\\."):
         reward(torch.rand(1, 3, 64, 64), ["a fox"])
+
+
+def test_all_is_loaded_before_the_first_image_when_it_is_asked_for(tmp_path):
+    clip = make_tiny_clip(tmp_path / "clip")
+    reward = ClipScore(clip=clip, device="cpu")
+    reward.load_all()
+    shutil.rmtree(clip)
+    assert reward(torch.rand(1, 3, 32, 32), ["a fox"]).values.shape == (1,)
+    with pytest.raises(ValueError, match=r"to load clip_score before it sees an image, say .*: device=\.\.\."):
+        ClipScore(clip=clip).load_all()
+
+
+def test_there_must_be_a_prompt_per_image():
+    with pytest.raises(ValueError, match="there must be a prompt per image, got 4 images and 1 prompts"):
+        Recorder()(torch.rand(4, 3, 4, 4), ["a"])
+
+
+def test_an_error_without_text_is_named():
+    def away(source):
+        raise TimeoutError
+
+    with pytest.raises(ValueError, match=r"the Hugging Face Hub did not give it \(TimeoutError\)"):
+        pretrained(away, "owner/name", what="it", keyword="weights")
 
 
 def test_other_errors_are_not_dressed_up():

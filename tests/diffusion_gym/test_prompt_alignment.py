@@ -82,7 +82,11 @@ def reference_bert_score(folder, candidate, reference, num_layers):
 
 
 def test_the_reward_is_the_recall_of_what_llava_says(llava, bert, images):
-    reward = PromptAlignment(llava=llava, bert_score=bert, num_layers=2, dtype=torch.float32, batch_size=2)
+    reward = PromptAlignment(
+        llava=llava, bert_score=bert, num_layers=2, device="cpu", dtype=torch.float32, batch_size=2
+    )
+    reward.load_all()
+    assert {"network", "compare"} <= vars(reward).keys()
     output = reward(images, PROMPTS)
     descriptions = [reference_description(llava, image, QUESTION, 64) for image in images]
     assert reward.describe(images) == descriptions
@@ -109,6 +113,15 @@ def test_question_and_reference_are_the_users(llava, bert, images):
     assert reward(images[:1], ["a dog"]).values.item() == pytest.approx(recall, abs=1e-5)
     with pytest.raises(ValueError, match=r'reference must contain "\{prompt\}", got \'a cat\''):
         PromptAlignment(reference="a cat")
+    reward.reference = "{prompt}"
+    with pytest.raises(ValueError, match=r"nothing to compare with for the prompt ' ': say more in reference="):
+        reward(images[:2], ["a dog", " "])
+
+
+def test_llava_is_loaded_in_the_type_that_it_computes_in(llava):
+    assert {parameter.dtype for parameter in Llava.load(llava).parameters()} == {torch.float32}
+    half = PromptAlignment(llava=llava, dtype=torch.bfloat16).load()
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
 def test_an_empty_description_has_reward_0_and_is_counted(llava, bert):

@@ -1,7 +1,9 @@
 """A remote reward is the reward itself, whatever happens on the way; what is no reward is an error with an address."""
 
+import contextlib
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import pytest
@@ -11,8 +13,8 @@ import diffusion_gym  # noqa: F401
 from diffusion_gym.rewards import make_reward
 from diffusion_gym.rewards.connection import RemoteRewardError
 from diffusion_gym.rewards.remote import RemoteReward
-from diffusion_gym.rewards.wire import TOKEN_VARIABLE, Limits
-from tests.serving import INFO, Probe, free_port, response, scripted, serving
+from diffusion_gym.rewards.wire import TOKEN_VARIABLE, Limits, encode_request
+from tests.serving import INFO, Probe, free_port, response, scripted, serving, wait_until
 
 PROMPTS = ["a fox", "ein Bär 🐻", "", 'quotes " and \\ backslashes\n', "a", "b", "c", "d"]
 RIGHT = response({"name": "brightness", "values": [0.5], "extras": {}})
@@ -107,6 +109,49 @@ def test_it_is_a_name_and_takes_part_in_sums():
     assert torch.equal(finals[2], 2 * finals[1])
 
 
+def test_a_server_that_fails_is_named_at_once_and_asked_last_for_the_rest_of_a_batch(caplog):
+    probe, info = Probe(), {**INFO, "max_batch": 1}
+    with serving(probe, limits=Limits(max_batch=1)) as port, scripted(b"", info=info) as dead:
+        remote = RemoteReward([f"remote://127.0.0.1:{port}", f"remote://127.0.0.1:{dead}"])
+        probe.may_answer.clear()
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(remote, pictures(), PROMPTS)
+            try:
+                wait_until(lambda: f"reward server remote://127.0.0.1:{dead}: RemoteDisconnected" in caplog.text)
+            finally:
+                probe.may_answer.set()
+            assert torch.equal(future.result().values, eight_bits(pictures()).mean((1, 2, 3)))
+    assert caplog.text.count("reward server remote://") == 1
+    assert remote.num_retries == 0
+
+
+def test_no_more_parts_are_encoded_than_there_are_servers(monkeypatch):
+    encoded, probes = [], (Probe(), Probe())
+    monkeypatch.setattr(
+        "diffusion_gym.rewards.remote.encode_request",
+        lambda *given, **options: encoded.append(1) or encode_request(*given, **options),
+    )
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(serving(probe, limits=Limits(max_batch=1))) for probe in probes]
+        remote = RemoteReward([f"remote://127.0.0.1:{port}" for port in ports])
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        for probe in probes:
+            probe.may_answer.clear()
+        future = pool.submit(remote, pictures(), PROMPTS)
+        try:
+            wait_until(lambda: all(probe.sizes for probe in probes))
+            assert len(encoded) == 2
+        finally:
+            for probe in probes:
+                probe.may_answer.set()
+        assert torch.equal(future.result().values, eight_bits(pictures()).mean((1, 2, 3)))
+
+
+def test_an_answer_without_a_length_ends_with_its_connection():
+    with scripted(b"HTTP/1.0 200 OK\r\n\r\n" + RIGHT.partition(b"\r\n\r\n")[2]) as port:
+        assert RemoteReward(f"remote://127.0.0.1:{port}")(pictures(1), ["a fox"]).values.tolist() == [0.5]
+
+
 # ---------------------------------------------------------------------- what it refuses
 GARBAGE = {
     "no HTTP": b"hello\r\n\r\n",
@@ -199,6 +244,16 @@ def test_a_server_that_is_not_there_is_waited_for_and_then_named(caplog):
     assert f"reward server {url}: ConnectionRefusedError" in caplog.text
 
 
+def test_when_all_servers_are_away_the_other_parts_are_not_waited_for():
+    limits = Limits(max_batch=1)
+    with serving(Probe(), limits=limits) as port, serving(Probe(), limits=limits) as other:
+        remote = RemoteReward([f"remote://127.0.0.1:{port}", f"remote://127.0.0.1:{other}"], max_retry_seconds=0.6)
+    began = time.monotonic()
+    with pytest.raises(RemoteRewardError, match=r"max_retry_seconds=0.6\): .*Refused.*; .*Refused"):
+        remote(pictures(), PROMPTS)
+    assert time.monotonic() - began < 1.2  # 8 parts, two at a time, would take four times as long
+
+
 INTERRUPTED = {
     "closed": b"",
     "cut off": response(b'{"name": "brigh', length=60),
@@ -206,6 +261,7 @@ INTERRUPTED = {
     "busy": response({"error": "busy"}, status="503 Service Unavailable"),
     "failed": response({"error": "no memory"}, status="500 Internal Server Error"),
     "behind a proxy": response(b"<html>", status="502 Bad Gateway"),
+    "a long page": response(b" " * 2**20, status="502 Bad Gateway"),
 }
 
 

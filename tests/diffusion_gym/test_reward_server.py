@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -27,6 +28,7 @@ from tests.serving import (
     tensor_request,
     wait_until,
 )
+from tests.tiny import make_tiny_clip
 
 
 def as_file(image, image_format, **options):
@@ -91,6 +93,11 @@ def test_others_cannot_reach_a_server_without_a_token(monkeypatch, capsys, tmp_p
         (["--reward", "brightness", "--host", "0.0.0.0"], "others can reach the server"),
         (["--reward", "brigthness"], "Did you mean 'brightness'"),
         (["--reward", "emoji_alignment", "--options", '{"amongst": 1}'], "unexpected keyword argument 'amongst'"),
+        (["--reward", "brightness", "--options", "[1]"], 'JSON object like {"clip": "/models/clip"}, got [1]'),
+        (["--reward", "brightness", "--options", "{"], "argument --options: invalid"),
+        (["--reward", "clip_score", "--options", '{"dtype": "float16"}'], "but as --device and --dtype"),
+        (["--reward", "brightness", "--dtype", "float16"], "unexpected keyword argument 'dtype'"),
+        (["--reward", "clip_score", "--dtype", "half"], "argument --dtype: invalid choice"),
         (["--reward", "brightness", "--max-batch", "0"], "max_batch must be an integer of at least 1"),
         (["--reward", "brightness", "--token-file", str(tmp_path / "missing")], "No such file"),
     ):
@@ -99,16 +106,25 @@ def test_others_cannot_reach_a_server_without_a_token(monkeypatch, capsys, tmp_p
         assert message in capsys.readouterr().err
 
 
-def test_the_command_line_makes_the_server(monkeypatch, tmp_path):
+def test_the_command_line_makes_the_server(monkeypatch, capsys, tmp_path):
     made = {}
     monkeypatch.setattr("diffusion_gym.rewards.server.serve", lambda server, **where: made.update(where, server=server))
     (tmp_path / "token").write_text("secret\n")
     options = ["--options", '{"among": ["a fox", "a bear"]}', "--max-batch", "7", "--max-queue", "2", "--port", "1"]
+    options += ["--read-seconds", "3"]
     main(["--reward", "emoji_alignment", "--token-file", str(tmp_path / "token"), *options])
     server = made["server"]
     assert (server.reward.name, server.reward.among) == ("emoji_alignment", ("a fox", "a bear"))
     assert (server.limits, server.max_queue, server.has_token) == (Limits(max_batch=7), 2, True)
-    assert (made["host"], made["port"]) == ("127.0.0.1", 1)
+    assert (made["host"], made["port"], server.read_seconds) == ("127.0.0.1", 1, 3)
+    clip = make_tiny_clip(tmp_path / "clip")
+    main(["--reward", "clip_score", "--options", json.dumps({"clip": str(clip)}), "--dtype", "bfloat16"])
+    assert made["server"].reward.dtype == torch.bfloat16
+    assert {"network", "_tokenizer", "_prepare"} <= vars(made["server"].reward).keys()
+    (clip / "preprocessor_config.json").unlink()
+    with pytest.raises(SystemExit):
+        main(["--reward", "clip_score", "--options", json.dumps({"clip": str(clip)})])
+    assert "CLIP's preprocessor_config.json could not be loaded" in capsys.readouterr().err
 
 
 def test_a_reward_that_remembers_is_not_served():
@@ -125,7 +141,12 @@ FIRST = json.loads(score_request()[1])["images"][0]
 WRONG = {
     "no JSON": (b"hello", 400, "the body is not JSON"),
     "no UTF-8": (b"\xff\xfe", 400, "the body is not JSON"),
-    "deep": (b"[" * 100_000, 400, "the body is not JSON: maximum recursion"),
+    "deep": (b"[" * 30_000, 400, "the body is not JSON: maximum recursion"),
+    "many values": (
+        changed_request(metadata=[{"a": [{}] * 40_000}, {}]),
+        413,
+        "may have 32768 commas and opening brackets",
+    ),
     "NaN": (changed_request(metadata=[{"weight": float("nan")}] * 2), 400, "NaN is not JSON"),
     "a list": (b"[]", 422, "must be a JSON object with"),
     "unknown key": (changed_request(picture=1), 422, "unknown key 'picture'"),
@@ -180,6 +201,11 @@ WRONG_TENSORS = {
     "many pixels": (tensor_request(images=torch.zeros(2, 3, 80, 80)), 413, "10000 pixels together, got 12800"),
     "beyond 1": (tensor_request(images=IMAGES + 1), 422, "must lie in [0, 1]"),
     "NaN": (tensor_request(images=IMAGES * float("nan")), 422, "must lie in [0, 1]"),
+    "many values": (
+        tensor_request(texts=torch.full((40_000,), ord("["), dtype=torch.uint8)),
+        413,
+        "may have 32768 commas and opening brackets",
+    ),
     "texts as numbers": (tensor_request(texts=IMAGES.clone()), 422, "'texts' must be the UTF-8 bytes of JSON"),
     "texts that are not JSON": (tensor_request(texts=torch.zeros(3, dtype=torch.uint8)), 400, "not JSON"),
 }
@@ -258,6 +284,31 @@ def test_a_body_that_drips_is_given_up():
         opened.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert opened.recv(1000).startswith(b"HTTP/1.1 408")
         wait_until(lambda: ask(port, "GET", "/health")[2]["requests"] == 0)
+
+
+def test_connections_that_ask_for_nothing_are_closed_and_hinder_nobody(monkeypatch):
+    monkeypatch.setattr("diffusion_gym.rewards.server._IDLE_SECONDS", 0.3)
+    probe = Probe()
+    refused = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+    right = {"Authorization": "Bearer secret", **JSON_HEADERS}
+    with serving(probe, token="secret") as port, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(100)]
+        idle[0].sendall(b"POST /score HTTP/1.1\r\nHost:")
+        idle[1].sendall(refused)
+        assert ask(port, "GET", "/health")[0] == 200
+        probe.may_answer.clear()
+        threads, results = in_threads(lambda: ask(port, "POST", "/score", score_request()[1], right))
+        assert idle[1].recv(4096).startswith(b"HTTP/1.1 401")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(40):  # uvicorn's own patience begins anew with each byte
+                idle[1].sendall(b"x")
+                time.sleep(0.05)
+            pytest.fail("the connection is open after 2 s")
+        assert [opened.recv(1) for opened in idle[2:]] == [b""] * 98
+        assert idle[0].recv(1) == b""
+        probe.may_answer.set()
+        threads[0].join(20)
+        assert results[0][0] == 200
 
 
 # ---------------------------------------------------------------------- many at once

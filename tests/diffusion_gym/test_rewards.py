@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_gym.rewards import make_reward, to_uint8
+from diffusion_gym.rewards import CallableReward, WeightedSum, make_reward, to_uint8
 from diffusion_gym.rewards.jpeg import jpeg_kilobytes
 
 
@@ -73,6 +73,16 @@ def test_callables_and_sums():
     assert set(output.extras) == {"brightness", "compressibility"}
     assert both.range == (-float("inf"), 0.0)
     assert both.unit == "mixed"
+
+
+def test_rewards_of_one_name_are_told_apart_before_they_are_added():
+    def judge(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(ValueError, match=r"must differ, got \['judge', 'judge'\]: give one of them another"):
+        WeightedSum([(make_reward(judge), 1.0), (make_reward(judge), 2.0)])
+    both = WeightedSum([(make_reward(judge), 1.0), (CallableReward(judge, name="other"), 2.0)])
+    assert set(both(pictures(2), ["a"] * 2).extras) == {"judge", "other"}
 
 
 def test_every_named_reward_states_unit_and_range_and_keeps_to_it():

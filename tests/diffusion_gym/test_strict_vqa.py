@@ -34,6 +34,7 @@ def test_the_score_is_the_share_of_answers_that_occur_in_the_responses(llava, im
         {"questions": QUESTIONS[:1], "answers": [responses[1][0].split()[-1]]},
         {"questions": QUESTIONS[1:], "answers": [responses[2][1].upper(), "no such words"]},
     ]
+    assert StrictVQA(llava=llava, dtype=torch.float16).load().model.dtype == torch.float16
     reward = StrictVQA(llava=llava, max_new_tokens=12, dtype=torch.float32, batch_size=2)
     values = reward(images, ["a", "b", "c"], metadata).values
     torch.testing.assert_close(values, torch.tensor([2 / 3, 1.0, 0.0]))

@@ -1,6 +1,7 @@
 """The judge against a small server of this test's, which is slow, busy, broken or rude when told so."""
 
 import base64
+import contextlib
 import io
 import json
 import threading
@@ -14,6 +15,7 @@ from PIL import Image
 
 from diffusion_gym.rewards import make_reward, to_uint8
 from diffusion_gym.rewards.vlm_judge import VLMJudge
+from tests.serving import response, scripted
 
 
 def completion(text):
@@ -69,8 +71,16 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'{"choices"')
         elif step == "sleep":
             time.sleep(1.5)
+        elif step in ("drip", "endless"):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                for _ in range(40):
+                    self.wfile.write(b" " if step == "drip" else bytes(2**18))
+                    time.sleep(0.05 if step == "drip" else 0)
         else:
-            self.reply(*step)
+            status, text, *headers = step
+            self.reply(status, text, **(headers[0] if headers else {}))
 
     def reply(self, status, text, **headers):
         self.send_response(status)
@@ -150,6 +160,36 @@ def test_waits_double(server, images):
     assert (np.diff(times) > [0.1, 0.2, 0.4]).all()
 
 
+def test_the_server_says_when_to_come_again(server, images):
+    server.script = {"a cat": [(429, "busy", {"Retry-After": "0.4"}), (503, "", {"Retry-After": "soon"})]}
+    began = time.monotonic()
+    judge(server)(images[:1], ["a cat"])
+    waits = np.diff([at for at, *_ in server.requests])
+    assert waits[0] > 0.4
+    assert waits[1] < 0.4
+    assert time.monotonic() - began < 5
+
+
+def test_a_reply_may_not_take_for_ever_nor_all_memory(server, images, caplog):
+    server.script = {"a cat": ["drip", "endless"]}
+    torch.testing.assert_close(
+        judge(server, timeout=0.5)(images[:1], ["a cat"]).values.double(), grades(images[:1]), atol=6e-4, rtol=0
+    )
+    waits = np.diff([at for at, *_ in server.requests])
+    assert 0.5 < waits[0] < 1.5  # all of it would drip for 2 s
+    assert "try 1 of 6: no whole answer within 0.5 s" in caplog.text
+    assert "try 2 of 6: expected JSON, got more than 4194304 bytes" in caplog.text
+
+
+def test_https_goes_through_the_proxy_of_the_environment(images, monkeypatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with scripted(response(b"", status="403 Forbidden")) as port:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        with pytest.raises(RuntimeError, match="Tunnel connection failed: 403"):
+            VLMJudge(base_url="https://judge.invalid/v1", model="m", max_tries=1)(images[:1], ["a cat"])
+
+
 def test_after_the_last_try_there_is_an_error_and_no_score(server, images):
     server.script = {"a dog": [completion("great!")] * 3}
     message = r"http://127\.0\.0\.1:\d+/v1 gave no usable reply in 3 tries; the last: .*from 0 to 10, got 'great!'"
@@ -157,7 +197,7 @@ def test_after_the_last_try_there_is_an_error_and_no_score(server, images):
         judge(server, max_tries=3)(images, PROMPTS)
     server.shutdown()
     server.server_close()
-    with pytest.raises(RuntimeError, match="gave no usable reply in 2 tries; the last: ConnectionError"):
+    with pytest.raises(RuntimeError, match="gave no usable reply in 2 tries; the last: ConnectionRefusedError"):
         judge(server, max_tries=2)(images, PROMPTS)
 
 
@@ -165,7 +205,7 @@ def test_after_the_last_try_there_is_an_error_and_no_score(server, images):
 def test_a_refusal_is_an_error_at_once_that_ends_the_others_tries(server, images, status):
     server.script = {"a dog": [(status, "no, thanks")], "a fox": [(500, "")] * 5}
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match=rf"v1/chat/completions refused with status {status}: no, thanks"):
+    with pytest.raises(RuntimeError, match=rf"v1/chat/completions refused with status {status}: 'no, thanks'"):
         judge(server, backoff=10.0)(images, PROMPTS)
     assert time.monotonic() - started < 10
     assert [prompt for _, prompt, *_ in server.requests].count("a dog") == 1
@@ -216,6 +256,7 @@ def test_keywords_out_of_their_range_are_named():
     assert isinstance(make_reward("vlm_judge"), VLMJudge)
     for keywords, message in [
         ({"score_range": (1, 1)}, r"score_range must be \(least, greatest\), got \(1, 1\)"),
+        ({"base_url": "127.0.0.1:8000"}, "a server's address is like .*, got '127.0.0.1:8000'"),
         ({"max_tries": 0}, "max_tries and max_concurrency must be at least 1"),
         ({"template": "Rate it from 0 to 10"}, r'template must contain "\{prompt\}"'),
         ({"template": "{prompt} {subject}"}, r"template may only contain \{prompt\}, \{low\} and \{high\}"),

@@ -1,0 +1,185 @@
+"""Exchanges over HTTP that end, in time and in size; and many of them at once."""
+
+import http.client
+import json
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_CONNECT_SECONDS = 10.0
+_PORTS = {"remote": 8085, "http": 80, "https": 443}
+
+
+class Unavailable(Exception):  # noqa: N818
+    """A server that may answer if it is asked again.
+
+    Args:
+        message: What happened.
+        seconds: When it wants to be asked again.
+    """
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class Refused(Exception):  # noqa: N818
+    """A server that would say the same if it were asked again."""
+
+
+class Garbage(Exception):  # noqa: N818
+    """An answer that is none."""
+
+
+class Endpoint:
+    """Where requests go: https through the proxy that the environment names (https_proxy), all else directly.
+
+    Args:
+        url: "http://host:port/path", "https://…", or a reward server's "remote://host:port".
+        timeout: The seconds that a whole exchange may take.
+
+    Raises:
+        ValueError: the address is not one.
+    """
+
+    def __init__(self, url: str, *, timeout: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in _PORTS or not parts.hostname or parts.username or parts.query or parts.fragment:
+            raise ValueError(
+                f"a server's address is like remote://host:port, http://host:port/path or https://host, got {url!r}"
+            )
+        self._is_https = parts.scheme == "https"
+        self._host, self._port = parts.hostname, parts.port or _PORTS[parts.scheme]
+        self._path = parts.path.rstrip("/")
+        self._timeout = timeout
+
+    def ask(
+        self, method: str, path: str, *, headers: Mapping[str, str], body: bytes | None = None, max_bytes: int
+    ) -> bytes:
+        """Return the body of the server's answer, which may have `max_bytes`.
+
+        Raises:
+            Unavailable: it cannot be reached now, has no time, or failed.
+            Refused: it answers with a status that is not 200, and does not mean "later"; or is not who it says.
+            Garbage: it does not speak HTTP, or answers more than `max_bytes`.
+        """
+        began = time.monotonic()
+        try:
+            status, after, answer = self._exchange(method, self._path + path, headers, body, max_bytes)
+        except ssl.SSLCertVerificationError as error:
+            raise Refused(f"is not who it says: {error}") from error
+        except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() - began >= self._timeout:
+                raise Unavailable(f"no whole answer within {self._timeout:g} s (timeout=… allows more)") from error
+            if isinstance(error, OSError | http.client.IncompleteRead):
+                raise Unavailable(f"{type(error).__name__}: {error}") from error
+            raise Garbage(f"{error!r}, which is not HTTP") from error
+        if status >= 500 or status in (408, 429):
+            seconds = float(after) if after and re.fullmatch(r"\d+(\.\d+)?", after) else 0.0
+            raise Unavailable(f"status {status}: {_error_of(answer)}", seconds)
+        if status != 200:
+            raise Refused(f"refused with status {status}: {_error_of(answer)}")
+        if len(answer) > max_bytes:
+            raise Garbage(f"more than {max_bytes} bytes: {answer[:80]!r}")
+        return answer
+
+    def _exchange(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, max_bytes: int
+    ) -> tuple[int, str | None, bytes]:
+        """Return the answer's status, its Retry-After and its body, of which at most `max_bytes` + 1 are read.
+
+        It ends within `timeout`, however slowly bytes drip.
+        """
+        connection = self._connection()
+        try:
+            connection.connect()
+            connection.sock.settimeout(self._timeout)
+            deadline = threading.Timer(self._timeout, _hang_up, [connection.sock])
+            deadline.daemon = True
+            began = time.monotonic()
+            deadline.start()
+            try:
+                # A server may refuse a body before it has read all of it: what it says comes all the same.
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    connection.request(method, path, body=body, headers=dict(headers))
+                response = connection.getresponse()
+                answer = response.read(max_bytes + 1)
+                headers_were_cut = response.length is None and not response.chunked and not answer
+                if len(answer) <= max_bytes and (response.length or headers_were_cut):
+                    raise http.client.IncompleteRead(answer, response.length)
+                if time.monotonic() - began >= self._timeout:  # an answer without a length seems to end by hanging up
+                    raise TimeoutError
+            finally:
+                deadline.cancel()
+        finally:
+            connection.close()
+        return response.status, response.headers.get("Retry-After"), answer
+
+    def _connection(self) -> http.client.HTTPConnection:
+        seconds = min(self._timeout, _CONNECT_SECONDS)
+        if not self._is_https:
+            return http.client.HTTPConnection(self._host, self._port, timeout=seconds)
+        proxy = urlsplit(getproxies().get("https", ""))
+        if not proxy.hostname or proxy_bypass(self._host):
+            return http.client.HTTPSConnection(self._host, self._port, timeout=seconds)
+        through = http.client.HTTPSConnection(proxy.hostname, proxy.port or 80, timeout=seconds)
+        through.set_tunnel(self._host, self._port)
+        return through
+
+
+def _hang_up(opened: socket.socket) -> None:
+    with suppress(OSError):
+        opened.shutdown(socket.SHUT_RDWR)
+
+
+def _error_of(answer: bytes) -> str:
+    """Return what an answer that is none says of itself, as far as it does."""
+    try:
+        return str(json.loads(answer)["error"])[:500]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return repr(answer[:200].decode("utf-8", "replace"))
+
+
+def in_parallel(function: Callable[[S, threading.Event], T], items: Iterable[S], *, num_threads: int) -> list[T]:
+    """Return what the function makes of each item; items are taken when a thread is free, and an error ends it all.
+
+    Args:
+        function: Gets an item, and an event that is set when its result is wanted no more: its waits are to end then.
+        items: The items.
+        num_threads: How many are worked on at once; one is worked on in the thread that calls.
+    """
+    over, taking = threading.Event(), threading.Lock()
+    left, results = enumerate(items), dict[int, T]()
+
+    def work() -> None:
+        while not over.is_set():
+            with taking:
+                taken = next(left, None)
+            if taken is None:
+                return
+            index, item = taken
+            results[index] = function(item, over)
+
+    if num_threads == 1:
+        work()
+    else:
+        pool = ThreadPoolExecutor(num_threads)
+        try:
+            workers = [pool.submit(work) for _ in range(num_threads)]
+            for worker in wait(workers, return_when=FIRST_EXCEPTION).done:
+                worker.result()
+        finally:
+            over.set()
+            pool.shutdown()
+    return [results[index] for index in range(len(results))]
