@@ -127,6 +127,7 @@ def report(
     *,
     env: RewardingEnv,
     stopwatch: Stopwatch,
+    num_timesteps: int,
     counters: Mapping[str, float],
 ) -> None:
     """Record what a rollout and its updates were like.
@@ -140,14 +141,15 @@ def report(
         metrics: Scalars of the updates, recorded as `train/…`.
         env: Where the rollout was collected.
         stopwatch: Started with the rollout.
-        counters: Further scalars by their full names, among them `time/total_timesteps`.
+        num_timesteps: Environment steps so far.
+        counters: Further scalars by their full names.
     """
     numbers = {"returns": rollout.returns, **rollout.extras, **{f"train/{name}": metrics[name] for name in metrics}}
     if env.metadata.get("action_is_next_latents"):
         diversity = latent_diversity(rollout.ends, rollout.prompt_id)
         numbers |= {} if diversity is None else {"rollout/latent_diversity": diversity}
     host = read_numbers(numbers)
-    seconds = stopwatch.read(int(counters["time/total_timesteps"]))
+    seconds = stopwatch.read(num_timesteps)
     returns = host.pop("returns")
     rewards = {name: host.pop(name) for name in rollout.extras}
     scalars = {
