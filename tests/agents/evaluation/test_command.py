@@ -1,11 +1,13 @@
 """`python -m agents.evaluate`, from a run's folder to the page."""
 
+import base64
 import html.parser
 import importlib
 import json
 import re
 import runpy
 import sys
+from collections import Counter
 
 import gymnasium as gym
 import numpy as np
@@ -15,9 +17,12 @@ from stable_baselines3.common.logger import configure
 import agents
 import diffusion_gym  # noqa: F401
 from agents import RLOO, Checkpoints, ContextFreeSchedule, DenoisingPolicy
+from agents.evaluation.charts import COLOURS, gains_chart, trade_chart
 from agents.evaluation.command import main
 from agents.evaluation.curves import read_curves
+from agents.evaluation.measures import Samples
 from agents.evaluation.runs import policy_folder
+from agents.evaluation.study import Comparison
 from agents.reports import environment_settings
 from diffusion_gym.envs.denoising import DenoisingVectorEnv
 from diffusion_gym.models import load_model
@@ -240,6 +245,24 @@ def test_a_policy_alone_does_not_say_what_it_was_trained_on(mixture, tmp_path):
     results = evaluated(tmp_path, *how, "--prompts", listed(tmp_path / "some.txt", "north", "south"))
     assert results["sets"][0]["kl"] is None
     Reader((tmp_path / "evaluation" / "index.html").read_text())
+
+
+def test_charts_show_more_sets_than_there_are_colours():
+    rng = np.random.default_rng(0)
+
+    def some():
+        rewards, held_out = rng.normal(size=(2, 3, 2))
+        features, images = np.ones((3, 2, 1)), np.zeros((3, 2, 1, 1, 3), dtype=np.uint8)
+        return Samples(("a", "b", "c"), rewards, held_out, features, None, images)
+
+    comparisons = [Comparison(f"set {k}", k == 0, some(), some()) for k in range(len(COLOURS) + 2)]
+    summaries = [one.summary(comparisons[0]) for one in comparisons]
+    names = {"reward": "reward", "unit": "", "held_out": "other"}
+    for chart in (gains_chart(summaries, **names), trade_chart(comparisons, **names)):
+        svg = base64.b64decode(chart.partition(",")[2]).decode()
+        found = Counter(re.findall("|".join(COLOURS), svg))
+        assert found[COLOURS[0]] == found[COLOURS[1]]
+        assert found[COLOURS[0]] > found[COLOURS[2]]
 
 
 def test_what_a_run_does_not_say_is_asked_for(run, tmp_path, emoji):
