@@ -77,6 +77,7 @@ class Algorithm(SavedRun, ABC):
         iteration: Rollouts learnt from so far.
         reward_queries: Images rewarded so far.
         num_updates: Optimizer steps so far.
+        callback_states: What callbacks keep in checkpoints, each under a name of its own, as JSON can hold it.
         guard: Counts the updates that were left out (`guard.num_skipped`, `guard.num_overflows`).
         logger: SB3's logger.
         processes: The processes that train together.
@@ -114,6 +115,7 @@ class Algorithm(SavedRun, ABC):
         seed = self.settings.seed
         self.seed = self.processes.from_main(derived_seed(time.time_ns()) if seed is None else seed)
         self.num_timesteps = self.iteration = self.reward_queries = self.num_updates = 0
+        self.callback_states: dict[str, Any] = {}
         self._mark_boundary()
         if self.processes.count > 1 and self._reward_at_boundary:
             raise ValueError(
@@ -209,12 +211,13 @@ class Algorithm(SavedRun, ABC):
                 are the rollout's rewards, [B].
             log_interval: Rollouts between two entries in the log; 0: none.
             tb_log_name: The run's name in TensorBoard; None: the algorithm's.
-            reset_num_timesteps: Count from 0; False goes on with the counts (after `load`), and `total_timesteps` are
-                taken on top.
+            reset_num_timesteps: Count from 0, and let callbacks begin anew; False goes on with the counts (after
+                `load`), and `total_timesteps` are taken on top.
             progress_bar: Show one.
         """
         if reset_num_timesteps:
             self.num_timesteps = 0
+            self.callback_states = {}
             self._mark_boundary()
         else:
             total_timesteps += self.num_timesteps
@@ -394,12 +397,21 @@ class Algorithm(SavedRun, ABC):
 
     def _report(self, rollout: Rollout, metrics: Metrics, stopwatch: Stopwatch) -> None:
         """Write a rollout and its updates into the log."""
-        counters = {
-            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "train/n_updates": self.num_updates,
-            "time/iterations": self.iteration,
-            "time/total_timesteps": self.num_timesteps,
-            "time/reward_queries": self.reward_queries,
-        }
-        report(self.logger, rollout, metrics, env=self.env.unwrapped, stopwatch=stopwatch, counters=counters)  # type: ignore[arg-type]
+        counters = {"train/learning_rate": self.optimizer.param_groups[0]["lr"], "train/n_updates": self.num_updates}
+        report(
+            self.logger,
+            rollout,
+            metrics,
+            env=self.env.unwrapped,  # type: ignore[arg-type]
+            stopwatch=stopwatch,
+            num_timesteps=self.num_timesteps,
+            counters=counters,
+        )
+        self.dump_log()
+
+    def dump_log(self) -> None:
+        """Write what was recorded, and the counts until now, into the log, where the run is on its x-axis."""
+        self.logger.record("time/iterations", self.iteration)
+        self.logger.record("time/total_timesteps", self.num_timesteps)
+        self.logger.record("time/reward_queries", self.reward_queries)
         self.logger.dump(step=self.num_timesteps if self.settings.log_x_axis == "timesteps" else self.reward_queries)

@@ -35,6 +35,8 @@ class RewardingEnv(Protocol):
     spec: Any
     reward: _Reward
     reward_seconds: float
+    negative_prompt: str
+    observe_embeds: bool
 
     @property
     def prompts(self) -> Sequence[str]:
@@ -94,18 +96,27 @@ def record_hyperparameters(
         "policy": type(policy).__name__,
         **{f"policy/{name}": _as_hyperparameter(value) for name, value in _scalars(settings).items()},
         **{f"env/{name}": _as_hyperparameter(value) for name, value in environment_settings(env).items()},
+        "env/reward": env.reward.name,
     }
     logger.record("hyperparameters", HParam(scalars, {_MAIN_METRIC: 0.0}), exclude=_NOT_AS_TEXT)
 
 
 def environment_settings(env: RewardingEnv) -> dict[str, bool | int | float | str | None]:
-    """Return the scalars that an environment was made with, its number of lanes and its reward's name.
+    """Return the scalars that an environment was made with, its number of lanes, its reward, what it observes.
 
-    Prompts that were given, but not by a name or a file's, are None there.
+    A reward and prompts that were given, but not by a name or a file's, are None there, for what else they are called
+    need not make them anew. So they are where all that is known is the environment: it was not made by Gymnasium.
     """
-    made_with = {} if env.spec is None else env.spec.kwargs
-    prompts = {"prompts": None} if "prompts" in made_with else {}
-    return {**prompts, **_scalars(made_with), "num_envs": env.num_envs, "reward": env.reward.name}
+    made_with = {"prompts": None, "reward": None} if env.spec is None else env.spec.kwargs
+    unknown = {name: None for name in ("prompts", "reward") if name in made_with}
+    return {
+        "reward": env.reward.name,
+        **unknown,
+        **_scalars(made_with),
+        "num_envs": env.num_envs,
+        "negative_prompt": env.negative_prompt,
+        "observe_embeds": env.observe_embeds,
+    }
 
 
 def _scalars(settings: Mapping[str, object]) -> dict[str, bool | int | float | str | None]:
@@ -127,6 +138,7 @@ def report(
     *,
     env: RewardingEnv,
     stopwatch: Stopwatch,
+    num_timesteps: int,
     counters: Mapping[str, float],
 ) -> None:
     """Record what a rollout and its updates were like.
@@ -140,14 +152,15 @@ def report(
         metrics: Scalars of the updates, recorded as `train/…`.
         env: Where the rollout was collected.
         stopwatch: Started with the rollout.
-        counters: Further scalars by their full names, among them `time/total_timesteps`.
+        num_timesteps: Environment steps so far.
+        counters: Further scalars by their full names.
     """
     numbers = {"returns": rollout.returns, **rollout.extras, **{f"train/{name}": metrics[name] for name in metrics}}
     if env.metadata.get("action_is_next_latents"):
         diversity = latent_diversity(rollout.ends, rollout.prompt_id)
         numbers |= {} if diversity is None else {"rollout/latent_diversity": diversity}
     host = read_numbers(numbers)
-    seconds = stopwatch.read(int(counters["time/total_timesteps"]))
+    seconds = stopwatch.read(num_timesteps)
     returns = host.pop("returns")
     rewards = {name: host.pop(name) for name in rollout.extras}
     scalars = {

@@ -41,7 +41,8 @@ class Rollout:
         returns: [B] float32, the episodes' summed rewards.
         prompt_id: [B] int64 on the host.
         extras: [B] each: rewards by name, as `info["reward/<name>"]` reports them.
-        ends: [B, …] the last actions; where the action is the next latents, x_0.
+        ends: [B, …] the actions of the last of the T steps. Where the action is the next latents, x_0; where it is not,
+            they say nothing of lanes whose episodes had ended before.
         images: [k, 3, H, W] of the first k episodes.
         first: The index of the first episode whose observations and actions are here.
         storage: How the latents and features among the observations, and actions that are latents, are kept.

@@ -41,6 +41,7 @@ class SavedRun:
     num_updates: int
     _at_boundary: Mapping[str, int]
     _reward_at_boundary: Mapping[str, Any]
+    callback_states: dict[str, Any]
     _learning_rate: float | Schedule
     _hyperparameters: Mapping[str, Any]
 
@@ -94,6 +95,7 @@ class SavedRun:
                 "guard": self.guard.state_dict(),
                 "reward": self._reward_at_boundary,
                 "extra": self._extra_state(),
+                "callbacks": self.callback_states,
             }
             (folder / STATE_FILE).write_text(json.dumps(state, indent=2, default=_plain))
             write_manifest(folder)
@@ -163,6 +165,7 @@ class SavedRun:
         self._mark_boundary()
         for counter in _COUNTERS:
             setattr(self, counter, state[counter])
+        self.callback_states = state.get("callbacks", {})
         self._load_extra_state(state["extra"])
         self._load_files(folder)
 

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import final
 
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from diffusion_gym.rewards import Reward, make_reward
 
 from ..algorithm import Algorithm
-from ..policies import Policy
+from ..policies import DenoisingPolicy, Policy
 from .measures import FeatureName, Samples, draw_samples, make_features
 from .statistics import distance_between, distance_within, probability_of_no_rise
 
@@ -24,8 +25,13 @@ class HeldOutEvaluation(BaseCallback):
     that is so at `patience` evaluations in a row the training ends (`stop=True`). The best of several evaluations is
     partly luck: patience is what guards against it.
 
-    Logged as `evaluation/…`: `reward_gain`, `held_out_gain`, `feature_distance`, `kl` (nats along the path), all
-    against the pretrained model; `diversity` among images of a prompt; `over_optimised`, evaluations in a row.
+    Logged as `evaluation/…`: `reward_gain`, `held_out_gain`, `feature_distance`, `kl` (nats along the path, where the
+    policy draws), all against the pretrained model; `diversity` among images of a prompt; `over_optimised`, evaluations
+    in a row. Each evaluation is an entry of its own, at the step where the weights that it judged were learnt.
+
+    Checkpoints keep what is known, so a resumed run is judged as if it had not been interrupted, and one that was ended
+    here stays ended: give it another `patience`, or `stop=False`, to go on. With other prompts, another
+    `samples_per_prompt` or another held-out reward it is judged anew, from the pretrained model on.
 
     An evaluation takes as long as a rollout of as many images, in the environment of the training, and is counted in
     `time/rollout_seconds`. Many processes each make all of it.
@@ -46,7 +52,8 @@ class HeldOutEvaluation(BaseCallback):
 
     Raises:
         ValueError: an argument is out of its range, or there is only one prompt; or, when the training starts, the
-            environment's reward learns from what it judges.
+            environment has only one prompt, or either reward learns from what it judges, or a run goes on with a policy
+            that does not know what it was before the training, as only a `DenoisingPolicy` does.
     """
 
     def __init__(
@@ -67,8 +74,8 @@ class HeldOutEvaluation(BaseCallback):
                 "samples_per_prompt, every and patience must be at least 1 and significance in (0, 0.5); got "
                 f"{samples_per_prompt}, {every}, {patience} and {significance}"
             )
-        if prompts is not None and len(prompts) < 2:
-            raise ValueError(f"a test over prompts needs at least two prompts, got {list(prompts)}")
+        if prompts is not None:
+            _require_two(prompts)
         self.held_out = make_reward(held_out)
         self.prompts = prompts
         self.samples_per_prompt = samples_per_prompt
@@ -85,13 +92,19 @@ class HeldOutEvaluation(BaseCallback):
         assert isinstance(self.model, Algorithm)
         return self.model
 
+    @property
+    def _name(self) -> str:
+        return f"held_out_evaluation/{self.held_out.name}"
+
+    @property
+    def _texts(self) -> Sequence[str]:
+        return self._algorithm.env.unwrapped.prompts.texts if self.prompts is None else self.prompts  # type: ignore[attr-defined]
+
     def _draw(self, policy: Policy, reference: Policy | None) -> Samples:
-        env = self._algorithm.env
-        prompts = env.unwrapped.prompts.texts if self.prompts is None else self.prompts  # type: ignore[attr-defined]
         return draw_samples(
-            env,
+            self._algorithm.env,
             policy,
-            prompts=prompts,
+            prompts=self._texts,
             samples_per_prompt=self.samples_per_prompt,
             held_out=self.held_out,
             features=self._features,
@@ -99,15 +112,32 @@ class HeldOutEvaluation(BaseCallback):
         )
 
     def _on_training_start(self) -> None:
-        reward = self._algorithm.env.unwrapped.reward  # type: ignore[attr-defined]
-        if reward.state_dict():
+        algorithm = self._algorithm
+        policy = algorithm.policy
+        for reward in (algorithm.env.unwrapped.reward, self.held_out):  # type: ignore[attr-defined]
+            if reward.state_dict():
+                raise ValueError(
+                    f"the reward {reward.name!r} learns from what it judges, so evaluations would change it and could "
+                    "not be compared: give it its statistics, Normalised(reward, mean=…, std=…)"
+                )
+        _require_two(self._texts)
+        if algorithm.iteration and not isinstance(policy, DenoisingPolicy):
             raise ValueError(
-                f"the reward {reward.name!r} learns from what it judges, so evaluations would change it and could not "
-                "be compared: give it its statistics, Normalised(reward, mean=…, std=…)"
+                f"after {algorithm.iteration} iterations a {type(policy).__name__} no longer knows what it was before "
+                "the training, which HeldOutEvaluation compares it with: go on without this callback"
             )
-        self._reference = self._algorithm.policy.reference()
-        self._pretrained = self._best = self._draw(self._reference, None)
-        self._evaluated = 0
+        self._reference = policy.reference()
+        self._pretrained = self._draw(self._reference, None)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Take up what is known of the run, or begin with the pretrained model as the best."""
+        self._evaluated = self.best_iteration = self.over_optimised = 0
+        self._best = _scores(self._pretrained)
+        known = self._algorithm.callback_states.get(self._name)
+        if known is not None and known["prompts"] == list(self._texts) and np.shape(known["best"]) == self._best.shape:
+            self._evaluated, self.best_iteration = known["evaluated"], known["best_iteration"]
+            self.over_optimised, self._best = known["over_optimised"], np.array(known["best"], dtype=np.float32)
 
     def _on_rollout_start(self) -> None:
         iteration = self._algorithm.iteration
@@ -119,27 +149,46 @@ class HeldOutEvaluation(BaseCallback):
 
     def _judge(self, now: Samples) -> None:
         """Log an evaluation, and count it if it is worse than the best one in the way that was described."""
-        first, best = self._pretrained, self._best
-        assert now.held_out is not None
-        assert best.held_out is not None
-        assert first.held_out is not None
-        assert now.kl is not None
-        rose = probability_of_no_rise((now.rewards - best.rewards).mean(1)) < self.significance
-        fell = probability_of_no_rise((best.held_out - now.held_out).mean(1)) < self.significance
+        first, scores = _scores(self._pretrained), _scores(now)
+        rose, fell = (
+            probability_of_no_rise(differences.mean(1)) < self.significance
+            for differences in (scores[0] - self._best[0], self._best[1] - scores[1])
+        )
         self.over_optimised = self.over_optimised + 1 if rose and fell else 0
-        if now.held_out.mean() > best.held_out.mean():
-            self._best, self.best_iteration = now, self._algorithm.iteration
+        if scores[1].mean() > self._best[1].mean():
+            self._best, self.best_iteration = scores, self._algorithm.iteration
+        self._algorithm.callback_states[self._name] = {
+            "prompts": list(self._texts),
+            "evaluated": self._evaluated,
+            "best_iteration": self.best_iteration,
+            "over_optimised": self.over_optimised,
+            "best": self._best.tolist(),
+        }
         scalars = {
-            "reward_gain": (now.rewards - first.rewards).mean(),
-            "held_out_gain": (now.held_out - first.held_out).mean(),
-            "feature_distance": distance_between(first.features, now.features).mean(),
-            "kl": now.kl.mean(),
+            "reward_gain": (scores[0] - first[0]).mean(),
+            "held_out_gain": (scores[1] - first[1]).mean(),
+            "feature_distance": distance_between(self._pretrained.features, now.features).mean(),
             "over_optimised": self.over_optimised,
         }
+        if now.kl is not None:
+            scalars["kl"] = now.kl.mean()
         if self.samples_per_prompt > 1:
             scalars["diversity"] = distance_within(now.features).mean()
-        for name, value in scalars.items():
-            self.logger.record(f"evaluation/{name}", float(value))
+        if self._algorithm.processes.is_main:
+            for name, value in scalars.items():
+                self.logger.record(f"evaluation/{name}", float(value))
+            self._algorithm.dump_log()
 
     def _on_step(self) -> bool:
         return not (self.stop and self.over_optimised >= self.patience)
+
+
+def _require_two(prompts: Sequence[str]) -> None:
+    if len(prompts) < 2:
+        raise ValueError(f"a test over prompts needs at least two prompts, got {list(prompts)}")
+
+
+def _scores(samples: Samples) -> np.ndarray:
+    """Return the rewards and the held-out rewards, [2, P, K]."""
+    assert samples.held_out is not None
+    return np.stack([samples.rewards, samples.held_out])

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: st
         rows = np.arange(len(summaries))[::-1]
         for number, (key, label) in enumerate(kinds):
             axes = figure.add_subplot(1, len(kinds), number + 1)
-            for row, one, colour in zip(rows, summaries, COLOURS, strict=False):
+            for row, one, colour in zip(rows, summaries, itertools.cycle(COLOURS), strict=False):
                 gain = one[key]["gain"]
                 axes.plot([gain["low"], gain["high"]], [row, row], color=colour, lw=2.5, solid_capstyle="round")
                 axes.plot(gain["mean"], row, "o", color=colour, ms=7)
@@ -75,7 +76,7 @@ def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, he
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(11.5, 4.6), layout="constrained")
         axes = figure.add_subplot()
-        for comparison, colour in zip(comparisons, COLOURS, strict=False):
+        for comparison, colour in zip(comparisons, itertools.cycle(COLOURS), strict=False):
             gains, others = comparison.gains, comparison.held_out_gains
             assert others is not None
             axes.scatter(gains, others, s=14, alpha=0.45, color=colour, lw=0)

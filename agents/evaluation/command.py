@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 import diffusion_gym  # noqa: F401
+from diffusion_gym.models.base import DiffusionModel
 from diffusion_gym.prompts import PromptSet, make_prompts
 from diffusion_gym.rewards import Reward, make_reward
 
@@ -38,10 +39,14 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("run", type=Path, help="a saved run, a folder of checkpoints, or a folder with a model/")
     made.add_argument("--output", type=Path, help="where to write; RUN/evaluation if not given")
-    made.add_argument("--reward", help="the reward that was trained for, if the run does not say")
+    made.add_argument(
+        "--reward",
+        type=_reward_source,
+        help="the reward that was trained for, a name or a sum as JSON, {name: weight}, if the run does not say",
+    )
     made.add_argument("--held-out", help='a reward that was not trained for, or "none"; emoji_alignment for emoji')
     made.add_argument("--prompts", help="the prompts that were trained on (a name or a file), if the run does not say")
-    made.add_argument("--unseen", nargs="*", help="sets of unseen prompts, names or files")
+    made.add_argument("--unseen", nargs="*", help="sets of prompts; those of the training are left out")
     made.add_argument("--features", choices=tuple(_FEATURES), help="what images are compared by")
     made.add_argument("--num-steps", type=int, help="denoising steps, if the run does not say")
     made.add_argument("--samples-per-prompt", type=int, default=4, help="images of each prompt (4)")
@@ -51,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--num-envs", type=int, default=32, help="images drawn together (32)")
     made.add_argument("--device", default="cpu", help="a torch device (cpu)")
     return made
+
+
+def _reward_source(text: str) -> str | dict[str, float]:
+    return json.loads(text) if text.startswith("{") else text
 
 
 def _setting(args: argparse.Namespace, name: str, saved: Mapping[str, Any], default: object = None) -> Any:
@@ -70,8 +79,43 @@ def _some(prompts: PromptSet, most: int) -> PromptSet:
     """Return the set, or `most` prompts of it that are drawn with a fixed seed, in their order."""
     if len(prompts) <= most:
         return prompts
-    chosen = np.sort(np.random.default_rng(0).permutation(len(prompts))[:most])
-    return PromptSet(tuple(prompts[i] for i in chosen), tuple(prompts.metadata[i] for i in chosen))
+    return _subset(prompts, np.sort(np.random.default_rng(0).permutation(len(prompts))[:most]))
+
+
+def _subset(prompts: PromptSet, rows: Iterable[int]) -> PromptSet:
+    rows = list(rows)
+    return PromptSet(tuple(prompts[row] for row in rows), tuple(prompts.metadata[row] for row in rows))
+
+
+def _prompt_sets(
+    args: argparse.Namespace, saved: Mapping[str, Any], model: DiffusionModel
+) -> list[tuple[str, PromptSet]]:
+    """Return the prompts that were trained on, then those of each other set that were not, with their names.
+
+    Raises:
+        SystemExit: it is not known what was trained on, or there would be an interval over a single prompt.
+    """
+    source = _setting(args, "prompts", saved, model.default_prompts if saved else None)
+    trained_on = make_prompts(source)
+    if min(len(trained_on), args.max_prompts) < 2:
+        raise SystemExit(
+            f"an interval over prompts needs at least two of them: got {len(trained_on)} that the run was trained on, "
+            f"and --max-prompts {args.max_prompts}"
+        )
+    sets = [(Path(source).stem if isinstance(source, str) else "training prompts", _some(trained_on, args.max_prompts))]
+    usual = _UNSEEN_EMOJI if model.source == "emoji" else _UNSEEN
+    for other in usual if args.unseen is None else args.unseen:
+        prompts = make_prompts(other)
+        rows = [row for row, text in enumerate(prompts) if text not in trained_on.texts]
+        if len(rows) < 2:
+            print(
+                f"{other} is left out: of its {len(prompts)} prompts {len(rows)} were not trained on, and an interval "
+                "over prompts needs at least two",
+                flush=True,
+            )
+        else:
+            sets.append((Path(other).stem, _some(_subset(prompts, rows), args.max_prompts)))
+    return sets
 
 
 @dataclass(frozen=True)
@@ -99,6 +143,8 @@ class Setup:
     @classmethod
     def parse(cls, args: argparse.Namespace, policy: DenoisingPolicy, saved: Mapping[str, Any]) -> "Setup":
         """Return what the arguments ask for, the rest as the run says or as is usual for its model."""
+        if saved.get("observe_embeds") is not False:  # the policy saw the environment's embeddings, not its own
+            policy.negative_prompt = saved.get("negative_prompt", policy.negative_prompt)
         is_emoji = policy.model.source == "emoji"
         reward = make_reward(_setting(args, "reward", saved))
         usual = "emoji_alignment" if is_emoji and reward.name != "emoji_alignment" else "none"
@@ -162,13 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     saved = state.get("environment", {})
     setup = Setup.parse(args, load_denoiser(folder, args.device), saved)
     model = setup.policy.model
-    unseen = args.unseen
-    if unseen is None:
-        unseen = _UNSEEN_EMOJI if model.source == "emoji" else _UNSEEN
     comparisons: list[Comparison] = []
-    for source in (_setting(args, "prompts", saved, model.default_prompts), *unseen):
-        name = Path(source).stem if isinstance(source, str) else "training prompts"
-        prompts = _some(make_prompts(source), args.max_prompts)
+    for name, prompts in _prompt_sets(args, saved, model):
         comparisons.append(setup.compare(name, prompts, trained_on=not comparisons))
         minutes = (time.monotonic() - started) / 60
         print(f"{name}: {len(prompts)} prompts, {minutes:.1f} minutes", flush=True)

@@ -27,12 +27,14 @@ class Evaluation:
         lengths: [N] int64 on the host: their steps.
         images: [k, 3, H, W] of the first k ≤ N, on the host.
         prompts: The N prompts.
+        seeds: The N seeds.
     """
 
     rewards: np.ndarray
     lengths: np.ndarray
     images: Tensor
     prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
 
     @property
     def mean(self) -> float:
@@ -48,9 +50,9 @@ class Evaluation:
         """Return the mean of the paired differences to an evaluation on the same seeds, and its standard error.
 
         Raises:
-            ValueError: the other evaluation is of other prompts.
+            ValueError: the other evaluation is of other seeds or prompts.
         """
-        if before.prompts != self.prompts:
+        if (before.seeds, before.prompts) != (self.seeds, self.prompts):
             raise ValueError("paired evaluations need the same seeds and prompts")
         difference = self.rewards - before.rewards
         return float(difference.mean()), standard_error(difference)
@@ -96,7 +98,13 @@ def evaluate(
         rewards.append(rollout.returns.cpu().numpy())
         lengths.append(rollout.lengths)
         images.append(rollout.images.cpu())
-    return Evaluation(np.concatenate(rewards), np.concatenate(lengths), torch.cat(images), tuple(prompts))
+    return Evaluation(
+        rewards=np.concatenate(rewards),
+        lengths=np.concatenate(lengths),
+        images=torch.cat(images),
+        prompts=tuple(prompts),
+        seeds=tuple(int(seed) for seed in seeds),
+    )
 
 
 def episodes(

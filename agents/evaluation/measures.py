@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from diffusion_gym.naming import unknown_name
 from diffusion_gym.rewards import Reward, to_uint8
 
 from ..policies import Policy
@@ -30,7 +31,8 @@ class Samples:
         rewards: [P, K].
         held_out: [P, K] rewards that nothing was trained for; None: there is no such reward.
         features: [P, K, F], of length 1.
-        kl: [P] Σ_t KL(π ‖ reference) in nats, along the path of each prompt's first image; None: not measured.
+        kl: [P] Σ_t KL(π ‖ reference) in nats, along the path of each prompt's first image; None: not measured, or
+            no step of them has a density, as with a deterministic policy.
         images: [P, K, H, W, 3] uint8.
     """
 
@@ -48,7 +50,13 @@ def latent_features(images: Tensor, latents: Tensor) -> Tensor:
 
 
 def make_features(name: FeatureName) -> Features:
-    """Return what the name says: the image embeddings of the emoji scorer, or the latents themselves."""
+    """Return what the name says: the image embeddings of the emoji scorer, or the latents themselves.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if name not in get_args(FeatureName):
+        raise ValueError(unknown_name("features", name, get_args(FeatureName)))
     if name == "latents":
         return latent_features
     from diffusion_gym.rewards.emoji_alignment import load_packaged_scorer
@@ -82,7 +90,8 @@ def draw_samples(
 ) -> Samples:
     """Return K images of each prompt, drawn from the seeds 0 to P·K − 1, which no training uses.
 
-    Two policies that are given the same prompts and K draw pairs of images from the same noise.
+    Two policies that are given the same prompts and K draw pairs of images from the same noise. Where an action is not
+    the next latents, the images are encoded for the features' latents.
 
     Args:
         env: A vector environment with the reward that was trained for.
@@ -98,11 +107,14 @@ def draw_samples(
     known = dict(zip(env.unwrapped.prompts, env.unwrapped.prompts.metadata, strict=True))  # type: ignore[attr-defined]
     texts = [prompts[index % len(prompts)] for index in range(filled)]
     parts: dict[str, list[np.ndarray]] = {"rewards": [], "held_out": [], "features": [], "kl": [], "images": []}
+    ends_are_latents = env.metadata.get("action_is_next_latents", False)
+    has_density = False
     rollouts = episodes(env, policy, seeds=range(filled), prompts=texts, max_images=filled)
     for start, rollout in zip(range(0, filled, env.num_envs), rollouts, strict=True):
         own = texts[start : start + env.num_envs]
         parts["rewards"].append(rollout.returns.cpu().numpy())
-        parts["features"].append(features(rollout.images, rollout.ends).cpu().numpy())
+        latents = rollout.ends if ends_are_latents else env.unwrapped.model.encode(rollout.images)  # type: ignore[attr-defined]
+        parts["features"].append(features(rollout.images, latents).cpu().numpy())
         parts["images"].append(to_uint8(rollout.images).numpy())
         if held_out is not None:
             values = held_out(rollout.images, own, [known.get(text, {}) for text in own]).values
@@ -110,6 +122,7 @@ def draw_samples(
         firsts = np.arange(min(env.num_envs, len(prompts) - start))
         if reference is not None and len(firsts):
             parts["kl"].append(path_kl(policy, reference, rollout, firsts))
+            has_density |= bool(rollout.scored[:, firsts].any())
 
     def by_prompt(name: str) -> np.ndarray:
         values = np.concatenate(parts[name])[:count]
@@ -120,6 +133,6 @@ def draw_samples(
         rewards=by_prompt("rewards"),
         held_out=None if held_out is None else by_prompt("held_out"),
         features=by_prompt("features"),
-        kl=None if reference is None else np.concatenate(parts["kl"]),
+        kl=np.concatenate(parts["kl"]) if has_density else None,
         images=by_prompt("images"),
     )

@@ -119,6 +119,8 @@ def test_evaluation_depends_on_the_seeds_alone(emoji, make_env):
         evaluate(make_env(num_envs=4), policy, seeds=[1], prompts=["a cat"])
     with pytest.raises(ValueError, match="same seeds and prompts"):
         evaluate(make_env(num_envs=2), policy, seeds=[1, 2], prompts=["a cat"] * 2).gain_over(four)
+    with pytest.raises(ValueError, match="same seeds and prompts"):
+        evaluate(make_env(num_envs=4), policy, seeds=[10, 11, 12, 14], prompts=prompts).gain_over(four)
 
 
 def test_evaluation_without_prompts_takes_the_environments_in_turn(emoji, make_env):

@@ -1,11 +1,13 @@
 """`python -m agents.evaluate`, from a run's folder to the page."""
 
+import base64
 import html.parser
 import importlib
 import json
 import re
 import runpy
 import sys
+from collections import Counter
 
 import gymnasium as gym
 import numpy as np
@@ -15,10 +17,16 @@ from stable_baselines3.common.logger import configure
 import agents
 import diffusion_gym  # noqa: F401
 from agents import RLOO, Checkpoints, ContextFreeSchedule, DenoisingPolicy
+from agents.evaluation.charts import COLOURS, gains_chart, trade_chart
 from agents.evaluation.command import main
 from agents.evaluation.curves import read_curves
+from agents.evaluation.measures import Samples
 from agents.evaluation.runs import policy_folder
+from agents.evaluation.study import Comparison
 from agents.reports import environment_settings
+from diffusion_gym.envs.denoising import DenoisingVectorEnv
+from diffusion_gym.models import load_model
+from diffusion_gym.rewards import make_reward
 
 
 class Reader(html.parser.HTMLParser):
@@ -139,6 +147,122 @@ def test_a_run_says_how_its_environment_was_made(run, emoji):
     env = gym.make_vec("DenoisingMDP-v0", num_envs=2, model=emoji, prompts=["a cat", "a dog"])
     assert environment_settings(env.unwrapped)["prompts"] is None
     assert "prompts" not in environment_settings(gym.make_vec("DenoisingMDP-v0", num_envs=2, model=emoji).unwrapped)
+    unnamed = environment_settings(DenoisingVectorEnv(2, model=emoji, reward="brightness", prompts="emoji_objects"))
+    assert (unnamed["reward"], unnamed["prompts"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("brightness", "brightness"),
+        (make_reward("brightness"), None),  # it could have options
+        (lambda images, *_: -images.mean((1, 2, 3)), None),
+        ({"brightness": 5.0, "compressibility": 1.0}, None),
+    ],
+)
+def test_a_run_says_its_reward_only_if_the_name_makes_it_anew(emoji, reward, said):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=2, model=emoji, reward=reward)
+    assert environment_settings(env.unwrapped)["reward"] == said
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return load_model("mixture")
+
+
+def save_run(folder, model, *, prompts, reward="brightness", policy=None, **arguments):
+    """Write a run of a model that is quick to evaluate."""
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=2, num_steps=3, model=model, reward=reward, prompts=prompts,
+                       autoreset_mode="DISABLED", **arguments)  # fmt: skip
+    learner = RLOO(policy or DenoisingPolicy(model, seed=0), env, group_size=2, learning_rate=1e-2, seed=0)
+    learner.learn(1)
+    learner.save(folder)
+
+
+def evaluated(folder, *arguments):
+    main([str(folder), "--samples-per-prompt", "2", *arguments])
+    return json.loads((folder / "evaluation" / "results.json").read_text())
+
+
+def listed(file, *prompts):
+    file.write_text("\n".join(prompts))
+    return str(file)
+
+
+def test_a_weighted_sum_is_given_as_json(mixture, tmp_path, capsys):
+    prompts = listed(tmp_path / "some.txt", "north", "south")
+    save_run(tmp_path / "run", mixture, prompts=prompts, reward={"brightness": 5.0, "compressibility": 1.0})
+    with pytest.raises(SystemExit, match="does not say its reward: give --reward"):
+        evaluated(tmp_path / "run", "--unseen")
+    results = evaluated(tmp_path / "run", "--unseen", "--reward", '{"brightness": 5, "compressibility": 1}')
+    assert results["reward"] == "5*brightness+1*compressibility"
+    with pytest.raises(SystemExit):
+        evaluated(tmp_path / "run", "--unseen", "--reward", "{brightness: 5}")
+    assert "argument --reward: invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("observed", "expected"), [(True, "east"), (None, "east"), (False, "west")])
+def test_guidance_moves_away_from_what_it_did_in_the_training(mixture, tmp_path, monkeypatch, observed, expected):
+    """From the environment's negative prompt, or the policy's, where that encodes its own."""
+    prompts = ("north", "south")
+    policy = DenoisingPolicy(mixture, seed=0, guidance_scale=2.0, prompts=prompts, negative_prompt="west")
+    save_run(tmp_path / "run", mixture, prompts=listed(tmp_path / "some.txt", *prompts), policy=policy,
+             negative_prompt="east", observe_embeds=observed)  # fmt: skip
+    made, make_vec = [], gym.make_vec
+    monkeypatch.setattr(gym, "make_vec", lambda *args, **kwargs: made.append(kwargs) or make_vec(*args, **kwargs))
+    evaluated(tmp_path / "run", "--unseen")
+    assert made[0]["negative_prompt"] == expected
+
+
+def test_prompts_of_the_training_are_in_no_unseen_set(mixture, tmp_path, capsys):
+    trained_on = listed(tmp_path / "trained.txt", "north", "south", "east")
+    save_run(tmp_path / "run", mixture, prompts=trained_on)
+    overlapping = listed(tmp_path / "overlapping.txt", "south", "west", "north", "north-west")
+    same = listed(tmp_path / "same.txt", "north", "south", "west")
+    results = evaluated(tmp_path / "run", "--max-prompts", "2", "--unseen", overlapping, same)
+    trained, unseen = results["sets"]
+    assert {row["prompt"] for row in trained["prompts"]} < {"north", "south", "east"}
+    assert [row["prompt"] for row in unseen["prompts"]] == ["west", "north-west"]
+    assert f"{same} is left out: of its 3 prompts 1 were not trained on" in capsys.readouterr().out
+
+
+def test_an_interval_over_one_prompt_is_refused_before_anything_is_drawn(mixture, tmp_path, monkeypatch):
+    save_run(tmp_path / "run", mixture, prompts=listed(tmp_path / "one.txt", "north"))
+    monkeypatch.setattr("agents.evaluation.command.draw_samples", None)
+    with pytest.raises(SystemExit, match="at least two of them: got 1 that the run was trained on"):
+        evaluated(tmp_path / "run", "--unseen")
+    two = listed(tmp_path / "two.txt", "north", "south")
+    with pytest.raises(SystemExit, match="and --max-prompts 1"):
+        evaluated(tmp_path / "run", "--prompts", two, "--max-prompts", "1")
+
+
+def test_a_policy_alone_does_not_say_what_it_was_trained_on(mixture, tmp_path):
+    """Nor has one without noise a KL divergence."""
+    DenoisingPolicy(mixture, seed=0, eta=0.0).save(tmp_path)
+    how = ("--reward", "brightness", "--num-steps", "3", "--unseen")
+    with pytest.raises(SystemExit, match="does not say its prompts: give --prompts"):
+        evaluated(tmp_path, *how)
+    results = evaluated(tmp_path, *how, "--prompts", listed(tmp_path / "some.txt", "north", "south"))
+    assert results["sets"][0]["kl"] is None
+    Reader((tmp_path / "evaluation" / "index.html").read_text())
+
+
+def test_charts_show_more_sets_than_there_are_colours():
+    rng = np.random.default_rng(0)
+
+    def some():
+        rewards, held_out = rng.normal(size=(2, 3, 2))
+        features, images = np.ones((3, 2, 1)), np.zeros((3, 2, 1, 1, 3), dtype=np.uint8)
+        return Samples(("a", "b", "c"), rewards, held_out, features, None, images)
+
+    comparisons = [Comparison(f"set {k}", k == 0, some(), some()) for k in range(len(COLOURS) + 2)]
+    summaries = [one.summary(comparisons[0]) for one in comparisons]
+    names = {"reward": "reward", "unit": "", "held_out": "other"}
+    for chart in (gains_chart(summaries, **names), trade_chart(comparisons, **names)):
+        svg = base64.b64decode(chart.partition(",")[2]).decode()
+        found = Counter(re.findall("|".join(COLOURS), svg))
+        assert found[COLOURS[0]] == found[COLOURS[1]]
+        assert found[COLOURS[0]] > found[COLOURS[2]]
 
 
 def test_what_a_run_does_not_say_is_asked_for(run, tmp_path, emoji):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import DenoisingPolicy, evaluate
+from agents import DenoisingPolicy, FixedSchedule, evaluate
 from agents.evaluation.measures import draw_samples, latent_features, make_features
 from agents.seeding import derived_generator
 from diffusion_gym.models import load_model
@@ -99,6 +99,43 @@ def test_an_untrained_policy_is_the_pretrained_model(mixture):
     np.testing.assert_array_equal(samples.rewards, draw(env, policy.reference()).rewards)
     assert samples.kl == pytest.approx(0, abs=1e-6)
     assert draw(env, policy).kl is None
+
+
+def test_a_policy_that_draws_nothing_has_no_kl(mixture):
+    policy = trained(mixture)
+    policy.eta = 0.0
+    assert draw(make_env(mixture, 5), policy, reference=policy.reference()).kl is None
+
+
+def test_latents_of_images_are_features_where_actions_are_times(mixture):
+    """The last actions are ratios there, and of lanes that rest."""
+    env = gym.make_vec(
+        "TimePredictionMDP-v0",
+        num_envs=4,
+        model=mixture,
+        reward="brightness",
+        prompts=[mixture.names[0], mixture.names[4]],
+        max_steps=6,
+        autoreset_mode="DISABLED",
+    )
+    policy = FixedSchedule([0.8, 0.6, 0.4, 0.3, 0.2], max_steps=6)
+    samples = draw_samples(
+        env,
+        policy,
+        prompts=tuple(env.unwrapped.prompts),
+        samples_per_prompt=4,
+        held_out=None,
+        features=latent_features,
+    )
+    images = torch.from_numpy(samples.images).permute(0, 1, 4, 2, 3).flatten(0, 1) / 255
+    expected = latent_features(images, mixture.positions(images)).reshape(2, 4, 2)
+    np.testing.assert_allclose(samples.features, expected, atol=0.05)  # the images are in bytes here
+    assert (np.einsum("kf,lf->kl", *samples.features) < 0).all()  # east and west
+
+
+def test_unknown_features_are_named():
+    with pytest.raises(ValueError, match=r"unknown features 'latent': allowed are .* Did you mean 'latents'\?"):
+        make_features("latent")
 
 
 def test_the_scorers_features_tell_prompts_apart(emoji):
