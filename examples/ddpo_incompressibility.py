@@ -3,7 +3,7 @@
     make demo            or            python examples/ddpo_incompressibility.py
     accelerate launch --multi_gpu --num_processes 2 examples/ddpo_incompressibility.py     # on CPUs too
 
-5 minutes on 2 cores. Prints the reward before and after on held-out seeds, 2.49 to 2.91 kB (+17.0 %, 14 standard errors
+4 minutes on 2 cores. Prints the reward before and after on held-out seeds, 2.49 to 2.83 kB (+13.9 %, 13 standard errors
 of the paired difference), and writes to `runs/ddpo_incompressibility`:
 
 - `before_after.png`: the same prompts and seeds, before and after, side by side;
