@@ -13,24 +13,30 @@ from diffusion_gym.models import load_model
 
 @pytest.mark.slow
 def test_brightness_rises_on_held_out_seeds(emoji):
+    """128 images: the first two of five steps learnt from, with Muon."""
     env = gym.make_vec("diffusion_gym:DenoisingMDP-v0", num_envs=32, num_steps=5, model=emoji, reward="brightness")
     policy = DenoisingPolicy(emoji, mixed_precision="bf16", seed=0)
     learner = DDPOIS(
         policy,
         env,
-        learning_rate=1e-4,
-        samples_per_epoch=32,
+        optimizer="muon",
+        learning_rate=1e-3,
+        warmup_updates=2,
         batch_size=32,
-        per_prompt_buffer_size=None,
+        samples_per_epoch=32,
+        group_size=8,
+        per_prompt_buffer_size=8,
+        per_prompt_min_count=8,
+        sde_window=2,
+        sde_window_range=(0, 2),
+        step_weights="inverse_sensitivity",
         seed=0,
     )
-    seeds = list(range(64))
-    prompts = [env.unwrapped.prompts[seed % 45] for seed in seeds]
-    before = evaluate(env, policy, seeds=seeds, prompts=prompts)
-    learner.learn(16 * 32 * 5, log_interval=0)
-    gain, error = evaluate(env, policy, seeds=seeds, prompts=prompts).gain_over(before)
+    before = evaluate(env, policy, seeds=range(32))
+    learner.learn(4 * 32 * 5, log_interval=0)
+    gain, error = evaluate(env, policy, seeds=range(32)).gain_over(before)
     assert gain > 5 * error
-    assert gain > 0.03
+    assert gain > 0.05
 
 
 def test_a_time_predictor_beats_every_fixed_grid_on_the_mixture():
