@@ -10,7 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .base import Metadata, Reward, RewardFunction, RewardOutput, make_reward
+from .base import Metadata, Reward, RewardFunction, RewardOutput
+from .names import make_reward
 
 
 class RewardWrapper(Reward):

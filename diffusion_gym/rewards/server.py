@@ -34,8 +34,9 @@ except ImportError as missing:
     raise ImportError('the reward server needs FastAPI: pip install "diffusion-gym[server]"') from missing
 
 from .. import __version__
-from .base import Reward, RewardOutput, reward_class
+from .base import Reward, RewardOutput
 from .model_based import ModelReward
+from .names import reward_class
 from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, checked_token, decode_request
 
 logger = logging.getLogger(__name__)
