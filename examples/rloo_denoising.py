@@ -2,9 +2,9 @@
 
     python examples/rloo_denoising.py
 
-5 minutes on 2 cores. Eight images of each prompt, from one noise, are each other's baseline; only the first four steps
+4 minutes on 2 cores. Eight images of each prompt, from one noise, are each other's baseline; only the first four steps
 are stochastic in training, for the others' noise hardly changes a reward; and Muon follows the gradient's noise less
-far than AdamW. Prints the reward before and after on held-out seeds, 2.49 to 2.84 kB (+14 %, 16 standard errors of the
+far than AdamW. Prints the reward before and after on held-out seeds, 2.49 to 2.85 kB (+14 %, 16 standard errors of the
 paired difference), and writes `runs/rloo_denoising/model/`: the trained `unet/` in diffusers' format, and the state
 from which `RLOO.load` goes on. Seeds differ. With more updates the number rises further than the images bear:
 `python -m agents.evaluate runs/rloo_denoising` shows what they pay.
