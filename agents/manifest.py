@@ -10,6 +10,7 @@ MANIFEST_FILE = "manifest.json"
 CHECKPOINT_PREFIX = "iteration_"
 
 _BLOCK = 1 << 20
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -40,23 +41,27 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=2))
 
 
+def _read_manifest(folder: Path) -> list[tuple[str, int, str]]:
+    """Return the name, size and SHA-256 hash of each file; raises one of `_UNREADABLE`."""
+    files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
+    return [(str(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+
+
 def top_level_names(folder: Path) -> set[str]:
     """Return the names in a folder of what a checkpoint's manifest lists, and the manifest's; none if it has none."""
     try:
-        files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
-    except (OSError, ValueError, KeyError):
+        return {MANIFEST_FILE, *(name.partition("/")[0] for name, _, _ in _read_manifest(folder))}
+    except _UNREADABLE:
         return set()
-    return {MANIFEST_FILE, *(name.partition("/")[0] for name in files)}
 
 
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, beside its manifest; None if it is whole."""
     try:
-        files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
-        expected = [(str(name), int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+        expected = _read_manifest(folder)
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         return f"its {MANIFEST_FILE} cannot be read ({type(error).__name__}: {error})"
     for name, size, sha256 in expected:
         file = folder / name

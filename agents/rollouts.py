@@ -179,7 +179,7 @@ def collect(
         raise ValueError(f"{env} is not a torch vector environment of diffusion_gym, such as DenoisingMDP-v0")
     storage = storage or Storage()
     storage.check(env)
-    _check_wrappers(env, policy, async_rewards)
+    _check_fit(env, policy, async_rewards)
     each = [options] * len(seeds) if options is None or isinstance(options, Mapping) else options
     drawn_from = generators if isinstance(generators, Sequence) else [generators] * len(seeds)
     batches = []
@@ -196,7 +196,7 @@ def collect(
     return _assemble(batches, max_images, storage)
 
 
-def _check_wrappers(env: VectorEnv, policy: Policy, async_rewards: bool) -> None:
+def _check_fit(env: VectorEnv, policy: Policy, async_rewards: bool) -> None:
     expected, given = (getattr(one, "max_steps", None) for one in (env.unwrapped, policy))
     if None not in (expected, given) and expected != given:
         raise ValueError(

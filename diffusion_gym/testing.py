@@ -41,14 +41,11 @@ def check_vector_env(env: VectorEnv, *, max_steps: int = 1000) -> None:
     observation = first
     for _ in range(max_steps):
         action = _random_action(env, observation)
-        kept = {key: value.clone() for key, value in observation.items()}, action.clone()
+        kept = {key: value.clone() for key, value in {**observation, "action": action}.items()}
         following, reward, terminated, truncated, info = env.step(action)
         _check_observation(env, following)
         _check_step(env, reward, terminated, truncated, info)
-        assert torch.equal(action, kept[1]), "step must not change the caller's action"
-        for key, value in following.items():
-            assert torch.equal(observation[key], kept[0][key]), f"observation {key!r} was changed after it was returned"
-            assert value.data_ptr() != action.data_ptr(), f"observation {key!r} shares memory with the action"
+        _check_memory(kept, observation, following, action)
         if info["ended"].any():
             break
         observation = following
@@ -119,6 +116,18 @@ def _check_step(
     ended = info.get("ended")
     assert isinstance(ended, np.ndarray), 'info["ended"] must be a numpy array'
     assert ended.tolist() == (terminated | truncated).tolist(), 'info["ended"] must say which lanes ended'
+
+
+def _check_memory(
+    kept: Mapping[str, Tensor], before: Mapping[str, Tensor], after: Mapping[str, Tensor], action: Tensor
+) -> None:
+    """Check that a step changed nothing of what was there before it, and that what moves is never the same memory."""
+    assert torch.equal(action, kept["action"]), "step must not change the caller's action"
+    for key, value in after.items():
+        assert value.data_ptr() != action.data_ptr(), f"observation {key!r} shares memory with the action"
+        assert torch.equal(before[key], kept[key]), f"observation {key!r} was changed after it was returned"
+    for key in after.keys() & {"latents", "timestep", "next_timestep"}:
+        assert after[key].data_ptr() != before[key].data_ptr(), f"observation {key!r} shares memory with the last one"
 
 
 def _check_autoreset(
