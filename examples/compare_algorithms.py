@@ -143,8 +143,8 @@ class Judge(BaseCallback):
             return
         env, num_eval = self.model.get_env(), self.args.num_eval
         result = evaluate(env, self.model.policy, seeds=range(num_eval), max_images=num_eval)
-        metadata = dict(zip(env.unwrapped.prompts, env.unwrapped.prompts.metadata, strict=True))
-        others = self.held_out(result.images, result.prompts, [metadata[prompt] for prompt in result.prompts])
+        metadata = env.unwrapped.prompts.metadata_of(result.prompts)
+        others = self.held_out(result.images, result.prompts, metadata)
         first = np.hstack(list(to_uint8(result.images[:_NUM_SHOWN]).numpy()))
         Image.fromarray(first).save(self.file.with_name(f"{self.file.stem}_{queries}.png"))
         write_curve(self.file, curve | {queries: np.stack([result.rewards, others.values.numpy()])})

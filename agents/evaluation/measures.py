@@ -104,7 +104,6 @@ def draw_samples(
     """
     count = len(prompts) * samples_per_prompt
     filled = -(-count // env.num_envs) * env.num_envs
-    known = dict(zip(env.unwrapped.prompts, env.unwrapped.prompts.metadata, strict=True))  # type: ignore[attr-defined]
     texts = [prompts[index % len(prompts)] for index in range(filled)]
     parts: dict[str, list[np.ndarray]] = {"rewards": [], "held_out": [], "features": [], "kl": [], "images": []}
     ends_are_latents = env.metadata.get("action_is_next_latents", False)
@@ -117,7 +116,8 @@ def draw_samples(
         parts["features"].append(features(rollout.images, latents).cpu().numpy())
         parts["images"].append(to_uint8(rollout.images).numpy())
         if held_out is not None:
-            values = held_out(rollout.images, own, [known.get(text, {}) for text in own]).values
+            metadata = env.unwrapped.prompts.metadata_of(own)  # type: ignore[attr-defined]
+            values = held_out(rollout.images, own, metadata).values
             parts["held_out"].append(values.float().cpu().numpy())
         firsts = np.arange(min(env.num_envs, len(prompts) - start))
         if reference is not None and len(firsts):

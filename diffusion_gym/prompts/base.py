@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,11 @@ class PromptSet:
 
     def __getitem__(self, prompt_id: int) -> str:
         return self.texts[prompt_id]
+
+    def metadata_of(self, texts: Iterable[str]) -> list[Metadata]:
+        """Return what is known of each text; {} of one that is not in the set."""
+        known = dict(zip(self.texts, self.metadata, strict=True))
+        return [known.get(text, {}) for text in texts]
 
     def draw(self, generator: torch.Generator) -> int:
         """Return a random prompt's index: each is as likely as the others, or as its weight says."""

@@ -173,6 +173,7 @@ def test_files_and_lists(tmp_path):
     prompts = make_prompts(tmp_path / "p.jsonl")
     assert prompts.texts == ("2 cats", "a dog")
     assert prompts.metadata == ({"n": 2}, {})
+    assert prompts.metadata_of(["a dog", "2 cats", "a fox", "2 cats"]) == [{}, {"n": 2}, {}, {"n": 2}]
     (tmp_path / "windows.txt").write_bytes("\ufeffa cat\r\na \u2028dog\r\n".encode())
     assert make_prompts(tmp_path / "windows.txt").texts == ("a cat", "a \u2028dog")
     assert make_prompts(["x", "y"]).texts == ("x", "y")
