@@ -21,6 +21,8 @@ class ForwardOptions(Options, total=False):
     """The keywords that they all take; see `ForwardProcessAlgorithm`."""
 
     noise_draws: int
+    time_range: tuple[float, float]
+    common_noise: bool
 
 
 class ForwardProcessAlgorithm(Algorithm):
@@ -29,10 +31,14 @@ class ForwardProcessAlgorithm(Algorithm):
     Args are those of `Algorithm`, and:
         noise_draws: Times and noises at which each sample counts in an update (DiffusionNFT's code: as many as the
             sampler has steps; RWR's: 1). One says little of a sample.
+        time_range: From where to where of the process the times are drawn, in [0, 1]: 0 is its clean end, 1 pure noise
+            (published: all of it).
+        common_noise: Noise the samples of a prompt alike: with one time and one noise at each draw. What they have in
+            common then cancels out of their contrast (common random numbers), and their updates vary less.
 
     Raises:
-        TypeError, ValueError: as `Algorithm`; or the policy is no `DenoisingPolicy`, or the environment's action is not
-            the next latents.
+        TypeError, ValueError: as `Algorithm`; or an argument is out of its range, or the policy is no
+            `DenoisingPolicy`, or the environment's action is not the next latents.
     """
 
     policy: DenoisingPolicy
@@ -45,13 +51,19 @@ class ForwardProcessAlgorithm(Algorithm):
         n_epochs: int,
         own: Mapping[str, Any],
         noise_draws: int = 1,
+        time_range: tuple[float, float] = (0.0, 1.0),
+        common_noise: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own = {**own, "noise_draws": noise_draws}
+        own = {**own, "noise_draws": noise_draws, "time_range": list(time_range), "common_noise": common_noise}
         super().__init__(policy, env, log_prob_reduction="mean", n_epochs=n_epochs, own=own, **options)
         if noise_draws < 1:
             raise ValueError(f"noise_draws must be at least 1, got {noise_draws}")
+        if len(time_range) != 2 or not 0 <= time_range[0] < time_range[1] <= 1:
+            raise ValueError(f"time_range must be (low, high) with 0 ≤ low < high ≤ 1, got {time_range}")
         self.noise_draws = noise_draws
+        self.time_range = (time_range[0], time_range[1])
+        self.common_noise = common_noise
         name = type(self).__name__
         if not isinstance(policy, DenoisingPolicy):
             raise TypeError(f"{name} trains a denoiser: policy must be a DenoisingPolicy, got {type(policy).__name__}")
@@ -65,6 +77,14 @@ class ForwardProcessAlgorithm(Algorithm):
             for start in range(0, len(order), self.batch_size):
                 yield np.tile(order[start : start + self.batch_size], self.noise_draws)
 
+    def _noised_alike(self, replay: Replay, rows: np.ndarray) -> Tensor:
+        """Return for each row of an update which time and noise it gets: rows with equal numbers get the same."""
+        if not self.common_noise:
+            return torch.arange(len(rows))
+        draws = np.repeat(np.arange(self.noise_draws), len(rows) // self.noise_draws)
+        numbers = draws * (replay.prompts.max() + 1) + replay.prompts[rows]
+        return torch.from_numpy(np.unique(numbers, return_inverse=True)[1])
+
     def _noised(self, replay: Replay, rows: np.ndarray, rng: np.random.Generator) -> Iterator[Noised]:
         """Yield the indices of each micro-batch and what `predict_noised` takes: a time and a noise for each sample.
 
@@ -72,8 +92,10 @@ class ForwardProcessAlgorithm(Algorithm):
         """
         schedule, device = self.policy.model.schedule, self.policy.device
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        times = schedule.training_times(torch.rand(len(rows), generator=generator))
-        noise = torch.randn(len(rows), *replay.latents.shape[1:], generator=generator)
+        alike = self._noised_alike(replay, rows)
+        count = int(alike.max()) + 1
+        times = schedule.training_times(torch.rand(count, generator=generator), within=self.time_range)[alike]
+        noise = torch.randn(count, *replay.latents.shape[1:], generator=generator)[alike]
         here = np.flatnonzero(replay.own(rows))
         for start in range(0, len(here), self.micro_batch_size):
             part = here[start : start + self.micro_batch_size]

@@ -60,9 +60,15 @@ class NoiseSchedule(ABC):
     def time_of(self, noise_ratio: Tensor) -> Tensor:
         """Return the time of each noise ratio, the inverse of `noise_ratio`; the clean end's for 0."""
 
-    def training_times(self, uniform: Tensor) -> Tensor:
-        """Return times for training a denoiser, of numbers that are uniform in [0, 1): uniform over the process."""
-        return self.clean + (self.max_time - self.clean) * (1 - as_float(uniform))
+    def training_times(self, uniform: Tensor, *, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """Return times for training a denoiser, of numbers that are uniform in [0, 1): uniform over the process.
+
+        Args:
+            uniform: The numbers.
+            within: From where to where of the process; 0 is its clean end, 1 its noisy one.
+        """
+        low, high = within
+        return self.clean + (self.max_time - self.clean) * (high - (high - low) * as_float(uniform))
 
     @abstractmethod
     def timesteps(self, num_steps: int) -> Tensor:
@@ -158,9 +164,11 @@ class DiscreteVPSchedule(NoiseSchedule):
         weight = torch.where(log_upper.isinf(), -torch.expm1(log_alpha - log_lower), inside)
         return lower - 1 + weight.clamp(0, 1)
 
-    def training_times(self, uniform: Tensor) -> Tensor:
+    def training_times(self, uniform: Tensor, *, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         """Return indices 0 … T−1, each as probable as any other, of numbers that are uniform in [0, 1)."""
-        return (as_float(uniform) * self.num_train_timesteps).floor()
+        low, high = within
+        total = self.num_train_timesteps
+        return ((low + (high - low) * as_float(uniform)) * total).floor().clamp(max=total - 1)  # it may round to total
 
     def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
         total = self.num_train_timesteps

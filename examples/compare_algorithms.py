@@ -37,15 +37,16 @@ _POLICY_GRADIENT = {"learning_rate": 1e-3, "step_weights": "inverse_sensitivity"
 _DDPO = {"per_prompt_min_count": 4, "center_advantages": True}
 _CLIP = {"clip_range": 1e-4 * 16_384 / 1_024}
 _GROUPS = {"same_noise": True, "advantage_scale": "rollout"}
-_FORWARD = {"learning_rate": 1e-4, "noise_draws": 4}
+_RWR = {"learning_rate": 1e-4, "noise_draws": 4, "n_epochs": 1, "per_prompt": True}
+_NFT = {"learning_rate": 1e-3, "noise_draws": 8, "time_range": (0.8, 1.0), "common_noise": True}
 _ALGORITHMS: Mapping[str, tuple[Callable[..., Algorithm], Mapping[str, Any]]] = {
     "DDPO-IS": (DDPOIS, _POLICY_GRADIENT | _DDPO | _CLIP),
     "DDPO-SF": (DDPOSF, _POLICY_GRADIENT | _DDPO),
     "RLOO": (RLOO, _POLICY_GRADIENT | _GROUPS),
     "GRPO": (RLOO, _POLICY_GRADIENT | _GROUPS | {"baseline": "group_mean", "advantage_scale": "group"}),
-    "RWR": (RWR, _FORWARD | {"n_epochs": 1, "per_prompt": True, "inverse_temperature": 3.0}),
-    "RWR-sparse": (RWR, _FORWARD | {"n_epochs": 1, "per_prompt": True, "best_share": 1 / 8}),
-    "NFT": (DiffusionNFT, _FORWARD | {"per_prompt_buffer_size": 8}),
+    "RWR": (RWR, _RWR | {"inverse_temperature": 3.0}),
+    "RWR-sparse": (RWR, _RWR | {"best_share": 1 / 8}),
+    "NFT": (DiffusionNFT, _NFT | {"per_prompt_buffer_size": 8}),
     "DDPO-IS, plain": (DDPOIS, _DDPO | _CLIP | {"optimizer": "adamw", "learning_rate": 2e-4}),
 }
 """Each algorithm's class and settings; IS makes two updates of each rollout, the others one. The policy gradients learn

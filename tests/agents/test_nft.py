@@ -88,7 +88,8 @@ def test_it_moves_the_mixture_toward_the_reward(mixture):
 def test_an_interrupted_run_goes_on_bit_for_bit(mixture, tmp_path, use_lora):
     def make():
         policy = DenoisingPolicy(mixture, use_lora=use_lora, seed=0)
-        return DiffusionNFT(policy, make_env(mixture), learning_rate=1e-2, batch_size=4, seed=3)
+        how = {"noise_draws": 2, "time_range": (0.5, 1.0), "common_noise": True}
+        return DiffusionNFT(policy, make_env(mixture), learning_rate=1e-2, batch_size=4, seed=3, **how)
 
     whole = make()
     whole.learn(4 * 24)

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import gymnasium as gym
 import numpy as np
@@ -104,6 +105,31 @@ def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch, n
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-4 * largest)
 
 
+@pytest.mark.parametrize("common_noise", [False, True])
+def test_the_samples_of_a_prompt_may_be_noised_alike(tiny, monkeypatch, common_noise):
+    """Each draw of an update has one time and one noise for a prompt, or for a sample; all within the range."""
+    env = make_env(tiny, num_envs=8, prompts=["a cat", "a dog"])
+    policy = DenoisingPolicy(tiny, seed=0)
+    sizes = {"n_epochs": 1, "micro_batch_size": 3, "noise_draws": 5, "group_size": 4, "batch_size": 8}
+    how = {"time_range": (0.6, 0.9), "common_noise": common_noise, "prompt_sampling": "round_robin"}
+    learner = RWR(policy, env, seed=0, **sizes, **how)
+    predict, drawn = policy.predict_noised, Counter()
+
+    def remember(clean, t, noise, constants):
+        for index in range(len(clean)):
+            prompt = round(float(constants["prompt_embeds"][index].sum()), 3)
+            drawn[prompt, float(t[index]), round(float(noise[index].sum()), 3)] += 1
+        return predict(clean, t, noise, constants)
+
+    monkeypatch.setattr(policy, "predict_noised", remember)
+    learner.learn(1)
+    assert sum(drawn.values()) == 8 * 5
+    assert sorted(drawn.values()) == ([4] * 2 * 5 if common_noise else [1] * 8 * 5)
+    times = [t / tiny.schedule.num_train_timesteps for _, t, _ in drawn]
+    assert 0.6 <= min(times) < 0.7
+    assert 0.8 < max(times) < 0.9
+
+
 @pytest.mark.parametrize("best_share", [None, 0.25])
 def test_it_regresses_to_the_tilted_mixture(line, best_share, monkeypatch):
     """One round on 8,192 samples, against the tilted law (or the best quarter) of those samples themselves."""
@@ -195,6 +221,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(line, tmp_path):
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(8\), got 3"),
         ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
         ({"noise_draws": 0}, "noise_draws must be at least 1, got 0"),
+        ({"time_range": (0.5, 0.5)}, r"time_range must be \(low, high\) with 0 ≤ low < high ≤ 1, got \(0\.5, 0\.5\)"),
+        ({"time_range": (0.5,)}, r"time_range must be \(low, high\)"),
         ({"inverse_temperature": 0.0}, r"inverse_temperature must be positive .* got 0\.0"),
         ({"best_share": 1.5}, r"best_share None or in \(0, 1\], got .* 1\.5"),
     ],

@@ -55,6 +55,23 @@ def test_clean_end_has_all_signal_and_no_noise(schedule):
     assert schedule.sigma(end) == 0
 
 
+@pytest.mark.parametrize(
+    ("schedule", "length", "unit"),
+    [(DiscreteVPSchedule(torch.linspace(0.99, 0.1, 50)), 50, 1), (FlowSchedule(), 1, 0), (KarrasSchedule(), 80, 0)],
+    ids=lambda value: type(value).__name__ if hasattr(value, "clean") else str(value),
+)
+def test_training_times_are_uniform_over_a_part_of_the_process(schedule, length, unit):
+    """Indices from the part's first to its last, or times but for the clean end itself, where nothing is to learn."""
+    uniform = torch.arange(10_000) / 10_000
+    for low, high in ((0.0, 1.0), (0.6, 0.9)):
+        times = schedule.training_times(uniform, within=(low, high)) / length
+        assert times.min() == pytest.approx(low, abs=2e-4)
+        assert times.max() == pytest.approx(high - unit / length, abs=2e-4)
+        assert times.mean() == pytest.approx((low + high - unit / length) / 2, abs=1e-3)
+        assert schedule.sigma(times * length).min() > 0
+    assert schedule.training_times(torch.tensor(1 - 2**-24), within=(0.8, 1.0)) <= schedule.max_time
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("num_steps", [1, 4, 20, 30, 50])
