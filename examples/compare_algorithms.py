@@ -31,6 +31,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, evaluate
 from agents.algorithm import Algorithm
+from diffusion_gym.naming import unknown_name
 from diffusion_gym.rewards import make_reward, to_uint8
 
 _POLICY_GRADIENT = {"learning_rate": 1e-3, "step_weights": "inverse_sensitivity"}
@@ -38,7 +39,7 @@ _DDPO = {"per_prompt_min_count": 4, "center_advantages": True}
 _CLIP = {"clip_range": 1e-4 * 16_384 / 1_024}
 _GROUPS = {"same_noise": True, "advantage_scale": "rollout"}
 _RWR = {"learning_rate": 1e-4, "noise_draws": 4, "n_epochs": 1, "per_prompt": True}
-_NFT = {"learning_rate": 1e-3, "noise_draws": 8, "time_range": (0.8, 1.0), "common_noise": True}
+_NFT = {"learning_rate": 3e-4, "noise_draws": 8, "time_range": (0.8, 1.0), "common_noise": True}
 _ALGORITHMS: Mapping[str, tuple[Callable[..., Algorithm], Mapping[str, Any]]] = {
     "DDPO-IS": (DDPOIS, _POLICY_GRADIENT | _DDPO | _CLIP),
     "DDPO-SF": (DDPOSF, _POLICY_GRADIENT | _DDPO),
@@ -274,7 +275,7 @@ def summarise(args: Args) -> None:
     (args.output / "table.md").write_text(table + "\n")
     print(table)
     for name, figure in (("curves", draw_curves(args)), ("images", draw_images(args))):
-        figure.savefig(args.output / f"{name}.png", dpi=150, bbox_inches="tight")
+        figure.savefig(args.output / f"{name}.png", dpi=110, bbox_inches="tight")
         plt.close(figure)
 
 
@@ -282,6 +283,8 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.quick:
         args = replace(args, algorithms=("RLOO", "RWR"), seeds=(0,), reward_queries=640)
+    for name in set(args.algorithms) - set(_ALGORITHMS):
+        raise SystemExit(unknown_name("algorithm", name, _ALGORITHMS))
     args.output.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for name in args.algorithms:

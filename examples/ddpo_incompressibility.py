@@ -61,7 +61,7 @@ class Args:
     clip_range: float = 1.6e-3
     """Of the ratio of mean log-probs: the published 1e-4 times 16, for latents of a sixteenth of the size."""
     use_lora: bool = False
-    """Train LoRA layers instead of the whole denoiser (then a learning rate of about 1e-3)."""
+    """Train LoRA layers instead of the whole denoiser."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """One of "no", "bf16" and "fp16"."""
     device: str = "cpu"
@@ -114,7 +114,7 @@ def draw_before_after(
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__)
     started = time.monotonic()
     processes = Processes()
     env = gym.make_vec(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import tyro
 from gymnasium.vector import VectorEnv
@@ -100,21 +101,20 @@ def main() -> None:
     )
     data = model.draw(model.encode_prompts(["anything"] * 2000), torch.Generator().manual_seed(0)).flatten(1)
     clean = model.encode_prompts(["anything"] * args.num_envs)
-    per_picture = args.updates // max(1, args.num_pictures - 1)
+    updates = [round(args.updates * share) for share in np.linspace(0, 1, args.num_pictures)]
     for row, (name, algorithm) in zip(axes, algorithms.items(), strict=True):
-        for picture, ax in enumerate(row):
-            if picture:
-                timesteps = per_picture * args.num_envs * args.num_steps
-                algorithm.learn(timesteps, reset_num_timesteps=False, log_interval=0)
+        for done, ax in zip(updates, row, strict=True):
+            timesteps = done * args.num_envs * args.num_steps
+            algorithm.learn(timesteps - algorithm.num_timesteps, reset_num_timesteps=False, log_interval=0)
             x = samples(env, algorithm.policy, model)
             density = model.log_prob(x[:, :, None, None], torch.full((len(x),), -1.0), clean).mean()
             print(
-                f"{name} after {picture * per_picture} updates: mean reward {x[:, 0].mean():+.2f}, mean log-density "
+                f"{name} after {done} updates: mean reward {x[:, 0].mean():+.2f}, mean log-density "
                 f"under the data {density:.1f}"
             )
             ax.scatter(*data.T, s=2, color="lightgray", label="data")
             ax.scatter(*x.T, s=3, color="tab:blue", label="samples")
-            ax.set(title=f"{name}, {picture * per_picture} updates", aspect="equal", xlim=(-3.2, 4.3), ylim=(-3.2, 3.2))
+            ax.set(title=f"{name}, {done} updates", aspect="equal", xlim=(-3.2, 4.3), ylim=(-3.2, 3.2))
     axes[0, 0].legend(loc="upper right", markerscale=3)
     args.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output / "samples.png", dpi=110)

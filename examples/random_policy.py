@@ -6,23 +6,31 @@
 """
 
 import gymnasium as gym
+import tyro
 
 import diffusion_gym  # noqa: F401
 
 
-def main() -> None:
-    env = gym.make("DenoisingMDP-v0", reward="incompressibility")
-    observation, info = env.reset(seed=0)
-    env.action_space.seed(0)
+def main(reward: str = "incompressibility", num_steps: int = 20, seed: int = 0) -> None:
+    """Play one episode.
+
+    Args:
+        reward: A reward's name.
+        num_steps: Denoising steps.
+        seed: Of the prompt, the noise and the actions.
+    """
+    env = gym.make("DenoisingMDP-v0", reward=reward, num_steps=num_steps)
+    observation, info = env.reset(seed=seed)
+    env.action_space.seed(seed)
     prompt = env.unwrapped.prompts[info["prompt_id"]]
     print(f"prompt {prompt!r}; observation:", {key: value.shape for key, value in observation.items()})
     terminated, total = False, 0.0
     while not terminated:
-        observation, reward, terminated, _, info = env.step(env.action_space.sample())
-        total += reward
+        observation, step_reward, terminated, _, info = env.step(env.action_space.sample())
+        total += step_reward
     print(f"{info['nfe']} steps, return {total:.3f} {env.unwrapped.lane.reward.unit}")
     env.close()
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

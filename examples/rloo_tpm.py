@@ -49,6 +49,8 @@ GRIDS = {
     "Karras": karras_grid,
 }
 TIME_PREDICTOR, CONTEXT_FREE = "time predictor", "context-free"
+UNIFORM_STEPS = 20
+"""The schedules are asked with how many calls they reach what so many uniform steps do."""
 
 
 @dataclass
@@ -93,6 +95,14 @@ class Args:
     """Of the training; the held-out seeds are 0, 1, 2 …"""
     output: Path = Path("runs/rloo_tpm")
     """Where to write."""
+
+    def __post_init__(self) -> None:
+        longest = max(self.initial_steps, UNIFORM_STEPS, *self.grid_steps)
+        if longest > self.max_steps or 1.0 not in self.paces:
+            raise ValueError(
+                f"max_steps must be at least {longest}, which a grid has, and 1.0 among the paces; got "
+                f"{self.max_steps} and {self.paces}"
+            )
 
 
 class Paced(VectorActionWrapper):
@@ -366,9 +376,9 @@ def main() -> None:
         for played in curve:
             print(f"{label:>15}  {played}")
     compare(learned, fixed, grids)
-    uniform_20 = float(grids.at("uniform", 20).distances.mean())
+    uniform = float(grids.at("uniform", UNIFORM_STEPS).distances.mean())
     for label, curve in {**fixed, **learned}.items():
-        print(f"{label}: {calls_for(curve, uniform_20)} calls for what uniform steps reach with 20")
+        print(f"{label}: {calls_for(curve, uniform)} calls for what uniform steps reach with {UNIFORM_STEPS}")
 
     predicted = learned[TIME_PREDICTOR][args.paces.index(1.0)]
     difficulty = grids.at("Karras", args.initial_steps).distances

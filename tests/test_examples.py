@@ -26,8 +26,8 @@ SMALL_STABLE_DIFFUSION = [
 ]  # fmt: skip
 SHORT = {
     "kl_optimum.py": ["--updates", "3", "--num-envs", "64", "--num-steps", "5", "--batches", "4"],
-    "mixture.py": ["--updates", "3", "--num-envs", "64", "--num-steps", "5", "--output", "OUTPUT"],
-    "random_policy.py": [],
+    "mixture.py": ["--updates", "2", "--num-envs", "64", "--num-steps", "5", "--output", "OUTPUT"],
+    "random_policy.py": ["--num-steps", "5"],
     "rloo_tpm.py": [
         "--timesteps", "1", "--context-free-timesteps", "1", "--num-envs", "4", "--samples-per-epoch", "4",
         "--group-size", "2", "--num-starts", "1", "--num-eval", "4", "--paces", "1.0", "--grid-steps", "5", "20",
@@ -67,12 +67,30 @@ def test_every_example_is_tried():
 
 
 def test_random_policy(tmp_path):
-    assert re.search(r"20 steps, return 3\.\d+ kB", run("random_policy.py", tmp_path / "out"))
+    assert re.search(r"5 steps, return 3\.\d+ kB", run("random_policy.py", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("random_policy.py", ["--nope"], "Unrecognized options: --nope"),
+        ("rloo_tpm.py", ["--max-steps", "20"], "max_steps must be at least 28"),
+        ("rloo_tpm.py", ["--paces", "0.7"], r"1\.0 among the paces; got 28 and \(0\.7,\)"),
+        ("compare_algorithms.py", ["--algorithms", "RLO"], "unknown algorithm 'RLO': .* Did you mean 'RLOO'"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path, name, arguments, message):
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode != 0
+    assert re.search(message, re.sub(r"[\s│]+", " ", result.stderr))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mixture(tmp_path):
     text = run("mixture.py", tmp_path / "out")
     assert len(re.findall(r"mean reward [+-]\d\.\d+, mean log-density under the data -\d", text)) == 8
+    assert re.findall(r"DDPO-IS after (\d+) updates", text) == ["0", "1", "1", "2"]
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.size[0] > 1000
 

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, help="where to write; RUN/evaluation if not given")
     made.add_argument(
         "--reward",
-        type=_reward_source,
+        type=reward,
         help="the reward that was trained for, a name or a sum as JSON, {name: weight}, if the run does not say",
     )
     made.add_argument("--held-out", help='a reward that was not trained for, or "none"; emoji_alignment for emoji')
@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _reward_source(text: str) -> str | dict[str, float]:
+def reward(text: str) -> str | dict[str, float]:
+    """Return what `make_reward` takes; argparse's error has this function's name."""
     return json.loads(text) if text.startswith("{") else text
 
 
@@ -103,7 +104,9 @@ def _prompt_sets(
             f"and --max-prompts {args.max_prompts}"
         )
     sets = [(Path(source).stem if isinstance(source, str) else "training prompts", _some(trained_on, args.max_prompts))]
-    usual = _UNSEEN_EMOJI if model.source == "emoji" else _UNSEEN
+    usual = _UNSEEN if isinstance(model.default_prompts, str) else ()  # others know no prompts but their own
+    if model.source == "emoji":
+        usual = _UNSEEN_EMOJI
     for other in usual if args.unseen is None else args.unseen:
         prompts = make_prompts(other)
         rows = [row for row, text in enumerate(prompts) if text not in trained_on.texts]
@@ -202,6 +205,10 @@ class Setup:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a run, write its page and its numbers, and print what they say."""
     args = parser().parse_args(arguments)
+    if min(args.samples_per_prompt, args.num_envs) < 1:
+        parser().error(
+            f"--samples-per-prompt and --num-envs must be at least 1, got {args.samples_per_prompt} and {args.num_envs}"
+        )
     started = time.monotonic()
     folder = policy_folder(args.run)
     state = training_state(folder)

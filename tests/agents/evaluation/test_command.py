@@ -198,7 +198,16 @@ def test_a_weighted_sum_is_given_as_json(mixture, tmp_path, capsys):
     assert results["reward"] == "5*brightness+1*compressibility"
     with pytest.raises(SystemExit):
         evaluated(tmp_path / "run", "--unseen", "--reward", "{brightness: 5}")
-    assert "argument --reward: invalid" in capsys.readouterr().err
+    assert "argument --reward: invalid reward value: '{brightness: 5}'" in capsys.readouterr().err
+
+
+def test_a_model_that_knows_no_other_prompts_is_judged_on_its_own(mixture, tmp_path, capsys):
+    save_run(tmp_path / "run", mixture, prompts=listed(tmp_path / "some.txt", "north", "south"))
+    (only,) = evaluated(tmp_path / "run")["sets"]
+    assert only["trained_on"]
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "run"), "--samples-per-prompt", "0"])
+    assert "--samples-per-prompt and --num-envs must be at least 1, got 0 and 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("observed", "expected"), [(True, "east"), (None, "east"), (False, "west")])
