@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and every model in their layout: CLIP text encoder, KL autoencoder, UNet."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -88,10 +89,19 @@ class StableDiffusionModel(DiffusionModel):
         return encoder.to(self.device, torch.float32).eval().requires_grad_(False)
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        limit = self._tokenizer.model_max_length
+        lengths = [len(ids) for ids in self._tokenizer(list(prompts), verbose=False).input_ids]
+        cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+        if cut:
+            warnings.warn(
+                f"{len(cut)} of {len(prompts)} prompts are longer than the {limit} tokens of the text encoder, which "
+                f"does not see what is beyond, so that long prompts may look alike: {cut[0]!r} is the first",
+                stacklevel=2,
+            )
         tokens = self._tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self._tokenizer.model_max_length,
+            max_length=limit,
             truncation=True,
             return_tensors="pt",
         )

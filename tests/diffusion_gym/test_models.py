@@ -8,6 +8,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.predictions import to_x0_and_epsilon
+from diffusion_gym.prompts import make_prompts
+from diffusion_gym.prompts.sets import NAMED
 from diffusion_gym.transitions import ddim_transition, draw_noise
 from tests.tiny import EMOJI, make_tiny_stable_diffusion
 
@@ -70,6 +72,21 @@ def test_prompt_embeddings_are_the_pipelines_and_are_computed_once(emoji, pipeli
     torch.testing.assert_close(conditioning["prompt_embeds"], positive, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(conditioning["negative_prompt_embeds"], negative, rtol=1e-5, atol=1e-6)
     assert emoji.encode_prompts(PROMPTS, "dark") is conditioning
+
+
+def test_prompts_that_are_cut_off_are_named_once(emoji):
+    long = "a cat " * 8 + "and a dog"
+    with pytest.warns(
+        UserWarning, match=f"2 of 3 prompts are longer than the 16 tokens .* {long!r} is the first"
+    ) as seen:
+        embeds = emoji.encode_prompts(["a cat", long, long + " and a fox"])["prompt_embeds"]
+    assert len(seen) == 1
+    assert torch.equal(embeds[1], embeds[2])
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMED) - {"imagenet_animals"}))  # whose names are for larger models
+def test_packaged_prompts_are_seen_whole(emoji, name):
+    emoji.encode_prompts(make_prompts(name).texts)  # warnings are errors
 
 
 def test_guidance_scale_one_and_zero_are_the_prompts_own_and_the_negative_prompts_output(emoji):
