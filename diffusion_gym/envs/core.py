@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..prompts import make_prompts
 from ..rewards import RewardOutput, make_reward, to_uint8
+from ..rewards.base import checked_output
 from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
 from .options import ModelSource, PromptSource, RewardSource, resolve_model, to_autoreset_mode
 
@@ -122,7 +123,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """Return what gives the lanes' final images [k, 3, H, W] their raw rewards, wherever the lanes are by then."""
         texts = [self._lanes.texts[lane] for lane in lanes]
         metadata = [self._lanes.prompt_metadata[lane] for lane in lanes]
-        return lambda images: self.reward(images, texts, metadata)
+        return lambda images: checked_output(self.reward, images, texts, metadata)
 
     def _shape(self, values: Tensor, num_steps: Tensor) -> Tensor:
         """Return what lanes earn for their raw rewards after so many steps, [k]."""

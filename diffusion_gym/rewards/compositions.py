@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .base import Metadata, Reward, RewardFunction, RewardOutput
+from .base import Metadata, Reward, RewardFunction, RewardOutput, checked_output
 from .names import make_reward
 
 
@@ -46,7 +46,7 @@ class Threshold(RewardWrapper):
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
-        output = self.reward(images, prompts, metadata)
+        output = checked_output(self.reward, images, prompts, metadata)
         reached = (output.values >= self.at).float().masked_fill(output.values.isnan(), float("nan"))
         return RewardOutput(reached, {self.reward.name: output.values, **output.extras})
 
@@ -71,7 +71,7 @@ class Timed(RewardWrapper):
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         began = time.perf_counter()
-        output = self.reward(images, prompts, metadata)
+        output = checked_output(self.reward, images, prompts, metadata)
         output.values.cpu()
         seconds = time.perf_counter() - began
         self.seconds += seconds
@@ -120,7 +120,7 @@ class Cached(RewardWrapper):
         self.misses += len(missing)
         if missing:
             given = None if metadata is None else [metadata[index] for index in missing]
-            output = self.reward(images[missing], [prompts[index] for index in missing], given)
+            output = checked_output(self.reward, images[missing], [prompts[index] for index in missing], given)
             columns = {name: one.tolist() for name, one in output.extras.items()}
             for row, (index, value) in enumerate(zip(missing, output.values.tolist(), strict=True)):
                 results[keys[index]] = value, {name: column[row] for name, column in columns.items()}

@@ -383,7 +383,12 @@ def test_a_reward_that_is_not_finite_or_of_the_wrong_shape_is_refused(emoji):
     def bad(images, prompts, metadata):
         return torch.full((len(images),), torch.nan)
 
-    for reward, message in ((bad, "returned NaN"), (lambda i, p, m: i.mean(), "one value per image")):
+    class Tensors(type(make_reward("brightness"))):
+        def __call__(self, images, prompts, metadata=None):
+            return images.mean((1, 2, 3))
+
+    wrong = {"returned NaN": bad, "one value per image": lambda i, p, m: i.mean(), "return a RewardOutput": Tensors()}
+    for message, reward in wrong.items():
         env = make_vec(model=emoji, reward=reward, num_steps=1)
         env.reset()
         with pytest.raises(ValueError, match=message):
