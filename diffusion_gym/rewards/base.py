@@ -1,4 +1,4 @@
-"""The reward's contract, callables and sums, and the one conversion of images to bytes."""
+"""The reward's contract, callables, and the one conversion of images to bytes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -132,47 +132,3 @@ class CallableReward(Reward):
             values = torch.as_tensor(values)
         _check_values(f"what the reward {self.name!r} returns", values, len(images))
         return RewardOutput(torch.as_tensor(values, dtype=torch.float32, device=images.device))
-
-
-class WeightedSum(Reward):
-    """Σ_i w_i·r_i over named rewards; every r_i is reported as an extra.
-
-    Raises:
-        ValueError: two of the rewards have one name.
-    """
-
-    def __init__(self, weighted: Sequence[tuple[Reward, float]]) -> None:
-        self.weighted = tuple(weighted)
-        names = [reward.name for reward, _ in self.weighted]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"the rewards of a sum are reported by their names, which must differ, got {names}: "
-                'give one of them another, reward.name = "..."'
-            )
-        self.name = "+".join(f"{weight:g}*{reward.name}" for reward, weight in self.weighted)
-        units = {reward.unit for reward, _ in self.weighted}
-        self.unit = units.pop() if len(units) == 1 else "mixed"
-        bounds = [sorted(weight * bound for bound in reward.range) for reward, weight in self.weighted if weight]
-        self.range = (sum(low for low, _ in bounds), sum(high for _, high in bounds))
-
-    def __call__(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
-    ) -> RewardOutput:
-        total = torch.zeros(len(images), device=images.device)
-        extras: dict[str, Tensor] = {}
-        for reward, weight in self.weighted:
-            output = checked_output(reward, images, prompts, metadata)
-            total = total + weight * output.values
-            extras |= {reward.name: output.values, **output.extras}
-        return RewardOutput(total, extras)
-
-    def state_dict(self) -> dict[str, object]:  # noqa: D102
-        states = [reward.state_dict() for reward, _ in self.weighted]
-        return {"weighted": states} if any(states) else {}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
-        states = state.get("weighted", [{}] * len(self.weighted))
-        if not isinstance(states, list) or len(states) != len(self.weighted) or state.keys() - {"weighted"}:
-            raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")
-        for (reward, _), one in zip(self.weighted, states, strict=True):
-            reward.load_state_dict(one)

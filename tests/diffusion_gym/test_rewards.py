@@ -96,6 +96,27 @@ def test_rewards_of_one_name_are_told_apart_before_they_are_added():
     assert set(both(pictures(2), ["a"] * 2).extras) == {"judge", "other"}
 
 
+@pytest.mark.parametrize(
+    "weighted",
+    [{"brightness": 2, "compressibility": np.float32(0.5)},
+     [("brightness", 2.0), ("compressibility", 0.5)],
+     [(lambda images, prompts, metadata: images.mean((1, 2, 3)), 2.0), (make_reward("compressibility"), 0.5)]],
+)  # fmt: skip
+def test_sums_take_what_makes_a_reward(weighted):
+    images = pictures(3)
+    expected = 2 * images.mean((1, 2, 3)) - 0.5 * jpeg_kilobytes(images)
+    torch.testing.assert_close(WeightedSum(weighted)(images, ["a"] * 3).values, expected)
+
+
+@pytest.mark.parametrize("weight", ["a", "1", None, float("nan"), float("inf"), [1.0]])
+def test_weights_that_are_no_numbers_are_named(weight):
+    for make in (make_reward, WeightedSum, lambda weighted: WeightedSum(list(weighted.items()))):
+        with pytest.raises(ValueError, match="weight of the reward 'brightness' must be a finite number, got "):
+            make({"brightness": weight})
+        with pytest.raises(ValueError, match="at least one"):
+            make({})
+
+
 class Judge(Reward):
     name = "judge"
 
