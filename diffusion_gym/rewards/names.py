@@ -12,6 +12,7 @@ from ..naming import unknown_name
 from .base import CallableReward, Metadata, Reward, RewardFunction, RewardOutput, checked_output
 
 REMOTE = "remote://"
+REFERENCE_DISTANCE = "reference_distance"
 
 _NAMED = {
     "incompressibility": "jpeg:Incompressibility",
@@ -33,8 +34,13 @@ def reward_class(name: str) -> type[Reward]:
     """Return the class of a reward that has a name.
 
     Raises:
-        ValueError: the name is not known.
+        ValueError: the name is not known, or one of TimePredictionMDP-v0's own.
     """
+    if name == REFERENCE_DISTANCE:
+        raise ValueError(
+            f"the reward {name!r} needs the noise that an image was made of: give it by itself, not as a part of "
+            f'another reward, as reward="{name}" of TimePredictionMDP-v0'
+        )
     if name not in _NAMED:
         raise ValueError(unknown_name("reward", name, _NAMED))
     module, _, class_name = _NAMED[name].partition(":")

@@ -290,6 +290,7 @@ def test_environment_keeps_no_graph_of_the_action(emoji):
     ("arguments", "message"),
     [
         ({"reward": "incompressable"}, r"unknown reward 'incompressable': .* Did you mean 'incompressibility'\?"),
+        ({"reward": "reference_distance"}, "'reference_distance' needs the noise .* of TimePredictionMDP-v0"),
         ({"reward": {}}, "at least one"),
         ({"reward": 3}, "must be a name, a Reward, a callable"),
         ({"prompts": "simple_animal"}, r"unknown prompt set .* Did you mean 'simple_animals'\?"),
