@@ -18,7 +18,7 @@ from ..rewards import RewardOutput
 from ..rewards.names import REFERENCE_DISTANCE
 from ..transitions import ddim_transition
 from .core import DiffusionVectorEnv, Observation
-from .options import EnvOptions, VectorEnvOptions
+from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
 from .reference import ReferenceDistance
 from .single import DiffusionEnv
 from .step_cost import StepCost, StepCostName
@@ -340,4 +340,5 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
 
     def __init__(self, **options: Unpack[TimePredictionOptions]) -> None:
         EzPickle.__init__(self, **options)
+        refuse_vector_options(options)
         super().__init__(TimePredictionVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **options))

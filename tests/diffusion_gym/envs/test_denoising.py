@@ -308,6 +308,27 @@ def test_wrong_arguments_are_named_with_what_is_allowed(arguments, message):
         make_vec(**arguments)
 
 
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+@pytest.mark.parametrize(
+    ("env_id", "name", "message"),
+    [
+        ("DenoisingMDP-v0", "nmu_steps", r"DenoisingVectorEnv 'nmu_steps': allowed are .*. Did you mean 'num_steps'\?"),
+        ("TimePredictionMDP-v0", "num_steps", r"TimePredictionVectorEnv 'num_steps': .* Did you mean 'max_steps'\?"),
+        ("TimePredictionMDP-v0", "promts", r"unknown argument of TimePredictionVectorEnv .* Did you mean 'prompts'\?"),
+    ],
+)
+def test_unknown_arguments_are_named(make, env_id, name, message):
+    with pytest.raises(TypeError, match=message):
+        make(env_id, model="mixture", **{name: 3})
+
+
+@pytest.mark.parametrize("env_id", ["DenoisingMDP-v0", "TimePredictionMDP-v0"])
+@pytest.mark.parametrize("option", [{"autoreset_mode": "SAME_STEP"}, {"num_envs": 2}])
+def test_arguments_of_vector_environments_are_not_for_single_ones(env_id, option):
+    with pytest.raises(TypeError, match=f"{next(iter(option))} is an argument of gym.make_vec"):
+        gym.make(env_id, model="mixture", **option)
+
+
 def test_unknown_model_is_named():
     with pytest.raises(FileNotFoundError, match="unknown model 'stable'"):
         make_vec(model="stable")
