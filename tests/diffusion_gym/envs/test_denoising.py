@@ -343,6 +343,8 @@ def test_unknown_model_is_named():
         ({"prompt": "a", "prompt_id": 1}, ValueError, "exclude each other"),
         ({"prompt_id": 45}, ValueError, "between 0 and 44, got 45"),
         ({"latents": torch.zeros(3, 16, 16)}, ValueError, r"latents must have shape \[4, 16, 16\] or \[2, 4, 16, 16\]"),
+        ({"latents": torch.full(SHAPE, np.nan)}, ValueError, "'latents' must be finite, got NaN or infinity"),
+        ({"latents": actions() / torch.zeros(2, 1, 1, 1)}, ValueError, "'latents' must be finite"),
         ({"reset_mask": [True, False]}, TypeError, "numpy array or a torch tensor"),
         ({"reset_mask": np.array([True])}, ValueError, r"bool of shape \(2,\)"),
         ({"reset_mask": np.array([False, False])}, ValueError, "at least one True"),
