@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 from itertools import pairwise
 
 import pytest
@@ -193,8 +194,10 @@ def test_image_size_and_precision(tiny):
     assert larger.latent_shape == (4, 16, 16)
     assert next(larger.denoiser.parameters()).dtype == torch.bfloat16
     assert larger.decode(torch.randn(1, 4, 16, 16)).shape == (1, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"image_size must be a multiple of 2 .*got 33"):
-        load_model(tiny.path, image_size=33)
+    for wrong in (33, -8, 0, (64,), 32.0, "32"):
+        message = rf"image_size must be a multiple of 2 above 0 .*got {re.escape(repr(wrong))}"
+        with pytest.raises(ValueError, match=message):
+            load_model(tiny.path, image_size=wrong)
     with pytest.raises(ValueError, match=r"floating-point dtype .* got 'int64'"):
         load_model(tiny.path, dtype="int64")
 
@@ -209,6 +212,12 @@ def test_model_survives_pickling_by_its_source(tiny):
 def test_device_that_is_not_there_is_named(device):
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
         load_model("emoji", device=device)
+
+
+@pytest.mark.parametrize("source", [3, None, ["emoji"]])
+def test_what_is_no_model_is_named(source):
+    with pytest.raises(TypeError, match=f"must be a name, .*, got {re.escape(repr(source))}"):
+        load_model(source)
 
 
 def test_models_that_do_not_exist_are_named_with_what_is_allowed(tmp_path):
