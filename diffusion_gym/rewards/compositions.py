@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -34,10 +35,16 @@ class RewardWrapper(Reward):
 
 @final
 class Threshold(RewardWrapper):
-    """1 where the other reward is at least `at`, otherwise 0; the other one's values are reported as an extra."""
+    """1 where the other reward is at least `at`, otherwise 0; the other one's values are reported as an extra.
+
+    Raises:
+        ValueError: `at` is NaN.
+    """
 
     def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float], at: float) -> None:
         super().__init__(reward)
+        if math.isnan(at):
+            raise ValueError("the threshold `at` must be a number, got NaN")
         self.at = at
         self.name = f"{self.reward.name}_from_{at:g}"
         self.unit = "1"
