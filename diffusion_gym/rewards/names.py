@@ -11,7 +11,6 @@ from torch import Tensor
 from ..naming import unknown_name
 from .base import CallableReward, Metadata, Reward, RewardFunction, RewardOutput, checked_output
 
-REMOTE = "remote://"
 REFERENCE_DISTANCE = "reference_distance"
 
 _NAMED = {
@@ -52,8 +51,8 @@ def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> 
 
     Args:
         reward: A name ("incompressibility", "aesthetic", …: the README's table has them all), the address of a reward
-            server ("remote://host:port"), a `Reward`, a callable `f(images [B, 3, H, W], prompts, metadata) -> [B]`, or
-            {name: weight} for a weighted sum.
+            server ("remote://host:port", "https://…"), a `Reward`, a callable `f(images [B, 3, H, W], prompts,
+            metadata) -> [B]`, or {name: weight} for a weighted sum.
 
     Raises:
         ValueError: a name is not known, or `reward` is none of these.
@@ -61,7 +60,7 @@ def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> 
     if isinstance(reward, Reward):
         return reward
     if isinstance(reward, str):
-        if reward.startswith(REMOTE):
+        if "://" in reward:
             return importlib.import_module(".remote", __package__).RemoteReward(reward)
         return reward_class(reward)()
     if isinstance(reward, Mapping):
