@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -245,6 +246,7 @@ def test_a_server_that_is_not_there_is_waited_for_and_then_named(caplog):
         RemoteReward(url, max_retry_seconds=0.5)
     assert 0.1 < time.monotonic() - began < 5
     assert f"reward server {url}: ConnectionRefusedError" in caplog.text
+    assert re.search(r"asked again in 0\.1 s, and for [01] s more \(max_retry_seconds=0\.5\)", caplog.text)
 
 
 def test_when_all_servers_are_away_the_other_parts_are_not_waited_for():
