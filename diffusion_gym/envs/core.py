@@ -20,10 +20,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from ..naming import unknown_name
 from ..prompts import make_prompts
 from ..rewards import RewardOutput, make_reward, to_uint8
+from ..rewards.base import checked_output
 from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
-from .options import ModelSource, PromptSource, RewardSource, resolve_model, to_autoreset_mode
+from .options import ModelSource, PromptSource, RewardSource, keywords_of, resolve_model, to_autoreset_mode
 
 Observation = dict[str, Tensor]
 
@@ -65,7 +67,10 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         observe_embeds: bool | None = None,
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **unknown: object,
     ) -> None:
+        for name in unknown:
+            raise TypeError(unknown_name(f"argument of {type(self).__name__}", name, keywords_of(type(self))))
         if not isinstance(num_envs, int) or num_envs < 1:
             raise ValueError(f"num_envs must be an integer of at least 1, got {num_envs!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -122,7 +127,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """Return what gives the lanes' final images [k, 3, H, W] their raw rewards, wherever the lanes are by then."""
         texts = [self._lanes.texts[lane] for lane in lanes]
         metadata = [self._lanes.prompt_metadata[lane] for lane in lanes]
-        return lambda images: self.reward(images, texts, metadata)
+        return lambda images: checked_output(self.reward, images, texts, metadata)
 
     def _shape(self, values: Tensor, num_steps: Tensor) -> Tensor:
         """Return what lanes earn for their raw rewards after so many steps, [k]."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .core import DiffusionVectorEnv
-from .options import EnvOptions, VectorEnvOptions
+from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
 from .single import DiffusionEnv
 
 
@@ -133,4 +133,5 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
 
     def __init__(self, *, num_steps: int = 20, **options: Unpack[EnvOptions]) -> None:
         EzPickle.__init__(self, num_steps=num_steps, **options)
+        refuse_vector_options(options)
         super().__init__(DenoisingVectorEnv(1, num_steps=num_steps, autoreset_mode=AutoresetMode.DISABLED, **options))

@@ -70,7 +70,8 @@ class ResetOptions:
         """Return the checked options.
 
         Raises:
-            ValueError: a key is not known, or a value does not fit the lanes, the prompts or the latents.
+            ValueError: a key is not known, a value does not fit the lanes, the prompts or the latents, or latents are
+                not finite.
         """
         options = options or {}
         for key in options:
@@ -97,6 +98,8 @@ class ResetOptions:
                     f"latents must have shape {list(model.latent_shape)} or {[num_envs, *model.latent_shape]}, "
                     f"got {list(latents.shape)}"
                 )
+            if not torch.isfinite(latents).all():
+                raise ValueError("reset option 'latents' must be finite, got NaN or infinity")
             latents = latents.expand(num_envs, *model.latent_shape)
         return cls(texts, prompt_id, latents)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from inspect import getfullargspec
 from typing import TypedDict
 
 import torch
@@ -49,6 +50,22 @@ def resolve_model(
                 f"{name}={asked} differs from the loaded model's {loaded}: leave it out, or load_model anew"
             )
     return model
+
+
+def keywords_of(environment: type) -> set[str]:
+    """Return the names of the keywords that an environment's class takes, its bases' among them."""
+    constructors = [vars(cls)["__init__"] for cls in environment.__mro__ if "__init__" in vars(cls)]
+    return {name for constructor in constructors for name in getfullargspec(constructor).kwonlyargs}
+
+
+def refuse_vector_options(options: Mapping[str, object]) -> None:
+    """Do nothing where a single environment was given none of what only vector environments take.
+
+    Raises:
+        TypeError: it was.
+    """
+    for name in {"num_envs", "autoreset_mode"} & options.keys():
+        raise TypeError(f"{name} is an argument of gym.make_vec: an environment of gym.make is one lane, reset by hand")
 
 
 class EnvOptions(TypedDict, total=False):

@@ -11,9 +11,9 @@ from ..grids import uniform_grid
 from ..models.base import Conditioning, DiffusionModel
 from ..rewards import Reward, RewardOutput
 from ..rewards.base import Metadata
+from ..rewards.names import REFERENCE_DISTANCE
 from ..sampling import sample_latents
 
-REFERENCE_DISTANCE = "reference_distance"
 _CACHED_SAMPLES = 4096
 
 

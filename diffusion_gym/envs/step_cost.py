@@ -26,7 +26,7 @@ class StepCost:
         weight: λ ≥ 0 of "linear", in the reward's unit per call.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or one that the step cost does not look at.
     """
 
     name: StepCostName = "none"
@@ -40,6 +40,11 @@ class StepCost:
             raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
         if self.weight < 0:
             raise ValueError(f"step_cost_weight must be at least 0, got {self.weight}")
+
+        if self.weight and self.name != "linear":
+            raise ValueError(f'step_cost_weight={self.weight} needs step_cost="linear", got {self.name!r}')
+        if self.gamma != StepCost.gamma and self.name != "discount":
+            raise ValueError(f'gamma={self.gamma} needs step_cost="discount", got {self.name!r}')
 
     def require_sign(self, reward: Reward) -> None:
         """Check that the discount makes long episodes worse.

@@ -15,10 +15,11 @@ from typing_extensions import Unpack
 
 from ..grids import MAX_RATIO, MIN_RATIO
 from ..rewards import RewardOutput
+from ..rewards.names import REFERENCE_DISTANCE
 from ..transitions import ddim_transition
 from .core import DiffusionVectorEnv, Observation
-from .options import EnvOptions, VectorEnvOptions
-from .reference import REFERENCE_DISTANCE, ReferenceDistance
+from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
+from .reference import ReferenceDistance
 from .single import DiffusionEnv
 from .step_cost import StepCost, StepCostName
 
@@ -315,7 +316,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     | Argument | Default | Meaning |
     |---|---|---|
     | `model` | `"emoji"` | a name, a diffusers folder, a Hub id, or a loaded `DiffusionModel` |
-    | `reward` | `"incompressibility"` | as in `DenoisingMDP-v0`; or `"reference_distance"` (−MSE to many steps) |
+    | `reward` | `"incompressibility"` | as in `DenoisingMDP-v0`; or `"reference_distance"` alone (−MSE to many steps) |
     | `prompts` | the model's (`"simple_animals"`) | a name, a file, a list, or `{prompt: weight}` |
     | `max_steps` | `28` | the most actions of an episode |
     | `guidance_scale` | the model's | classifier-free guidance of the frozen denoiser |
@@ -339,4 +340,5 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
 
     def __init__(self, **options: Unpack[TimePredictionOptions]) -> None:
         EzPickle.__init__(self, **options)
+        refuse_vector_options(options)
         super().__init__(TimePredictionVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **options))

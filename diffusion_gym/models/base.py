@@ -294,8 +294,11 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such model.
+        TypeError: `source` is none of these.
         ValueError: its family is not supported, or `image_size`, `dtype` or `device` cannot be had.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"the model must be a name, a diffusers folder or a Hub id, got {source!r}")
     path = _find_folder(source, revision)
     class_name = json.loads((path / "model_index.json").read_text())["_class_name"]
     if class_name not in _FAMILIES:

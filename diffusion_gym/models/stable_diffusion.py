@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and every model in their layout: CLIP text encoder, KL autoencoder, UNet."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,8 @@ class StableDiffusionModel(DiffusionModel):
     """A `StableDiffusionPipeline` folder: Stable Diffusion 1.x, 2.x, their fine-tunes, and the embedded emoji model.
 
     Raises:
-        ValueError: `image_size` is not a multiple of the autoencoder's scale factor, or an epsilon-predicting model
-            is paired with a process whose last step has no signal (α = 0), where x̂_0 is not defined.
+        ValueError: `image_size` is no positive multiple of the autoencoder's scale factor, or an epsilon-predicting
+            model is paired with a process whose last step has no signal (α = 0), where x̂_0 is not defined.
     """
 
     denoiser_folder = "unet"
@@ -48,9 +49,11 @@ class StableDiffusionModel(DiffusionModel):
         unet = json.loads((path / "unet" / "config.json").read_text())
         vae = json.loads((path / "vae" / "config.json").read_text())
         scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        image_size = image_size or unet["sample_size"] * scale_factor
-        if image_size % scale_factor:
-            raise ValueError(f"image_size must be a multiple of {scale_factor} for {source!r}, got {image_size}")
+        image_size = unet["sample_size"] * scale_factor if image_size is None else image_size
+        if not isinstance(image_size, int) or image_size < 1 or image_size % scale_factor:
+            raise ValueError(
+                f"image_size must be a multiple of {scale_factor} above 0 for {source!r}, got {image_size!r}"
+            )
         self.image_shape = (3, image_size, image_size)
         self.latent_shape = (unet["in_channels"], image_size // scale_factor, image_size // scale_factor)
         _, *size = self.latent_shape
@@ -88,10 +91,19 @@ class StableDiffusionModel(DiffusionModel):
         return encoder.to(self.device, torch.float32).eval().requires_grad_(False)
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        limit = self._tokenizer.model_max_length
+        lengths = [len(ids) for ids in self._tokenizer(list(prompts), verbose=False).input_ids]
+        cut = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+        if cut:
+            warnings.warn(
+                f"{len(cut)} of {len(prompts)} prompts are longer than the {limit} tokens of the text encoder, which "
+                f"does not see what is beyond, so that long prompts may look alike: {cut[0]!r} is the first",
+                stacklevel=2,
+            )
         tokens = self._tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self._tokenizer.model_max_length,
+            max_length=limit,
             truncation=True,
             return_tensors="pt",
         )

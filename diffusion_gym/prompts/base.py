@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -50,8 +51,9 @@ class PromptSet:
             raise ValueError(f"got {len(self.metadata)} metadata entries for {len(self.texts)} prompts")
         if self.weights and len(self.weights) != len(self.texts):
             raise ValueError(f"got {len(self.weights)} weights for {len(self.texts)} prompts")
-        if self.weights and not (all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)):
-            raise ValueError(f"weights must be finite, at least 0 and not all 0, got {self.weights[:8]}")
+        are_weights = all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in self.weights)
+        if self.weights and not (are_weights and any(self.weights)):
+            raise ValueError(f"the weights of prompts must be finite, at least 0 and not all 0, got {self.weights[:8]}")
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -4,7 +4,8 @@ import csv
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..naming import unknown_name
@@ -16,14 +17,23 @@ _DATASET = "datasets:"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def _prompt_column(columns: Iterable[str], source: object) -> str:
+@contextmanager
+def _naming(source: object) -> Iterator[None]:
+    """Have errors of what is read from the source name it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _prompt_column(columns: Iterable[str]) -> str:
     """Return the column that holds the prompts."""
     columns = list(columns)
     lowered = {column.strip().lower(): column for column in reversed(columns)}
     for name in _COLUMNS:
         if name in lowered:
             return lowered[name]
-    raise ValueError(f"{source}: no column is named one of {_COLUMNS}; there are {columns}")
+    raise ValueError(f"no column is named one of {_COLUMNS}; there are {columns}")
 
 
 def _from_rows(rows: Iterable[Mapping[str, object]], column: str, source: object) -> PromptSet:
@@ -34,9 +44,9 @@ def _from_rows(rows: Iterable[Mapping[str, object]], column: str, source: object
         entry = dict(row)
         text = entry.pop(column)
         if None in entry:
-            raise ValueError(f"{source}, row {number}: more cells than columns; a text with a comma needs quotes")
+            raise ValueError(f"row {number}: more cells than columns; a text with a comma needs quotes")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{source}, row {number}: expected a text in the column {column!r}, got {text!r}")
+            raise ValueError(f"row {number}: expected a text in the column {column!r}, got {text!r}")
         repeated += text.strip() in first
         first.setdefault(text.strip(), entry)
     if repeated:
@@ -48,7 +58,7 @@ def _from_table(path: Path) -> PromptSet:
     """Read a table with a header: one column is the prompts, the others are metadata."""
     with path.open(encoding="utf-8-sig", newline="") as opened:
         rows = csv.DictReader(opened, delimiter=_DELIMITERS[path.suffix.lower()])
-        return _from_rows(rows, _prompt_column(rows.fieldnames or (), path), path)
+        return _from_rows(rows, _prompt_column(rows.fieldnames or ()), path)
 
 
 def _lines(path: Path) -> list[str]:
@@ -67,19 +77,26 @@ def _from_json_lines(path: Path) -> PromptSet:
         except json.JSONDecodeError:
             entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise ValueError(f'{path}, line {number}: expected a JSON object with a string "prompt", got {line[:80]}')
+            raise ValueError(f'line {number}: expected a JSON object with a string "prompt", got {line[:80]}')
         texts.append(entry.pop("prompt"))
         metadata.append(entry)
     return PromptSet(tuple(texts), tuple(metadata))
 
 
+def _from_text(path: Path) -> PromptSet:
+    """Read a prompt a line."""
+    return PromptSet(tuple(line.strip() for line in _lines(path) if line.strip()))
+
+
+_READERS = {".txt": _from_text, ".jsonl": _from_json_lines, ".csv": _from_table, ".tsv": _from_table}
+
+
 def _from_file(path: Path) -> PromptSet:
     suffix = path.suffix.lower()
-    if suffix in _DELIMITERS:
-        return _from_table(path)
-    if suffix == ".jsonl":
-        return _from_json_lines(path)
-    return PromptSet(tuple(line.strip() for line in _lines(path) if line.strip()))
+    if suffix not in _READERS:
+        raise ValueError(f"{path}: {unknown_name('suffix of a prompt file', suffix, _READERS)}")
+    with _naming(path):
+        return _READERS[suffix](path)
 
 
 def prompts_from_dataset(source: str, *, split: str = "train", column: str | None = None) -> PromptSet:
@@ -103,7 +120,8 @@ def prompts_from_dataset(source: str, *, split: str = "train", column: str | Non
     rows = load_dataset(source, split=split)
     if column is not None and column not in rows.column_names:
         raise ValueError(f"{source} has no column {column!r}; there are {rows.column_names}")
-    return _from_rows(rows, column or _prompt_column(rows.column_names, source), source)
+    with _naming(source):
+        return _from_rows(rows, column or _prompt_column(rows.column_names), source)
 
 
 def make_prompts(
@@ -118,13 +136,16 @@ def make_prompts(
             another; the prompts; or {prompt: weight}, which are drawn in proportion to their weights.
 
     Raises:
-        ValueError: the name is not known and no such file exists, or the prompts are empty or repeated.
+        ValueError: the name is not known and no such file exists, a file cannot be read, or the prompts are empty or
+            repeated.
         ImportError: it is a dataset's id, and the package `datasets` is missing.
     """
     if isinstance(prompts, PromptSet):
         return prompts
     if isinstance(prompts, str) and prompts.startswith(_DATASET):
         source, _, split = prompts.removeprefix(_DATASET).partition(":")
+        if not source:
+            raise ValueError(f'prompts of a dataset are "datasets:ID" or "datasets:ID:SPLIT", got {prompts!r}')
         return prompts_from_dataset(source, split=split or "train")
     if isinstance(prompts, str | os.PathLike):
         if prompts in NAMED:
@@ -132,9 +153,12 @@ def make_prompts(
         path = Path(prompts)
         if path.is_file():
             return _from_file(path)
-        raise ValueError(unknown_name("prompt set (or prompt file)", os.fspath(prompts), NAMED))
+        if not isinstance(prompts, str) or path.suffix.lower() in _READERS:
+            raise ValueError(f"there is no file {str(path)!r} of prompts")
+        unknown = unknown_name("prompt set (or prompt file)", prompts, NAMED)
+        raise ValueError(f"{unknown} A prompt itself stands in a list: {[prompts]}")
     if isinstance(prompts, Mapping):
-        return PromptSet(tuple(prompts), weights=tuple(float(weight) for weight in prompts.values()))
+        return PromptSet(tuple(prompts), weights=tuple(prompts.values()))
     if isinstance(prompts, Sequence) and all(isinstance(text, str) for text in prompts):
         return PromptSet(tuple(prompts))
     raise ValueError(f"prompts must be a name, a file or a sequence of strings, got {prompts!r}")

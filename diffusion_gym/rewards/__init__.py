@@ -1,8 +1,8 @@
 """Rewards of finished images: by name, any callable, a weighted sum, a composition, or a server's."""
 
-from .base import CallableReward, Reward, RewardOutput, WeightedSum, to_uint8
+from .base import CallableReward, Reward, RewardOutput, to_uint8
 from .compositions import Cached, Threshold, Timed
-from .names import make_reward
+from .names import WeightedSum, make_reward
 from .normalised import Normalised
 
 __all__ = [

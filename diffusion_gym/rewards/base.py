@@ -1,7 +1,8 @@
-"""The reward's contract, callables and sums, and the one conversion of images to bytes."""
+"""The reward's contract, callables, and the one conversion of images to bytes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +48,9 @@ class Reward(ABC):
             images: [B, 3, H, W], RGB in [0, 1].
             prompts: The B prompts that they were drawn for.
             metadata: What the prompt set says of each prompt.
+
+        Returns:
+            A `RewardOutput`, never a bare tensor: `RewardOutput(values)`.
         """
 
     def state_dict(self) -> dict[str, object]:
@@ -81,11 +85,39 @@ def check_prompts(images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"there must be a prompt per image, got {len(images)} images and {len(prompts)} prompts")
 
 
+def _check_values(what: str, values: object, num_images: int) -> None:
+    """Do nothing where `values` are one real number per image.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(values, Tensor) or values.is_complex() or values.shape != (num_images,):
+        got = f"{list(values.shape)} of {values.dtype}" if isinstance(values, Tensor) else f"{values!r:.80}"
+        raise ValueError(f"{what} must be one value per image, [{num_images}] real numbers, got {got}")
+
+
+def checked_output(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+) -> RewardOutput:
+    """Return what a reward says of a batch, once it is what a reward is to say.
+
+    Raises:
+        ValueError: it is no `RewardOutput`, or its numbers are not one per image.
+    """
+    output = reward(images, prompts, metadata)
+    if not isinstance(output, RewardOutput):
+        raise ValueError(f"the reward {reward.name!r} must return a RewardOutput(values), got {output!r:.80}")
+    _check_values(f"the values of the reward {reward.name!r}", output.values, len(images))
+    for name, values in output.extras.items():
+        _check_values(f"the extra {name!r} of the reward {reward.name!r}", values, len(images))
+    return output
+
+
 class CallableReward(Reward):
     """A user's function `f(images, prompts, metadata) -> [B]` as a reward.
 
     Raises:
-        ValueError: when called, if the function's output is not one finite-precision number per image.
+        ValueError: when called, if the function's output is not one real number per image.
     """
 
     def __init__(self, function: RewardFunction, name: str | None = None) -> None:
@@ -95,54 +127,8 @@ class CallableReward(Reward):
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
-        values = self.function(images, prompts, metadata or [{} for _ in prompts])
-        values = torch.as_tensor(values, dtype=torch.float32, device=images.device)
-        if values.shape != (len(images),):
-            raise ValueError(
-                f"the reward {self.name!r} must return one value per image, [{len(images)}], got {tuple(values.shape)}"
-            )
-        return RewardOutput(values)
-
-
-class WeightedSum(Reward):
-    """Σ_i w_i·r_i over named rewards; every r_i is reported as an extra.
-
-    Raises:
-        ValueError: two of the rewards have one name.
-    """
-
-    def __init__(self, weighted: Sequence[tuple[Reward, float]]) -> None:
-        self.weighted = tuple(weighted)
-        names = [reward.name for reward, _ in self.weighted]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"the rewards of a sum are reported by their names, which must differ, got {names}: "
-                'give one of them another, reward.name = "..."'
-            )
-        self.name = "+".join(f"{weight:g}*{reward.name}" for reward, weight in self.weighted)
-        units = {reward.unit for reward, _ in self.weighted}
-        self.unit = units.pop() if len(units) == 1 else "mixed"
-        bounds = [sorted(weight * bound for bound in reward.range) for reward, weight in self.weighted if weight]
-        self.range = (sum(low for low, _ in bounds), sum(high for _, high in bounds))
-
-    def __call__(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
-    ) -> RewardOutput:
-        total = torch.zeros(len(images), device=images.device)
-        extras: dict[str, Tensor] = {}
-        for reward, weight in self.weighted:
-            output = reward(images, prompts, metadata)
-            total = total + weight * output.values
-            extras |= {reward.name: output.values, **output.extras}
-        return RewardOutput(total, extras)
-
-    def state_dict(self) -> dict[str, object]:  # noqa: D102
-        states = [reward.state_dict() for reward, _ in self.weighted]
-        return {"weighted": states} if any(states) else {}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
-        states = state.get("weighted", [{}] * len(self.weighted))
-        if not isinstance(states, list) or len(states) != len(self.weighted) or state.keys() - {"weighted"}:
-            raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")
-        for (reward, _), one in zip(self.weighted, states, strict=True):
-            reward.load_state_dict(one)
+        values: object = self.function(images, prompts, metadata or [{} for _ in prompts])
+        with suppress(TypeError, ValueError, RuntimeError):  # what is no tensor then is refused
+            values = torch.as_tensor(values)
+        _check_values(f"what the reward {self.name!r} returns", values, len(images))
+        return RewardOutput(torch.as_tensor(values, dtype=torch.float32, device=images.device))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .base import Metadata, Reward, RewardFunction, RewardOutput
+from .base import Metadata, Reward, RewardFunction, RewardOutput, checked_output
 from .names import make_reward
 
 
@@ -34,10 +35,16 @@ class RewardWrapper(Reward):
 
 @final
 class Threshold(RewardWrapper):
-    """1 where the other reward is at least `at`, otherwise 0; the other one's values are reported as an extra."""
+    """1 where the other reward is at least `at`, otherwise 0; the other one's values are reported as an extra.
+
+    Raises:
+        ValueError: `at` is NaN.
+    """
 
     def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float], at: float) -> None:
         super().__init__(reward)
+        if math.isnan(at):
+            raise ValueError("the threshold `at` must be a number, got NaN")
         self.at = at
         self.name = f"{self.reward.name}_from_{at:g}"
         self.unit = "1"
@@ -46,7 +53,7 @@ class Threshold(RewardWrapper):
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
-        output = self.reward(images, prompts, metadata)
+        output = checked_output(self.reward, images, prompts, metadata)
         reached = (output.values >= self.at).float().masked_fill(output.values.isnan(), float("nan"))
         return RewardOutput(reached, {self.reward.name: output.values, **output.extras})
 
@@ -71,7 +78,7 @@ class Timed(RewardWrapper):
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         began = time.perf_counter()
-        output = self.reward(images, prompts, metadata)
+        output = checked_output(self.reward, images, prompts, metadata)
         output.values.cpu()
         seconds = time.perf_counter() - began
         self.seconds += seconds
@@ -120,7 +127,7 @@ class Cached(RewardWrapper):
         self.misses += len(missing)
         if missing:
             given = None if metadata is None else [metadata[index] for index in missing]
-            output = self.reward(images[missing], [prompts[index] for index in missing], given)
+            output = checked_output(self.reward, images[missing], [prompts[index] for index in missing], given)
             columns = {name: one.tolist() for name, one in output.extras.items()}
             for row, (index, value) in enumerate(zip(missing, output.values.tolist(), strict=True)):
                 results[keys[index]] = value, {name: column[row] for name, column in columns.items()}

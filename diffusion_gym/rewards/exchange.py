@@ -54,13 +54,16 @@ class Endpoint:
     """
 
     def __init__(self, url: str, *, timeout: float) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in _PORTS or not parts.hostname or parts.username or parts.query or parts.fragment:
+        parts, port = urlsplit(url), None
+        with suppress(ValueError):  # a port that is no number is refused below
+            port = parts.port or _PORTS.get(parts.scheme)
+        beside = parts.username or parts.query or parts.fragment
+        if parts.scheme not in _PORTS or not (parts.hostname and port) or beside:
             raise ValueError(
                 f"a server's address is like remote://host:port, http://host:port/path or https://host, got {url!r}"
             )
         self._is_https = parts.scheme == "https"
-        self._host, self._port = parts.hostname, parts.port or _PORTS[parts.scheme]
+        self._host, self._port = parts.hostname, port
         self._path = parts.path.rstrip("/")
         self._timeout = timeout
 

@@ -1,12 +1,17 @@
-"""Rewards by name, and whatever else one may be given as."""
+"""Rewards by name, and whatever else one may be given as; sums of them."""
 
 import importlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
 
 from ..naming import unknown_name
-from .base import CallableReward, Reward, RewardFunction, WeightedSum
+from .base import CallableReward, Metadata, Reward, RewardFunction, RewardOutput, checked_output
 
-REMOTE = "remote://"
+REFERENCE_DISTANCE = "reference_distance"
 
 _NAMED = {
     "incompressibility": "jpeg:Incompressibility",
@@ -28,8 +33,13 @@ def reward_class(name: str) -> type[Reward]:
     """Return the class of a reward that has a name.
 
     Raises:
-        ValueError: the name is not known.
+        ValueError: the name is not known, or one of TimePredictionMDP-v0's own.
     """
+    if name == REFERENCE_DISTANCE:
+        raise ValueError(
+            f"the reward {name!r} needs the noise that an image was made of: give it by itself, not as a part of "
+            f'another reward, as reward="{name}" of TimePredictionMDP-v0'
+        )
     if name not in _NAMED:
         raise ValueError(unknown_name("reward", name, _NAMED))
     module, _, class_name = _NAMED[name].partition(":")
@@ -41,8 +51,8 @@ def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> 
 
     Args:
         reward: A name ("incompressibility", "aesthetic", …: the README's table has them all), the address of a reward
-            server ("remote://host:port"), a `Reward`, a callable `f(images [B, 3, H, W], prompts, metadata) -> [B]`, or
-            {name: weight} for a weighted sum.
+            server ("remote://host:port", "https://…"), a `Reward`, a callable `f(images [B, 3, H, W], prompts,
+            metadata) -> [B]`, or {name: weight} for a weighted sum.
 
     Raises:
         ValueError: a name is not known, or `reward` is none of these.
@@ -50,13 +60,65 @@ def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> 
     if isinstance(reward, Reward):
         return reward
     if isinstance(reward, str):
-        if reward.startswith(REMOTE):
+        if "://" in reward:
             return importlib.import_module(".remote", __package__).RemoteReward(reward)
         return reward_class(reward)()
     if isinstance(reward, Mapping):
-        if not reward:
-            raise ValueError("a weighted sum of rewards needs at least one {name: weight}, got an empty mapping")
-        return WeightedSum([(make_reward(name), float(weight)) for name, weight in reward.items()])
+        return WeightedSum(reward)
     if callable(reward):
         return CallableReward(reward)
     raise ValueError(f"reward must be a name, a Reward, a callable or {{name: weight}}, got {reward!r}")
+
+
+class WeightedSum(Reward):
+    """Σ_i w_i·r_i over named rewards; every r_i is reported as an extra.
+
+    Args:
+        weighted: The rewards, or what `make_reward` makes them of, each with its weight; or {name: weight}.
+
+    Raises:
+        ValueError: there is no reward, a weight is no finite number, two of the rewards have one name, or a name is
+            not known.
+    """
+
+    def __init__(self, weighted: Mapping[str, float] | Sequence[tuple[str | Reward | RewardFunction, float]]) -> None:
+        pairs = list(weighted.items() if isinstance(weighted, Mapping) else weighted)
+        if not pairs:
+            raise ValueError("a weighted sum of rewards needs at least one {name: weight}, got none")
+        for reward, weight in pairs:
+            if not isinstance(weight, Real) or not math.isfinite(weight):
+                raise ValueError(f"the weight of the reward {reward!r} must be a finite number, got {weight!r}")
+        self.weighted = tuple((make_reward(reward), float(weight)) for reward, weight in pairs)
+        names = [reward.name for reward, _ in self.weighted]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"the rewards of a sum are reported by their names, which must differ, got {names}: "
+                'give one of them another, reward.name = "..."'
+            )
+        self.name = "+".join(f"{weight:g}*{reward.name}" for reward, weight in self.weighted)
+        units = {reward.unit for reward, _ in self.weighted}
+        self.unit = units.pop() if len(units) == 1 else "mixed"
+        bounds = [sorted(weight * bound for bound in reward.range) for reward, weight in self.weighted if weight]
+        self.range = (sum(low for low, _ in bounds), sum(high for _, high in bounds))
+
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        total = torch.zeros(len(images), device=images.device)
+        extras: dict[str, Tensor] = {}
+        for reward, weight in self.weighted:
+            output = checked_output(reward, images, prompts, metadata)
+            total = total + weight * output.values
+            extras |= {reward.name: output.values, **output.extras}
+        return RewardOutput(total, extras)
+
+    def state_dict(self) -> dict[str, object]:  # noqa: D102
+        states = [reward.state_dict() for reward, _ in self.weighted]
+        return {"weighted": states} if any(states) else {}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
+        states = state.get("weighted", [{}] * len(self.weighted))
+        if not isinstance(states, list) or len(states) != len(self.weighted) or state.keys() - {"weighted"}:
+            raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")
+        for (reward, _), one in zip(self.weighted, states, strict=True):
+            reward.load_state_dict(one)

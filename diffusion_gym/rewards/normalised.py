@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .base import Metadata, Reward, RewardFunction, RewardOutput
+from .base import Metadata, Reward, RewardFunction, RewardOutput, checked_output
 from .compositions import RewardWrapper
 
 _LEAST_STD = 1e-8
@@ -81,7 +81,7 @@ class Normalised(RewardWrapper):
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
-        output = self.reward(images, prompts, metadata)
+        output = checked_output(self.reward, images, prompts, metadata)
         if not self.is_fixed and (self.learn_from is None or self.count < self.learn_from):
             self._learn(output.values)
         normalised = (output.values - self.mean) / self.std

@@ -158,11 +158,15 @@ class RemoteReward(Reward):
             wait = min(_FIRST_WAIT * 2 ** min(rounds, 16), _LONGEST_WAIT) * self._jitter.uniform(0.75, 1.0)
             wait = max(wait, min(wanted, _LONGEST_WAIT))
             rounds += 1
-            if time.monotonic() - began + wait > self.max_retry_seconds:
+            left = self.max_retry_seconds - (time.monotonic() - began)
+            if wait > left:
                 raise RemoteRewardError(
                     f"no reward server answered in {rounds} rounds over {time.monotonic() - began:.0f} s "
                     f"(max_retry_seconds={self.max_retry_seconds:g}): {'; '.join(failures)}"
                 )
             self.num_retries += 1
-            logger.warning("no reward server answered; asked again in %.1f s", wait)
+            logger.warning(
+                "no reward server answered; asked again in %.1f s, and for %.0f s more (max_retry_seconds=%g)",
+                *(wait, left, self.max_retry_seconds),
+            )
             over.wait(wait)

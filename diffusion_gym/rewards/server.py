@@ -34,7 +34,7 @@ except ImportError as missing:
     raise ImportError('the reward server needs FastAPI: pip install "diffusion-gym[server]"') from missing
 
 from .. import __version__
-from .base import Reward, RewardOutput
+from .base import Reward, RewardOutput, checked_output
 from .model_based import ModelReward
 from .names import reward_class
 from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, checked_token, decode_request
@@ -151,8 +151,8 @@ class RewardServer:
         images, prompts, metadata = decode_request(content_type.partition(";")[0].strip().lower(), body, self.limits)
         try:
             with torch.no_grad():
-                output = self.reward(images.to(self.device), prompts, metadata)
-            return JSONResponse(self._described(output, len(images)))
+                output = checked_output(self.reward, images.to(self.device), prompts, metadata)
+            return JSONResponse(self._described(output))
         except ValueError as error:  # the same request would fail again
             logger.warning("the reward %s refused a request: %s", self.reward.name, error)
             raise BadRequest(f"the reward {self.reward.name!r} refused it: {error}") from error
@@ -160,10 +160,10 @@ class RewardServer:
             logger.exception("the reward %s failed", self.reward.name)
             return _failure(500, f"the reward {self.reward.name!r} failed: {type(error).__name__}: {error}")
 
-    def _described(self, output: RewardOutput, num_images: int) -> dict[str, object]:
+    def _described(self, output: RewardOutput) -> dict[str, object]:
         for name, values in {self.reward.name: output.values, **output.extras}.items():
-            if values.shape != (num_images,) or not torch.isfinite(values).all():
-                raise ValueError(f"{name!r} should be {num_images} finite numbers, and is {values.tolist()}")
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{name!r} should be finite numbers, and is {values.tolist()}")
         extras = {name: _numbers(values) for name, values in output.extras.items()}
         return {"name": self.reward.name, "values": _numbers(output.values), "extras": extras}
 

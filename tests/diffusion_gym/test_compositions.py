@@ -132,6 +132,8 @@ def test_threshold_counts_its_own_value_as_reached():
     assert output.extras["brightness"].tolist() == [0.25, 0.5, 0.75]
     assert (reward.name, reward.range) == ("brightness_from_0.5", (0.0, 1.0))
     assert reward(images * float("nan"), ["a"] * 3).values.isnan().all()
+    with pytest.raises(ValueError, match="`at` must be a number, got NaN"):
+        Threshold("brightness", float("nan"))
 
 
 def test_timed_reports_seconds_per_image(monkeypatch):

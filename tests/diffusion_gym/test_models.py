@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.predictions import to_x0_and_epsilon
+from diffusion_gym.prompts import make_prompts
+from diffusion_gym.prompts.sets import NAMED
 from diffusion_gym.transitions import ddim_transition, draw_noise
 from tests.tiny import EMOJI, make_tiny_stable_diffusion
 
@@ -70,6 +73,21 @@ def test_prompt_embeddings_are_the_pipelines_and_are_computed_once(emoji, pipeli
     torch.testing.assert_close(conditioning["prompt_embeds"], positive, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(conditioning["negative_prompt_embeds"], negative, rtol=1e-5, atol=1e-6)
     assert emoji.encode_prompts(PROMPTS, "dark") is conditioning
+
+
+def test_prompts_that_are_cut_off_are_named_once(emoji):
+    long = "a cat " * 8 + "and a dog"
+    with pytest.warns(
+        UserWarning, match=f"2 of 3 prompts are longer than the 16 tokens .* {long!r} is the first"
+    ) as seen:
+        embeds = emoji.encode_prompts(["a cat", long, long + " and a fox"])["prompt_embeds"]
+    assert len(seen) == 1
+    assert torch.equal(embeds[1], embeds[2])
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMED) - {"imagenet_animals"}))  # whose names are for larger models
+def test_packaged_prompts_are_seen_whole(emoji, name):
+    emoji.encode_prompts(make_prompts(name).texts)  # warnings are errors
 
 
 def test_guidance_scale_one_and_zero_are_the_prompts_own_and_the_negative_prompts_output(emoji):
@@ -176,8 +194,10 @@ def test_image_size_and_precision(tiny):
     assert larger.latent_shape == (4, 16, 16)
     assert next(larger.denoiser.parameters()).dtype == torch.bfloat16
     assert larger.decode(torch.randn(1, 4, 16, 16)).shape == (1, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"image_size must be a multiple of 2 .*got 33"):
-        load_model(tiny.path, image_size=33)
+    for wrong in (33, -8, 0, (64,), 32.0, "32"):
+        message = rf"image_size must be a multiple of 2 above 0 .*got {re.escape(repr(wrong))}"
+        with pytest.raises(ValueError, match=message):
+            load_model(tiny.path, image_size=wrong)
     with pytest.raises(ValueError, match=r"floating-point dtype .* got 'int64'"):
         load_model(tiny.path, dtype="int64")
 
@@ -192,6 +212,12 @@ def test_model_survives_pickling_by_its_source(tiny):
 def test_device_that_is_not_there_is_named(device):
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
         load_model("emoji", device=device)
+
+
+@pytest.mark.parametrize("source", [3, None, ["emoji"]])
+def test_what_is_no_model_is_named(source):
+    with pytest.raises(TypeError, match=f"must be a name, .*, got {re.escape(repr(source))}"):
+        load_model(source)
 
 
 def test_models_that_do_not_exist_are_named_with_what_is_allowed(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_prompts_are_drawn_as_their_weights_say():
     assert sum(alike.draw(generator) for _ in range(2000)) / 2000 == pytest.approx(0.5, abs=0.035)
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (0.0, 0.0), (1.0, -1.0), (1.0, float("nan"))])
+@pytest.mark.parametrize("weights", [(1.0,), (0.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, "x")])
 def test_wrong_weights_are_refused(weights):
     with pytest.raises(ValueError, match="weights"):
         PromptSet(("a", "b"), weights=weights)
@@ -180,6 +181,34 @@ def test_files_and_lists(tmp_path):
     assert make_prompts(prompts) is prompts
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", b'["a", "b"]', r"unknown suffix .* '.json': allowed are '.csv', .* Did you mean '.jsonl'\?"),
+        ("p", b"a cat", "unknown suffix of a prompt file ''"),
+        ("p.txt", b"\n", "needs at least one prompt"),
+        ("p.jsonl", b"", "needs at least one prompt"),
+        ("p.csv", b"prompt\n", "needs at least one prompt"),
+        ("p.csv", b"", "no column is named"),
+        ("p.txt", b"a cat\na cat", "these are repeated"),
+        ("p.tsv", "prompt\na caf\xe9".encode("latin-1"), "'utf-8' codec can't decode"),
+        ("p.txt", "a cat".encode("utf-16"), "'utf-8' codec can't decode"),
+    ],
+)
+def test_files_that_are_no_prompts_are_named(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content)
+    for given in (file, str(file)):
+        with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+            make_prompts(given)
+
+
+@pytest.mark.parametrize("file", ["pr/zz.csv", Path("pr/zz.csv"), Path("zz"), "zz.TXT"])
+def test_files_that_are_not_there_are_named(file):
+    with pytest.raises(ValueError, match=f"there is no file '{file}'"):
+        make_prompts(file)
+
+
 @pytest.mark.parametrize("line", ['["a cat"]', '{"text": "a cat"}', '{"prompt": 3}', '{"prompt": "a'])
 def test_wrong_lines_are_named_with_their_number(tmp_path, line):
     file = tmp_path / "p.jsonl"
@@ -191,6 +220,10 @@ def test_wrong_lines_are_named_with_their_number(tmp_path, line):
 def test_wrong_sets_are_refused():
     with pytest.raises(ValueError, match=r"unknown prompt set .*'simple_animal'.* Did you mean 'simple_animals'\?"):
         make_prompts("simple_animal")
+    with pytest.raises(ValueError, match=r"unknown prompt set .* stands in a list: \['a fox'\]"):
+        make_prompts("a fox")
+    with pytest.raises(ValueError, match=r'"datasets:ID" or .*, got \'datasets:\''):
+        make_prompts("datasets:")
     with pytest.raises(ValueError, match="a name, a file or a sequence of strings"):
         make_prompts([1, 2])
     with pytest.raises(ValueError, match="1 metadata entries for 2 prompts"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -99,13 +100,14 @@ def test_it_is_a_name_and_takes_part_in_sums():
     with serving(make_reward("incompressibility")) as port:
         name = f"remote://127.0.0.1:{port}"
         finals = []
-        for reward in (name, "incompressibility", {name: 2.0}):
+        for reward in (name, "incompressibility", {name: 2.0}, name.replace("remote://", "http://")):
             env = gym.make_vec("DenoisingMDP-v0", num_envs=2, reward=reward, **arguments)
             env.reset(seed=0)
             for _ in range(2):
                 _, rewards, *_ = env.step(torch.full((2, *env.single_action_space.shape), 0.1))
             finals.append(rewards)
     assert torch.equal(finals[0], finals[1])
+    assert torch.equal(finals[3], finals[1])
     assert torch.equal(finals[2], 2 * finals[1])
 
 
@@ -220,6 +222,8 @@ def test_the_token_comes_from_the_call_or_the_environment(monkeypatch):
     [
         ({"url": "ftp://host:1"}, "address is like remote://host:port"),
         ({"url": "remote://"}, "address is like"),
+        ({"url": "remote://127.0.0.1:abc"}, "address is like .*got 'remote://127.0.0.1:abc'"),
+        ({"url": "http://127.0.0.1:99999"}, "address is like"),
         ({"url": "http://user:word@host"}, "address is like"),
         ({"url": []}, "at least one server"),
         ({"timeout": 0}, "timeout must be positive"),
@@ -242,6 +246,7 @@ def test_a_server_that_is_not_there_is_waited_for_and_then_named(caplog):
         RemoteReward(url, max_retry_seconds=0.5)
     assert 0.1 < time.monotonic() - began < 5
     assert f"reward server {url}: ConnectionRefusedError" in caplog.text
+    assert re.search(r"asked again in 0\.1 s, and for [01] s more \(max_retry_seconds=0\.5\)", caplog.text)
 
 
 def test_when_all_servers_are_away_the_other_parts_are_not_waited_for():

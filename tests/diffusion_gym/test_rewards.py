@@ -5,7 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_gym.rewards import CallableReward, WeightedSum, make_reward, to_uint8
+from diffusion_gym.rewards import (
+    Cached,
+    CallableReward,
+    Normalised,
+    Reward,
+    RewardOutput,
+    Threshold,
+    Timed,
+    WeightedSum,
+    make_reward,
+    to_uint8,
+)
 from diffusion_gym.rewards.jpeg import jpeg_kilobytes
 
 
@@ -83,6 +94,59 @@ def test_rewards_of_one_name_are_told_apart_before_they_are_added():
         WeightedSum([(make_reward(judge), 1.0), (make_reward(judge), 2.0)])
     both = WeightedSum([(make_reward(judge), 1.0), (CallableReward(judge, name="other"), 2.0)])
     assert set(both(pictures(2), ["a"] * 2).extras) == {"judge", "other"}
+
+
+@pytest.mark.parametrize(
+    "weighted",
+    [{"brightness": 2, "compressibility": np.float32(0.5)},
+     [("brightness", 2.0), ("compressibility", 0.5)],
+     [(lambda images, prompts, metadata: images.mean((1, 2, 3)), 2.0), (make_reward("compressibility"), 0.5)]],
+)  # fmt: skip
+def test_sums_take_what_makes_a_reward(weighted):
+    images = pictures(3)
+    expected = 2 * images.mean((1, 2, 3)) - 0.5 * jpeg_kilobytes(images)
+    torch.testing.assert_close(WeightedSum(weighted)(images, ["a"] * 3).values, expected)
+
+
+@pytest.mark.parametrize("weight", ["a", "1", None, float("nan"), float("inf"), [1.0]])
+def test_weights_that_are_no_numbers_are_named(weight):
+    for make in (make_reward, WeightedSum, lambda weighted: WeightedSum(list(weighted.items()))):
+        with pytest.raises(ValueError, match="weight of the reward 'brightness' must be a finite number, got "):
+            make({"brightness": weight})
+        with pytest.raises(ValueError, match="at least one"):
+            make({})
+
+
+class Judge(Reward):
+    name = "judge"
+
+    def __init__(self, output):
+        self.output = output
+
+    def __call__(self, images, prompts, metadata=None):
+        return self.output
+
+
+NO_VALUES = [None, ["a", "b"], "ab", 1j * torch.ones(2), np.ones(2) * 1j, (torch.ones(2), {}), torch.ones(2, 1), 0.5]
+
+
+@pytest.mark.parametrize("wrong", NO_VALUES, ids=str)
+def test_a_function_that_returns_no_values_is_named(wrong):
+    reward = CallableReward(lambda images, prompts, metadata: wrong, name="judge")
+    with pytest.raises(ValueError, match=r"'judge' returns must be one value per image, \[2\] real numbers, got "):
+        reward(pictures(2), ["a"] * 2)
+
+
+@pytest.mark.parametrize("wrong", [*NO_VALUES, [1.0, 2.0]], ids=str)
+@pytest.mark.parametrize(
+    "wrap",
+    [Normalised, Timed, Cached, lambda reward: Threshold(reward, 0.5), lambda reward: WeightedSum([(reward, 1)])],
+)
+def test_a_reward_that_returns_no_output_is_named_in_compositions_too(wrap, wrong):
+    right = torch.ones(2)
+    for output in (right, wrong, RewardOutput(wrong), RewardOutput(right, {"extra": wrong})):
+        with pytest.raises(ValueError, match=r"the reward 'judge' must (return a RewardOutput|be one value per image)"):
+            wrap(Judge(output))(pictures(2), ["a"] * 2)
 
 
 def test_every_named_reward_states_unit_and_range_and_keeps_to_it():

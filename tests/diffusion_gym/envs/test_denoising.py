@@ -290,6 +290,7 @@ def test_environment_keeps_no_graph_of_the_action(emoji):
     ("arguments", "message"),
     [
         ({"reward": "incompressable"}, r"unknown reward 'incompressable': .* Did you mean 'incompressibility'\?"),
+        ({"reward": "reference_distance"}, "'reference_distance' needs the noise .* of TimePredictionMDP-v0"),
         ({"reward": {}}, "at least one"),
         ({"reward": 3}, "must be a name, a Reward, a callable"),
         ({"prompts": "simple_animal"}, r"unknown prompt set .* Did you mean 'simple_animals'\?"),
@@ -307,6 +308,27 @@ def test_wrong_arguments_are_named_with_what_is_allowed(arguments, message):
         make_vec(**arguments)
 
 
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+@pytest.mark.parametrize(
+    ("env_id", "name", "message"),
+    [
+        ("DenoisingMDP-v0", "nmu_steps", r"DenoisingVectorEnv 'nmu_steps': allowed are .*. Did you mean 'num_steps'\?"),
+        ("TimePredictionMDP-v0", "num_steps", r"TimePredictionVectorEnv 'num_steps': .* Did you mean 'max_steps'\?"),
+        ("TimePredictionMDP-v0", "promts", r"unknown argument of TimePredictionVectorEnv .* Did you mean 'prompts'\?"),
+    ],
+)
+def test_unknown_arguments_are_named(make, env_id, name, message):
+    with pytest.raises(TypeError, match=message):
+        make(env_id, model="mixture", **{name: 3})
+
+
+@pytest.mark.parametrize("env_id", ["DenoisingMDP-v0", "TimePredictionMDP-v0"])
+@pytest.mark.parametrize("option", [{"autoreset_mode": "SAME_STEP"}, {"num_envs": 2}])
+def test_arguments_of_vector_environments_are_not_for_single_ones(env_id, option):
+    with pytest.raises(TypeError, match=f"{next(iter(option))} is an argument of gym.make_vec"):
+        gym.make(env_id, model="mixture", **option)
+
+
 def test_unknown_model_is_named():
     with pytest.raises(FileNotFoundError, match="unknown model 'stable'"):
         make_vec(model="stable")
@@ -321,6 +343,8 @@ def test_unknown_model_is_named():
         ({"prompt": "a", "prompt_id": 1}, ValueError, "exclude each other"),
         ({"prompt_id": 45}, ValueError, "between 0 and 44, got 45"),
         ({"latents": torch.zeros(3, 16, 16)}, ValueError, r"latents must have shape \[4, 16, 16\] or \[2, 4, 16, 16\]"),
+        ({"latents": torch.full(SHAPE, np.nan)}, ValueError, "'latents' must be finite, got NaN or infinity"),
+        ({"latents": actions() / torch.zeros(2, 1, 1, 1)}, ValueError, "'latents' must be finite"),
         ({"reset_mask": [True, False]}, TypeError, "numpy array or a torch tensor"),
         ({"reset_mask": np.array([True])}, ValueError, r"bool of shape \(2,\)"),
         ({"reset_mask": np.array([False, False])}, ValueError, "at least one True"),
@@ -383,7 +407,12 @@ def test_a_reward_that_is_not_finite_or_of_the_wrong_shape_is_refused(emoji):
     def bad(images, prompts, metadata):
         return torch.full((len(images),), torch.nan)
 
-    for reward, message in ((bad, "returned NaN"), (lambda i, p, m: i.mean(), "one value per image")):
+    class Tensors(type(make_reward("brightness"))):
+        def __call__(self, images, prompts, metadata=None):
+            return images.mean((1, 2, 3))
+
+    wrong = {"returned NaN": bad, "one value per image": lambda i, p, m: i.mean(), "return a RewardOutput": Tensors()}
+    for message, reward in wrong.items():
         env = make_vec(model=emoji, reward=reward, num_steps=1)
         env.reset()
         with pytest.raises(ValueError, match=message):
