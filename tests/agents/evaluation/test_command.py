@@ -105,12 +105,12 @@ def test_the_page_is_whole_and_needs_nothing_else(written):
 
 
 def test_prompts_are_shown_as_text_and_not_as_markup(run, tmp_path):
-    (tmp_path / "evil.txt").write_text('<script>alert("x")</script>\n"><img src=x>\n')
+    (tmp_path / "evil.txt").write_text('<script>x</script>\n"><img src=x>\n')
     main([str(run), "--unseen", str(tmp_path / "evil.txt"), "--samples-per-prompt", "1", "--max-prompts", "2",
           "--held-out", "none", "--output", str(tmp_path / "out")])  # fmt: skip
     page = Reader((tmp_path / "out" / "index.html").read_text())
     assert "script" not in page.open
-    assert '<script>alert("x")</script>' in page.text
+    assert '<script>x</script>' in page.text
     assert all(link.startswith("data:") for link in page.links)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["sets"][1]["held_out"] is None
 
