@@ -110,7 +110,7 @@ def test_prompts_are_shown_as_text_and_not_as_markup(run, tmp_path):
           "--held-out", "none", "--output", str(tmp_path / "out")])  # fmt: skip
     page = Reader((tmp_path / "out" / "index.html").read_text())
     assert "script" not in page.open
-    assert '<script>x</script>' in page.text
+    assert "<script>x</script>" in page.text
     assert all(link.startswith("data:") for link in page.links)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["sets"][1]["held_out"] is None
 
