@@ -375,7 +375,8 @@ class Algorithm(SavedRun, ABC):
         self.processes.sum_gradients(parameters)
         self.guard.agree(self.processes)
         self.guard.unscale(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or float("inf"))
+        max_norm = self.settings.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._current_learning_rate()
         where = f"iteration {self.iteration}, after {self.num_updates} updates"

@@ -18,6 +18,13 @@ PromptSampling = Literal["random", "round_robin"]
 OptimizerName = Literal["adamw", "muon"]
 
 
+def require_positive(**bounds: float | None) -> None:
+    """Raise ValueError for a bound that is neither None (no bound) nor positive."""
+    for name, bound in bounds.items():
+        if bound is not None and not bound > 0:
+            raise ValueError(f"{name} must be None or positive, got {bound}")
+
+
 class Options(TypedDict, total=False):
     """The keywords that every algorithm takes; see `Settings`."""
 
@@ -133,6 +140,7 @@ class Settings:
             raise ValueError(f'use_8bit_adam goes with optimizer="adamw", got {self.optimizer!r}')
         if self.warmup_updates < 0:
             raise ValueError(f"warmup_updates must be at least 0, got {self.warmup_updates}")
+        require_positive(max_grad_norm=self.max_grad_norm)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return those that a saved run keeps as they are; `load` gives them to the constructor again."""

@@ -149,7 +149,7 @@ class SavedRun:
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             **given,
-            **state["hyperparameters"],
+            **_as_now(state["hyperparameters"]),
         )  # type: ignore[call-arg]
         run._restore(folder, state)
         return run
@@ -168,6 +168,11 @@ class SavedRun:
         self.callback_states = state.get("callbacks", {})
         self._load_extra_state(state["extra"])
         self._load_files(folder)
+
+
+def _as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters of a run, maybe an earlier version's, as they mean the same in this one."""
+    return {**saved, "max_grad_norm": saved["max_grad_norm"] or None}  # 0 used to be no bound
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from diffusion_gym.transitions import Reduction
 from .algorithm import Algorithm
 from .diagnostics import Metrics, mean_of
 from .kl import KLPenalty, KLPlace, later_kl_advantages
-from .options import Options
+from .options import Options, require_positive
 from .policies import DenoisingPolicy, Policy
 from .rollouts import Rollout
 from .seeding import derived_seed
@@ -114,8 +114,7 @@ class TrajectoryAlgorithm(Algorithm):
         )
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
-        if stop_kl is not None and stop_kl <= 0:
-            raise ValueError(f"stop_kl must be None or positive, got {stop_kl}")
+        require_positive(stop_kl=stop_kl)
         self.timestep_fraction = timestep_fraction
         self.step_weights: StepWeights = step_weights
         self._check_step_weights(kl_place)

@@ -1,5 +1,6 @@
 """Nothing that happens to a training, to its process or to its files is lost or goes unsaid."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -19,7 +20,7 @@ from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT
-from agents.manifest import MANIFEST_FILE, find_damage
+from agents.manifest import MANIFEST_FILE, find_damage, write_manifest
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["agents", "diffusion_gym.models", "diffusion_gym.models.mixture", "pytest"])
@@ -367,3 +368,20 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(KeyError, match="missing"):
         make().learn(PER_ITERATION, Checkpoints(tmp_path), log_interval=0)
     assert names(tmp_path) == []
+
+
+# ---------------------------------------------------------------------- runs of earlier versions
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [("training_state.json", {"max_grad_norm": 0})],
+)
+def test_settings_that_are_refused_by_now_do_not_keep_a_run_from_loading(tmp_path, file, settings):
+    make(learning_rate=1e-3).save(tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / file).read_text())
+    saved.get("hyperparameters", saved).update(settings)
+    (tmp_path / "run" / file).write_text(json.dumps(saved))
+    (tmp_path / "run" / MANIFEST_FILE).unlink()
+    write_manifest(tmp_path / "run")
+    DDPOIS.load(tmp_path / "run", make_env()).learn(PER_ITERATION, log_interval=0)
