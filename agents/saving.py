@@ -71,6 +71,7 @@ class SavedRun:
         processes the main one writes, and needs no other for it; `processes.wait()` before another reads.
 
         Raises:
+            FileExistsError: there is a file at `path`.
             OSError: the disk is full, or the like; an earlier checkpoint at `path` is still there.
             RuntimeError: the policy has its averaged weights: `policy.save` writes these.
         """
