@@ -208,7 +208,8 @@ class Algorithm(SavedRun, ABC):
         Args:
             total_timesteps: Steps of all episodes together; the last rollout is finished.
             callback: SB3 callbacks, or a function of (locals, globals). From `on_rollout_end` on, `locals["returns"]`
-                are the rollout's rewards, [B].
+                are the rollout's rewards, [B]. Those that count episodes by `locals["dones"]`, such as
+                `StopTrainingOnMaxEpisodes`, do not apply: a rollout is of whole episodes.
             log_interval: Rollouts between two entries in the log; 0: none.
             tb_log_name: The run's name in TensorBoard; None: the algorithm's.
             reset_num_timesteps: Count from 0, and let callbacks begin anew; False goes on with the counts (after
@@ -256,15 +257,20 @@ class Algorithm(SavedRun, ABC):
         """Return actions, and None as the (absent) recurrent state.
 
         Args:
-            observation: Of the vector environment (tensors, [num_envs, …]) or of the single one (numpy).
+            observation: Of the vector environment (tensors, [num_envs, …]), of the single one, or of SB3's VecEnv of
+                single ones (numpy, [num_envs, …]); the actions are of the same kind.
             state: Ignored; there for SB3's `evaluate_policy` and the like.
             episode_start: Ignored, likewise.
             deterministic: Take the distribution's mode.
         """
         if all(isinstance(value, Tensor) for value in observation.values()):
             return self.policy.act(observation, deterministic=deterministic), None  # type: ignore[arg-type]
-        batch = {key: torch.as_tensor(value)[None].to(self.policy.device) for key, value in observation.items()}
-        return self.policy.act(batch, deterministic=deterministic)[0].float().cpu().numpy(), None
+        spaces = self.env.single_observation_space
+        alone = all(np.shape(value) == spaces[key].shape for key, value in observation.items())  # type: ignore[index]
+        tensors = {key: torch.as_tensor(value).to(self.policy.device) for key, value in observation.items()}
+        batch = {key: value[None] for key, value in tensors.items()} if alone else tensors
+        actions = self.policy.act(batch, deterministic=deterministic).float().cpu().numpy()
+        return actions[0] if alone else actions, None
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[Policy]:
@@ -408,10 +414,10 @@ class Algorithm(SavedRun, ABC):
             num_timesteps=self.num_timesteps,
             counters=counters,
         )
-        self.dump_log()
+        self.dump_logs()
 
-    def dump_log(self) -> None:
-        """Write what was recorded, and the counts until now, into the log, where the run is on its x-axis."""
+    def dump_logs(self) -> None:
+        """Write what was recorded, and the counts, into the log, where the run is on its x-axis (SB3's name)."""
         self.logger.record("time/iterations", self.iteration)
         self.logger.record("time/total_timesteps", self.num_timesteps)
         self.logger.record("time/reward_queries", self.reward_queries)

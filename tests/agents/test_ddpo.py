@@ -1,10 +1,14 @@
 import json
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, LogEveryNTimesteps
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import DDPOIS, DDPOSF, Checkpoints, DenoisingPolicy, collect
@@ -192,8 +196,6 @@ def test_a_small_timestep_fraction_keeps_one_step(emoji, make_env):
 
 
 def test_objects_of_the_wrong_kind_are_named(emoji, make_env):
-    import gymnasium as gym
-
     with pytest.raises(TypeError, match="policy must be a Policy"):
         DDPOIS("MlpPolicy", make_env(), **SMALL)
     with pytest.raises(TypeError, match="env must be a torch vector environment"):
@@ -279,8 +281,6 @@ def test_progress_bar(emoji, make_env, capsys):
 
 
 def test_predict_answers_both_environments(emoji, make_env):
-    import gymnasium as gym
-
     learner = make(DDPOIS, emoji, make_env())
     observation, _ = learner.env.reset(seed=0)
     actions, state = learner.predict(observation, deterministic=True)
@@ -292,6 +292,35 @@ def test_predict_answers_both_environments(emoji, make_env):
     assert isinstance(action, np.ndarray)
     np.testing.assert_allclose(action, actions[0].numpy(), atol=1e-4)
     single.step(action)
+
+
+def make_small(**arguments):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=3, model="mixture", reward="brightness")
+    return DDPOIS(DenoisingPolicy(env.unwrapped.model, seed=0), env, **SMALL, **arguments)
+
+
+def test_sb3_evaluates_policies():
+    def make_single():
+        return Monitor(gym.make("DenoisingMDP-v0", num_steps=3, model="mixture", reward="brightness"))
+
+    judged = make_single()
+    learner = make_small()
+    returns, lengths = evaluate_policy(learner, judged, n_eval_episodes=2, return_episode_rewards=True)
+    assert lengths == [3, 3]
+    assert returns[0] != returns[1]
+    lanes = DummyVecEnv([make_single] * 2)
+    actions, _ = learner.predict(lanes.reset(), deterministic=True)
+    assert actions.shape == (2, *judged.action_space.shape)
+    callback = EvalCallback(judged, eval_freq=3, n_eval_episodes=2, verbose=0)
+    with pytest.warns(UserWarning, match="not of the same type"):
+        learner.learn(12, callback, log_interval=0)
+    assert np.isfinite(callback.last_mean_reward)
+
+
+def test_sb3s_callback_logs_every_so_many_steps(capsys):
+    make_small(verbose=1).learn(24, LogEveryNTimesteps(4), log_interval=0)
+    shown = capsys.readouterr().out
+    assert [f"total_timesteps | {steps}" in " ".join(shown.split()) for steps in (4, 8, 12, 24)] == [True] * 4
 
 
 def test_own_logger_can_be_read_as_csv(emoji, make_env, tmp_path):
@@ -352,6 +381,14 @@ def test_a_save_keeps_what_is_not_its_own(emoji, make_env, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     make(DDPOIS, emoji, make_env()).learn(12, Checkpoints(run, every=1), log_interval=0)
     assert DDPOIS.load(run, make_env()).iteration == 0  # the saved run, not the checkpoints beside it
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes is a file"), replaced_folder(tmp_path / "notes"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_folder_is_replaced_only_when_it_is_whole(tmp_path):
