@@ -28,7 +28,7 @@ from .guard import GradientGuard
 from .options import Options, Settings
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
-from .rollouts import Rollout, collect
+from .rollouts import Rollout, check_fit, collect
 from .saving import SavedRun
 from .seeding import derived_generator, derived_seed
 from .starts import Starts
@@ -83,8 +83,8 @@ class Algorithm(SavedRun, ABC):
         processes: The processes that train together.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of its range, or the sizes do not divide each
-            other.
+        TypeError, ValueError: an argument is of the wrong kind or out of its range, the sizes do not divide each other,
+            or the policy does not fit the environment.
     """
 
     logger: Logger
@@ -106,6 +106,7 @@ class Algorithm(SavedRun, ABC):
         self.processes = Processes()
         self.policy = policy
         self.env = env
+        self._check_fit()
         self.settings = Settings(**options)
         self.n_epochs = n_epochs
         self._set_sizes()
@@ -158,6 +159,10 @@ class Algorithm(SavedRun, ABC):
         for name in ("micro_batch_size", "n_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def _check_fit(self) -> None:
+        """Raise TypeError or ValueError if the policy cannot act in the environment, or be trained there."""
+        check_fit(self.env, self.policy)
 
     # ------------------------------------------------------------------ what an algorithm has to provide
     @abstractmethod

@@ -20,7 +20,7 @@ from .diagnostics import Metrics, mean_of
 from .kl import KLPenalty, KLPlace, later_kl_advantages
 from .options import Options, require_positive
 from .policies import DenoisingPolicy, Policy
-from .rollouts import Rollout
+from .rollouts import Rollout, check_fit
 from .seeding import derived_seed
 
 StepWeights = Literal["equal", "inverse_sensitivity"]
@@ -128,6 +128,7 @@ class TrajectoryAlgorithm(Algorithm):
             kl_horizon=kl_horizon,
         )
         if self.kl.reference is not None:
+            check_fit(env, self.kl.reference)
             self.processes.join(list(self.kl.reference.parameters()))
         dimensions = int(np.prod(env.single_action_space.shape))  # type: ignore[arg-type]
         self._per_log_prob = 1 / dimensions if log_prob_reduction == "mean" else 1.0

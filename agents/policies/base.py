@@ -9,6 +9,7 @@ from typing import Any, Protocol, final
 
 import numpy as np
 import torch
+from gymnasium.spaces import Dict, Space
 from torch import Tensor, nn
 
 from diffusion_gym.models.base import DiffusionModel
@@ -16,6 +17,7 @@ from diffusion_gym.transitions import Reduction
 
 Observation = Mapping[str, Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
+Shape = tuple[int | None, ...]
 
 _CONFIG_FILE = "policy.json"
 
@@ -91,6 +93,25 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def distribution(self, observation: Observation) -> Distribution:
         """Return the distribution of the actions, in float32, for observations [B, ...] each."""
+
+    @property
+    def needed_shapes(self) -> Mapping[str, Shape]:
+        """The shapes of what it looks at in one lane's observation, and of its "action"; what is not there is free."""
+        return {}
+
+    @final
+    def check_fit(self, observation_space: Space, action_space: Space) -> None:
+        """Raise ValueError if the policy cannot act where one lane has these spaces."""
+        spaces = {**(observation_space if isinstance(observation_space, Dict) else {}), "action": action_space}
+        found = {key: space.shape or () for key, space in spaces.items()}
+        for key, needed in self.needed_shapes.items():
+            shape = found.get(key, ())
+            pairs = zip(needed, shape, strict=False)
+            if len(shape) != len(needed) or any(need not in (None, size) for need, size in pairs):
+                raise ValueError(
+                    f"{type(self).__name__} does not fit the environment: it needs {key} of shape {needed}, and there "
+                    f"is {shape if key in found else 'none'}; make it from this environment's model or space"
+                )
 
     @property
     def needs_loss_scaling(self) -> bool:

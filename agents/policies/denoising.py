@@ -16,7 +16,7 @@ from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, 
 from diffusion_gym.predictions import broadcast_to, to_x0_and_epsilon
 from diffusion_gym.transitions import GaussianTransition, ddim_scales, ddim_transition
 
-from .base import Observation, Policy, read_config, write_config
+from .base import Observation, Policy, Shape, read_config, write_config
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
@@ -206,6 +206,12 @@ class DenoisingPolicy(Policy):
                 guidance_scale=self.guidance_scale if self.train_cfg else 1.0,
                 denoiser=None if frozen else self.denoiser,
             )
+
+    @property
+    def needed_shapes(self) -> Mapping[str, Shape]:
+        """The model's latents, observed between two times and as the action."""
+        latents = self.model.latent_shape
+        return {"latents": latents, "timestep": (1,), "next_timestep": (1,), "action": latents}
 
     @property
     def needs_loss_scaling(self) -> bool:

@@ -13,10 +13,11 @@ from diffusion_gym.grids import MAX_RATIO, MIN_RATIO
 from diffusion_gym.models.base import DiffusionModel
 from diffusion_gym.transitions import Reduction
 
-from .base import Generators, Observation, Policy, read_config, write_config
+from .base import Generators, Observation, Policy, Shape, read_config, write_config
 from .beta import BetaDistribution
 
 _WEIGHTS_FILE = "schedule.safetensors"
+_NEEDED: Mapping[str, Shape] = {"step": (1,), "action": (1,)}
 
 
 def _step_index(observation: Observation, max_steps: int) -> Tensor:
@@ -63,6 +64,11 @@ class ContextFreeSchedule(Policy):
     def max_steps(self) -> int:
         """The environment's."""
         return len(self.logits)
+
+    @property
+    def needed_shapes(self) -> Mapping[str, Shape]:
+        """How many steps were taken, and the ratio."""
+        return _NEEDED
 
     def distribution(self, observation: Observation) -> BetaDistribution:
         """Return the Beta of the lanes' steps."""
@@ -131,6 +137,11 @@ class FixedSchedule(Policy):
             raise ValueError(f"ratios must be a vector of 1 to {self.max_steps} numbers, got {ratios}")
         self.device = torch.device(device)
         self.register_buffer("ratios", values.to(self.device))
+
+    @property
+    def needed_shapes(self) -> Mapping[str, Shape]:
+        """How many steps were taken, and the ratio."""
+        return _NEEDED
 
     def distribution(self, observation: Observation) -> _Point:
         """Return the lanes' next ratios."""
