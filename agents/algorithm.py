@@ -29,7 +29,7 @@ from .options import Options, Settings
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
 from .rollouts import Rollout, check_fit, collect
-from .saving import SavedRun
+from .saving import SavedRun, require_torch_env
 from .seeding import derived_generator, derived_seed
 from .starts import Starts
 
@@ -101,8 +101,7 @@ class Algorithm(SavedRun, ABC):
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a Policy, such as DenoisingPolicy(env.unwrapped.model); got {policy!r}")
-        if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
-            raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
+        require_torch_env(env)
         self.processes = Processes()
         self.policy = policy
         self.env = env

@@ -126,10 +126,12 @@ class SavedRun:
             verbose: As in the constructor.
 
         Raises:
+            TypeError: `env` is no torch vector environment.
             FileNotFoundError: there is no saved run.
-            ValueError: it is damaged, or a run of another algorithm, or its learning rate was a callable and is not
-                given again.
+            ValueError: it is damaged, or a run of another algorithm or in an environment of another kind or model, or
+                its learning rate was a callable and is not given again.
         """
+        require_torch_env(env)
         folder = whole_checkpoint(existing_folder(_without_zip(path)))
         state = json.loads((folder / STATE_FILE).read_text())
         if state["algorithm"] != cls.__name__:
@@ -169,6 +171,12 @@ class SavedRun:
         self.callback_states = state.get("callbacks", {})
         self._load_extra_state(state["extra"])
         self._load_files(folder)
+
+
+def require_torch_env(env: object) -> None:
+    """Raise TypeError for what is no torch vector environment."""
+    if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
+        raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
 
 
 def _as_now(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,19 +43,22 @@ def write_config(folder: Path | str, policy: "Policy", **config: object) -> None
     (Path(folder) / _CONFIG_FILE).write_text(text)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the arguments that `write_config` wrote.
+def read_config(folder: Path, kind: "type[Policy]") -> dict[str, Any]:
+    """Return the arguments that `write_config` wrote for a policy of a class, or of one that it extends.
 
     Raises:
         FileNotFoundError: the folder is not a saved policy.
+        ValueError: it holds a policy of another class.
     """
     config = _read(folder)
-    del config["policy"]
+    name = config.pop("policy")
+    if name not in {known.__name__ for known in kind.__mro__}:
+        raise ValueError(f"{folder} holds a {name}, not a {kind.__name__}: load it with {name}.load")
     return config
 
 
 def saved_class(folder: Path) -> str:
-    """Return the name of the policy's class that a folder holds; raises as `read_config`."""
+    """Return the name of the policy's class that a folder holds; FileNotFoundError: none."""
     return str(_read(folder)["policy"])
 
 

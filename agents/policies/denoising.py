@@ -293,7 +293,7 @@ class DenoisingPolicy(Policy):
             ValueError: what it holds is of another shape.
         """
         folder = Path(folder)
-        config = read_config(folder)
+        config = read_config(folder, type(self))
         for key in ("use_lora", "lora_rank", "lora_alpha", "lora_targets") if self.use_lora else ("use_lora",):
             own = getattr(self, key)
             if config[key] != (list(own) if isinstance(own, tuple) else own):
@@ -301,15 +301,21 @@ class DenoisingPolicy(Policy):
         if self.use_lora:
             self.model.load_lora(self.denoiser, folder)
             return
-        saved = type(self.denoiser).from_pretrained(folder / self.model.denoiser_folder)  # type: ignore[attr-defined]
-        self.denoiser.load_state_dict(saved.state_dict())
+        weights, own = folder / self.model.denoiser_folder, self.denoiser.state_dict()
+        saved = type(self.denoiser).from_pretrained(weights).state_dict() if weights.is_dir() else {}  # type: ignore[attr-defined]
+        if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in own.items()}:
+            raise ValueError(
+                f"{folder} holds no weights for a policy of the model {self.model.source!r}: it was saved from one of "
+                f"{config['model']['source']!r}"
+            )
+        self.denoiser.load_state_dict(saved)
 
     @classmethod
     def load(
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "DenoisingPolicy":
         """Return the policy that `save` wrote, on `model` or on the one that it was made from."""
-        config = read_config(Path(folder))
+        config = read_config(Path(folder), cls)
         source = config.pop("model")
         policy = cls(model or load_model(source.pop("source"), device=device, **source), **config)
         policy.load_weights(Path(folder))

@@ -86,7 +86,7 @@ class ContextFreeSchedule(Policy):
             FileNotFoundError: the folder is not a saved policy.
             RuntimeError: it has another number of steps.
         """
-        read_config(Path(folder))
+        read_config(Path(folder), type(self))
         self.load_state_dict(load_file(Path(folder) / _WEIGHTS_FILE))
 
     @classmethod
@@ -94,7 +94,7 @@ class ContextFreeSchedule(Policy):
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "ContextFreeSchedule":
         """Return the schedule that `save` wrote."""
-        policy = cls([0.5] * read_config(Path(folder))["max_steps"], device=device)
+        policy = cls([0.5] * read_config(Path(folder), cls)["max_steps"], device=device)
         policy.load_weights(Path(folder))
         return policy
 
@@ -158,12 +158,12 @@ class FixedSchedule(Policy):
 
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote."""
-        self.ratios.copy_(torch.tensor(read_config(Path(folder))["ratios"]))
+        self.ratios.copy_(torch.tensor(read_config(Path(folder), type(self))["ratios"]))
 
     @classmethod
     def load(
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "FixedSchedule":
         """Return the schedule that `save` wrote."""
-        config = read_config(Path(folder))
+        config = read_config(Path(folder), cls)
         return cls(config["ratios"], max_steps=config["max_steps"], device=device)

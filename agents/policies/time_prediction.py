@@ -143,7 +143,7 @@ class TimePredictor(Policy):
             FileNotFoundError: the folder is not a saved policy.
             RuntimeError: the weights are of another shape.
         """
-        read_config(Path(folder))
+        read_config(Path(folder), type(self))
         self.load_state_dict(load_file(Path(folder) / _WEIGHTS_FILE))
 
     @classmethod
@@ -151,7 +151,7 @@ class TimePredictor(Policy):
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "TimePredictor":
         """Return the predictor that `save` wrote; it needs no diffusion model."""
-        config = read_config(Path(folder))
+        config = read_config(Path(folder), cls)
         shapes, ratios = config.pop("shapes"), dict(config.pop("initial_ratio"))
         space = Dict({key: Box(-float("inf"), float("inf"), tuple(shape)) for key, shape in shapes.items()})
         policy = cls(space, device=device, initial_ratio=ratios, **config)
