@@ -25,7 +25,7 @@ from .averaging import WeightAverage
 from .diagnostics import Metrics
 from .distributed import Processes, gathered
 from .guard import GradientGuard
-from .options import Options, Settings
+from .options import Options, Settings, require_known
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
 from .rollouts import Rollout, check_fit, collect
@@ -38,6 +38,7 @@ Self = TypeVar("Self", bound="Algorithm")
 
 _POLICY_STREAM, _UPDATE_STREAM = 1, 2
 _LOGGED_IMAGES = 16
+_SIZES = "; what you did not give is a default: give samples_per_epoch, batch_size and group_size that fit num_envs"
 
 
 class _ProgressBar(ProgressBarCallback):
@@ -106,6 +107,7 @@ class Algorithm(SavedRun, ABC):
         self.policy = policy
         self.env = env
         self._check_fit()
+        require_known(type(self), options)
         self.settings = Settings(**options)
         self.n_epochs = n_epochs
         self._set_sizes()
@@ -147,14 +149,16 @@ class Algorithm(SavedRun, ABC):
             times = f" × {self.processes.count} processes" if self.processes.count > 1 else ""
             raise ValueError(
                 f"samples_per_epoch must be a multiple of the environment's num_envs ({num_envs}){times}, "
-                f"got {self.samples_per_epoch}"
+                f"got {self.samples_per_epoch}{_SIZES}"
             )
         if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
             raise ValueError(
-                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}"
+                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}{_SIZES}"
             )
         if self.group_size < 1 or num_envs % self.group_size:
-            raise ValueError(f"group_size must be at least 1 and divide num_envs ({num_envs}), got {self.group_size}")
+            raise ValueError(
+                f"group_size must be at least 1 and divide num_envs ({num_envs}), got {self.group_size}{_SIZES}"
+            )
         for name in ("micro_batch_size", "n_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,5 +1,6 @@
 """What every algorithm can be told, and what is made of it."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
@@ -51,6 +52,21 @@ class Options(TypedDict, total=False):
     log_x_axis: LogXAxis
     verbose: int
     seed: int | None
+
+
+def require_known(algorithm: type, options: Iterable[str]) -> None:
+    """Raise TypeError for keywords that no algorithm has, and list those of this one."""
+    unknown = sorted(set(options) - Options.__annotations__.keys())
+    if not unknown:
+        return
+    allowed: set[str] = set()
+    for parameter in inspect.signature(algorithm).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            allowed.add(parameter.name)
+        for options_of_it in get_args(parameter.annotation) if parameter.kind is parameter.VAR_KEYWORD else ():
+            allowed |= options_of_it.__annotations__.keys()
+    listed = ", ".join(repr(name) for name in sorted(allowed))
+    raise TypeError(f"{algorithm.__name__} has no keyword {unknown[0]!r}: allowed are {listed}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import json
+import re
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +12,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents import DDPOIS, DDPOSF, Checkpoints, DenoisingPolicy, collect
+from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, collect
 from agents.files import replaced_folder
 
 ALGORITHMS = [DDPOSF, DDPOIS]
@@ -181,7 +182,7 @@ def test_a_deterministic_policy_cannot_be_trained(emoji, make_env):
         ({"micro_batch_size": -1}, "micro_batch_size must be at least 1, got -1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must be in \(0, 1\], got 0.0"),
         ({"clip_range": 0.0}, "clip_range must be positive"),
-        ({"per_prompt_buffer_size": 4}, r"min_count must be between 1 and buffer_size \(4\), got 16"),
+        ({"per_prompt_buffer_size": 4}, r"\(4\), got 16; .* per_prompt_min_count"),
     ],
 )
 def test_wrong_hyperparameters_are_named(emoji, make_env, arguments, message):
@@ -321,6 +322,32 @@ def test_sb3s_callback_logs_every_so_many_steps(capsys):
     make_small(verbose=1).learn(24, LogEveryNTimesteps(4), log_interval=0)
     shown = capsys.readouterr().out
     assert [f"total_timesteps | {steps}" in " ".join(shown.split()) for steps in (4, 8, 12, 24)] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "num_envs", "arguments", "message"),
+    [
+        (DDPOIS, 48, {}, r"multiple of .* \(48\), got 256; .* default: give samples_per_epoch"),
+        (DDPOIS, 4, {"samples_per_epoch": 16}, r"divide samples_per_epoch \(16\), got 64; .* default: .* batch_size"),
+        (RLOO, 2, {}, r"divide num_envs \(2\), got 4; .* default: .* group_size"),
+    ],
+)
+def test_sizes_that_nobody_gave_are_said_to_be_defaults(algorithm, num_envs, arguments, message):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=num_envs, model="mixture", autoreset_mode="DISABLED")
+    with pytest.raises(ValueError, match=message):
+        algorithm(DenoisingPolicy(env.unwrapped.model), env, **arguments)
+
+
+@pytest.mark.parametrize("algorithm", [DDPOIS, DDPOSF, RLOO, RWR, DiffusionNFT])
+def test_keywords_that_there_are_not_are_named(algorithm):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=4, model="mixture", autoreset_mode="DISABLED")
+    wrong = {DDPOSF: "clip_range", RWR: "kl_coefficient", DiffusionNFT: "clip_range"}.get(algorithm, "lr")
+    with pytest.raises(TypeError, match=f"^{algorithm.__name__} has no keyword '{wrong}': allowed are ") as error:
+        algorithm(DenoisingPolicy(env.unwrapped.model), env, **{wrong: 1})
+    allowed = set(re.findall(r"'(\w+)'", str(error.value).partition(":")[2]))
+    inherited = {"noise_draws"} if algorithm in (RWR, DiffusionNFT) else {"sde_window"}
+    assert {"learning_rate", "seed", *inherited} <= allowed
+    assert not {"policy", "own", "options", wrong} & allowed
 
 
 def test_own_logger_can_be_read_as_csv(emoji, make_env, tmp_path):
