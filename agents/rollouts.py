@@ -11,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from torch import Tensor
 
+from diffusion_gym.models.base import to_device
 from diffusion_gym.transitions import Reduction
 
 from .policies.base import Generators, Observation, Policy
@@ -173,12 +174,14 @@ def collect(
 
     Raises:
         ValueError: the environment is of another kind, or its lanes end apart from each other and reset themselves, or
-            its latents are of low precision themselves and `storage` names another.
+            its latents are of low precision themselves and `storage` names another, or a device that is not there.
     """
     if not env.metadata.get("torch"):
         raise ValueError(f"{env} is not a torch vector environment of diffusion_gym, such as DenoisingMDP-v0")
     storage = storage or Storage()
     storage.check(env)
+    if storage.device is not None:
+        to_device(str(storage.device))
     check_fit(env, policy)
     _check_async(env, async_rewards)
     each = [options] * len(seeds) if options is None or isinstance(options, Mapping) else options
