@@ -181,7 +181,10 @@ def require_torch_env(env: object) -> None:
 
 def _as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyperparameters of a run, maybe an earlier version's, as they mean the same in this one."""
-    return {**saved, "max_grad_norm": saved["max_grad_norm"] or None}  # 0 used to be no bound
+    now = {**saved, "max_grad_norm": saved["max_grad_norm"] or None}  # 0 used to be no bound
+    if now.get("sde_window") is None:
+        now.pop("sde_window_range", None)  # it was kept although it meant nothing
+    return now
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +28,19 @@ StepWeights = Literal["equal", "inverse_sensitivity"]
 
 _WINDOW_STREAM = 3
 _REFERENCE_FOLDER = "reference"
+
+
+def _check_window(size: object, within: object) -> None:
+    """Raise ValueError for a range without a window, TypeError for what is no number of steps or no (from, to)."""
+    if within is not None and size is None:
+        raise ValueError(f"sde_window_range needs sde_window, the number of steps in it; got {within} and None")
+    pair = (0, 0) if within is None else within
+    sized = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(step, Integral) for step in pair)
+    if not sized or not isinstance(size or 0, Integral):
+        raise TypeError(
+            "sde_window must be None or a whole number of steps, and sde_window_range None or two of them, (from, to); "
+            f"got {size} and {within}"
+        )
 
 
 class TrajectoryOptions(Options, total=False):
@@ -98,6 +112,7 @@ class TrajectoryAlgorithm(Algorithm):
         stop_kl: float | None = None,
         **options: Unpack[Options],
     ) -> None:
+        _check_window(sde_window, sde_window_range)
         shared = {
             "timestep_fraction": timestep_fraction,
             "step_weights": step_weights,

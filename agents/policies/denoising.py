@@ -104,6 +104,11 @@ class DenoisingPolicy(Policy):
             raise ValueError(f"eta must be in [0, 1], got {eta}")
         if isinstance(trained, str) or (trained is not None and use_lora):
             raise ValueError(f"trained must be a sequence of parts of names, and None with use_lora; got {trained!r}")
+        if not use_lora and (lora_rank, lora_alpha, lora_targets) != (4, None, None):
+            raise ValueError(
+                "lora_rank, lora_alpha and lora_targets need use_lora=True, "
+                f"got {lora_rank}, {lora_alpha} and {lora_targets} without it"
+            )
         if mixed_precision not in get_args(MixedPrecision):
             raise ValueError(f"mixed_precision must be one of {get_args(MixedPrecision)}, got {mixed_precision!r}")
         self.model = model
@@ -317,6 +322,8 @@ class DenoisingPolicy(Policy):
         """Return the policy that `save` wrote, on `model` or on the one that it was made from."""
         config = read_config(Path(folder), cls)
         source = config.pop("model")
+        if not config["use_lora"]:
+            config = {key: value for key, value in config.items() if not key.startswith("lora_")}
         policy = cls(model or load_model(source.pop("source"), device=device, **source), **config)
         policy.load_weights(Path(folder))
         return policy

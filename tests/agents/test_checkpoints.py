@@ -431,7 +431,11 @@ def test_policies_of_another_class_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "settings"),
-    [("training_state.json", {"max_grad_norm": 0})],
+    [
+        ("training_state.json", {"max_grad_norm": 0}),
+        ("training_state.json", {"sde_window_range": [0, 2]}),
+        ("policy.json", {"lora_rank": 8, "lora_alpha": 16}),
+    ],
 )
 def test_settings_that_are_refused_by_now_do_not_keep_a_run_from_loading(tmp_path, file, settings):
     make(learning_rate=1e-3).save(tmp_path / "run")
