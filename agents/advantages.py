@@ -84,7 +84,10 @@ class PerPromptStats:
 
     def __init__(self, buffer_size: int = 16, min_count: int = 16) -> None:
         if not 1 <= min_count <= buffer_size:
-            raise ValueError(f"min_count must be between 1 and buffer_size ({buffer_size}), got {min_count}")
+            raise ValueError(
+                f"min_count must be between 1 and buffer_size ({buffer_size}), got {min_count}; algorithms call them "
+                "per_prompt_min_count and per_prompt_buffer_size: give both"
+            )
         self.buffer_size = buffer_size
         self.min_count = min_count
         self._rewards: dict[int, deque[float]] = {}

@@ -25,11 +25,11 @@ from .averaging import WeightAverage
 from .diagnostics import Metrics
 from .distributed import Processes, gathered
 from .guard import GradientGuard
-from .options import Options, Settings
+from .options import Options, Settings, require_known
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
-from .rollouts import Rollout, collect
-from .saving import SavedRun
+from .rollouts import Rollout, check_fit, collect
+from .saving import SavedRun, require_torch_env
 from .seeding import derived_generator, derived_seed
 from .starts import Starts
 
@@ -38,6 +38,7 @@ Self = TypeVar("Self", bound="Algorithm")
 
 _POLICY_STREAM, _UPDATE_STREAM = 1, 2
 _LOGGED_IMAGES = 16
+_SIZES = "; what you did not give is a default: give samples_per_epoch, batch_size and group_size that fit num_envs"
 
 
 class _ProgressBar(ProgressBarCallback):
@@ -83,8 +84,8 @@ class Algorithm(SavedRun, ABC):
         processes: The processes that train together.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of its range, or the sizes do not divide each
-            other.
+        TypeError, ValueError: an argument is of the wrong kind or out of its range, the sizes do not divide each other,
+            or the policy does not fit the environment.
     """
 
     logger: Logger
@@ -101,11 +102,12 @@ class Algorithm(SavedRun, ABC):
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a Policy, such as DenoisingPolicy(env.unwrapped.model); got {policy!r}")
-        if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
-            raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
+        require_torch_env(env)
         self.processes = Processes()
         self.policy = policy
         self.env = env
+        self._check_fit()
+        require_known(type(self), options)
         self.settings = Settings(**options)
         self.n_epochs = n_epochs
         self._set_sizes()
@@ -147,17 +149,23 @@ class Algorithm(SavedRun, ABC):
             times = f" × {self.processes.count} processes" if self.processes.count > 1 else ""
             raise ValueError(
                 f"samples_per_epoch must be a multiple of the environment's num_envs ({num_envs}){times}, "
-                f"got {self.samples_per_epoch}"
+                f"got {self.samples_per_epoch}{_SIZES}"
             )
         if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
             raise ValueError(
-                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}"
+                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}{_SIZES}"
             )
         if self.group_size < 1 or num_envs % self.group_size:
-            raise ValueError(f"group_size must be at least 1 and divide num_envs ({num_envs}), got {self.group_size}")
+            raise ValueError(
+                f"group_size must be at least 1 and divide num_envs ({num_envs}), got {self.group_size}{_SIZES}"
+            )
         for name in ("micro_batch_size", "n_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def _check_fit(self) -> None:
+        """Raise TypeError or ValueError if the policy cannot act in the environment, or be trained there."""
+        check_fit(self.env, self.policy)
 
     # ------------------------------------------------------------------ what an algorithm has to provide
     @abstractmethod
@@ -208,7 +216,8 @@ class Algorithm(SavedRun, ABC):
         Args:
             total_timesteps: Steps of all episodes together; the last rollout is finished.
             callback: SB3 callbacks, or a function of (locals, globals). From `on_rollout_end` on, `locals["returns"]`
-                are the rollout's rewards, [B].
+                are the rollout's rewards, [B]. Those that count episodes by `locals["dones"]`, such as
+                `StopTrainingOnMaxEpisodes`, do not apply: a rollout is of whole episodes.
             log_interval: Rollouts between two entries in the log; 0: none.
             tb_log_name: The run's name in TensorBoard; None: the algorithm's.
             reset_num_timesteps: Count from 0, and let callbacks begin anew; False goes on with the counts (after
@@ -256,15 +265,20 @@ class Algorithm(SavedRun, ABC):
         """Return actions, and None as the (absent) recurrent state.
 
         Args:
-            observation: Of the vector environment (tensors, [num_envs, …]) or of the single one (numpy).
+            observation: Of the vector environment (tensors, [num_envs, …]), of the single one, or of SB3's VecEnv of
+                single ones (numpy, [num_envs, …]); the actions are of the same kind.
             state: Ignored; there for SB3's `evaluate_policy` and the like.
             episode_start: Ignored, likewise.
             deterministic: Take the distribution's mode.
         """
         if all(isinstance(value, Tensor) for value in observation.values()):
             return self.policy.act(observation, deterministic=deterministic), None  # type: ignore[arg-type]
-        batch = {key: torch.as_tensor(value)[None].to(self.policy.device) for key, value in observation.items()}
-        return self.policy.act(batch, deterministic=deterministic)[0].float().cpu().numpy(), None
+        spaces = self.env.single_observation_space
+        alone = all(np.shape(value) == spaces[key].shape for key, value in observation.items())  # type: ignore[index]
+        tensors = {key: torch.as_tensor(value).to(self.policy.device) for key, value in observation.items()}
+        batch = {key: value[None] for key, value in tensors.items()} if alone else tensors
+        actions = self.policy.act(batch, deterministic=deterministic).float().cpu().numpy()
+        return actions[0] if alone else actions, None
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[Policy]:
@@ -375,7 +389,8 @@ class Algorithm(SavedRun, ABC):
         self.processes.sum_gradients(parameters)
         self.guard.agree(self.processes)
         self.guard.unscale(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or float("inf"))
+        max_norm = self.settings.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._current_learning_rate()
         where = f"iteration {self.iteration}, after {self.num_updates} updates"
@@ -407,10 +422,10 @@ class Algorithm(SavedRun, ABC):
             num_timesteps=self.num_timesteps,
             counters=counters,
         )
-        self.dump_log()
+        self.dump_logs()
 
-    def dump_log(self) -> None:
-        """Write what was recorded, and the counts until now, into the log, where the run is on its x-axis."""
+    def dump_logs(self) -> None:
+        """Write what was recorded, and the counts, into the log, where the run is on its x-axis (SB3's name)."""
         self.logger.record("time/iterations", self.iteration)
         self.logger.record("time/total_timesteps", self.num_timesteps)
         self.logger.record("time/reward_queries", self.reward_queries)

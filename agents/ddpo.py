@@ -18,6 +18,7 @@ from diffusion_gym.transitions import Reduction
 from .advantages import PerPromptStats, clip_advantages, normalise
 from .diagnostics import ratio_metrics
 from .losses import approximate_kl, clipped_surrogate_loss, score_function_loss
+from .options import require_positive
 from .policies import Policy
 from .rollouts import Rollout
 from .trajectories import TrajectoryAlgorithm, TrajectoryOptions
@@ -62,6 +63,7 @@ class _DDPO(TrajectoryAlgorithm):
         super().__init__(
             policy, env, log_prob_reduction=log_prob_reduction, n_epochs=n_epochs, own={**shared, **own}, **options
         )
+        require_positive(advantage_clip=advantage_clip)
         self.advantage_clip = advantage_clip
         self.center_advantages = center_advantages
         self.per_prompt_stats = (

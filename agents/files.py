@@ -38,8 +38,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     somebody else's: they stay.
 
     Raises:
+        FileExistsError: there is a file at `path`.
         OSError: the disk refused, in the block too: safetensors has an error of its own for that.
     """
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file, and what is saved becomes a folder: give another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, previous = path.with_name(path.name + _PARTIAL), path.with_name(path.name + _PREVIOUS)
     _finish_replacement(path)

@@ -64,11 +64,14 @@ class ForwardProcessAlgorithm(Algorithm):
         self.noise_draws = noise_draws
         self.time_range = (time_range[0], time_range[1])
         self.common_noise = common_noise
-        name = type(self).__name__
-        if not isinstance(policy, DenoisingPolicy):
-            raise TypeError(f"{name} trains a denoiser: policy must be a DenoisingPolicy, got {type(policy).__name__}")
-        if not env.metadata.get("action_is_next_latents"):
-            raise ValueError(f"{name} learns from the images of DenoisingMDP-v0, got {env}")
+
+    def _check_fit(self) -> None:
+        name, kind = type(self).__name__, type(self.policy).__name__
+        if not isinstance(self.policy, DenoisingPolicy):
+            raise TypeError(f"{name} trains a denoiser: policy must be a DenoisingPolicy, got {kind}")
+        if not self.env.metadata.get("action_is_next_latents"):
+            raise ValueError(f"{name} learns from the images of DenoisingMDP-v0, got {self.env}")
+        super()._check_fit()
 
     def _batches(self, rows: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Yield the rows of each update, `noise_draws` times each: shuffled passes, `batch_size` at a time."""

@@ -104,6 +104,10 @@ class KLPenalty:
                 "target_kl must be positive and scales kl_coefficient, which has to start above 0; "
                 f"got {target_kl} and {kl_coefficient}"
             )
+        if reference is not None and not kl_coefficient:
+            raise ValueError(
+                f"reference needs a kl_coefficient above 0, got {kl_coefficient}: without it there is no KL"
+            )
         self.coefficient = kl_coefficient
         self.place: KLPlace = kl_place
         self.target_kl = target_kl

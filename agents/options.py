@@ -1,5 +1,6 @@
 """What every algorithm can be told, and what is made of it."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
@@ -16,6 +17,13 @@ LogXAxis = Literal["timesteps", "reward_queries"]
 RolloutDtype = Literal["float16", "bfloat16"]
 PromptSampling = Literal["random", "round_robin"]
 OptimizerName = Literal["adamw", "muon"]
+
+
+def require_positive(**bounds: float | None) -> None:
+    """Raise ValueError for a bound that is neither None (no bound) nor positive."""
+    for name, bound in bounds.items():
+        if bound is not None and not bound > 0:
+            raise ValueError(f"{name} must be None or positive, got {bound}")
 
 
 class Options(TypedDict, total=False):
@@ -44,6 +52,21 @@ class Options(TypedDict, total=False):
     log_x_axis: LogXAxis
     verbose: int
     seed: int | None
+
+
+def require_known(algorithm: type, options: Iterable[str]) -> None:
+    """Raise TypeError for keywords that no algorithm has, and list those of this one."""
+    unknown = sorted(set(options) - Options.__annotations__.keys())
+    if not unknown:
+        return
+    allowed: set[str] = set()
+    for parameter in inspect.signature(algorithm).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            allowed.add(parameter.name)
+        for options_of_it in get_args(parameter.annotation) if parameter.kind is parameter.VAR_KEYWORD else ():
+            allowed |= options_of_it.__annotations__.keys()
+    listed = ", ".join(repr(name) for name in sorted(allowed))
+    raise TypeError(f"{algorithm.__name__} has no keyword {unknown[0]!r}: allowed are {listed}")
 
 
 @dataclass(frozen=True)
@@ -133,6 +156,7 @@ class Settings:
             raise ValueError(f'use_8bit_adam goes with optimizer="adamw", got {self.optimizer!r}')
         if self.warmup_updates < 0:
             raise ValueError(f"warmup_updates must be at least 0, got {self.warmup_updates}")
+        require_positive(max_grad_norm=self.max_grad_norm)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return those that a saved run keeps as they are; `load` gives them to the constructor again."""

@@ -1,9 +1,11 @@
 """Finished images with their rewards: what algorithms learn from that need no trajectories."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,17 +78,16 @@ class Replay:
             negative_prompt: What the guidance of the policy moves away from.
 
         Raises:
+            TypeError: `model` is no model.
             FileNotFoundError: there is no `metadata.jsonl`, or an image is missing.
-            ValueError: a line lacks a key.
+            ValueError: there are no lines, or one is not such an object; the reward is to be a finite number.
         """
+        if not isinstance(model, DiffusionModel):
+            raise TypeError(f"model must be a DiffusionModel, such as env.unwrapped.model; got {model!r}")
         folder = Path(folder)
         if not (folder / METADATA_FILE).is_file():
             raise FileNotFoundError(f"{folder} has no {METADATA_FILE} with file_name, prompt and reward of each image")
-        lines = [json.loads(line) for line in (folder / METADATA_FILE).read_text().splitlines() if line.strip()]
-        for number, line in enumerate(lines, 1):
-            missing = {"file_name", "prompt", "reward"} - line.keys()
-            if missing:
-                raise ValueError(f"{folder / METADATA_FILE}, line {number}: no {sorted(missing)}")
+        lines = _read_lines(folder / METADATA_FILE)
         _, height, width = model.image_shape
         parts = []
         for start in range(0, len(lines), _CHUNK):
@@ -105,3 +106,28 @@ class Replay:
             rewards=torch.tensor([float(line["reward"]) for line in lines], device=model.device),
             prompts=index.numpy(),
         )
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return what a metadata file says of each image, checked."""
+    lines = []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            entry = None
+        if not isinstance(entry, dict) or not (
+            all(isinstance(entry.get(key), str) for key in ("file_name", "prompt"))
+            and isinstance(entry.get("reward"), int | float)
+            and math.isfinite(entry["reward"])
+        ):
+            raise ValueError(
+                f'{file}, line {number}: expected a JSON object with the texts "file_name" and "prompt" and the finite '
+                f'number "reward", got {line[:80]}'
+            )
+        lines.append(entry)
+    if not lines:
+        raise ValueError(f"{file} is empty: it needs a line for each image")
+    return lines

@@ -11,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from torch import Tensor
 
+from diffusion_gym.models.base import to_device
 from diffusion_gym.transitions import Reduction
 
 from .policies.base import Generators, Observation, Policy
@@ -173,13 +174,16 @@ def collect(
 
     Raises:
         ValueError: the environment is of another kind, or its lanes end apart from each other and reset themselves, or
-            its latents are of low precision themselves and `storage` names another.
+            its latents are of low precision themselves and `storage` names another, or a device that is not there.
     """
     if not env.metadata.get("torch"):
         raise ValueError(f"{env} is not a torch vector environment of diffusion_gym, such as DenoisingMDP-v0")
     storage = storage or Storage()
     storage.check(env)
-    _check_fit(env, policy, async_rewards)
+    if storage.device is not None:
+        to_device(str(storage.device))
+    check_fit(env, policy)
+    _check_async(env, async_rewards)
     each = [options] * len(seeds) if options is None or isinstance(options, Mapping) else options
     drawn_from = generators if isinstance(generators, Sequence) else [generators] * len(seeds)
     batches = []
@@ -196,12 +200,17 @@ def collect(
     return _assemble(batches, max_images, storage)
 
 
-def _check_fit(env: VectorEnv, policy: Policy, async_rewards: bool) -> None:
+def check_fit(env: VectorEnv, policy: Policy) -> None:
+    """Raise ValueError if a policy cannot act in an environment."""
     expected, given = (getattr(one, "max_steps", None) for one in (env.unwrapped, policy))
     if None not in (expected, given) and expected != given:
         raise ValueError(
             f"the policy's steps are those of episodes of at most {given} steps, the env's have {expected}"
         )
+    policy.check_fit(env.single_observation_space, env.single_action_space)
+
+
+def _check_async(env: VectorEnv, async_rewards: bool) -> None:
     while async_rewards and env is not env.unwrapped:
         if type(env).step is not VectorWrapper.step:
             raise ValueError(f"async_rewards comes too late for {type(env).__name__}, which sees each step's rewards")

@@ -137,7 +137,11 @@ class RWR(ForwardProcessAlgorithm):
 
         Returns:
             Scalars: the loss, the gradient's norm, and the effective sample size.
+
+        Raises:
+            TypeError, ValueError: it is no replay, or one of another model, or a reward is not finite.
         """
+        self._check_replay(replay)
         if len(replay.latents) == len(replay):
             replay = replay.share(self.processes.share(len(replay)))
         rng = self._update_generator(self.num_updates)  # a folder may be learnt from again and again
@@ -145,6 +149,16 @@ class RWR(ForwardProcessAlgorithm):
         rows = np.flatnonzero(weights.cpu().numpy())
         means = mean_of(self._update(replay, weights, batch, rng) for batch in self._batches(rows, rng))
         return {**means, "effective_sample_size": effective_sample_size(weights)}
+
+    def _check_replay(self, replay: Replay) -> None:
+        if not isinstance(replay, Replay):
+            raise TypeError(f"fit needs a Replay, such as Replay.from_folder(folder, policy.model); got {replay!r}")
+        found, needed = tuple(replay.latents.shape[1:]), self.policy.model.latent_shape
+        if found != needed:
+            raise ValueError(f"the replay's latents must be the policy's, of shape {needed}; got {found}")
+        if not bool(replay.rewards.isfinite().all()):
+            row = int((~replay.rewards.isfinite()).nonzero()[0])
+            raise ValueError(f"the replay's rewards must be finite, got {float(replay.rewards[row])} in row {row}")
 
     def _update(self, replay: Replay, weights: Tensor, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         """Make one optimizer step from some of the samples, each at a time and with a noise of its own."""

@@ -71,6 +71,7 @@ class SavedRun:
         processes the main one writes, and needs no other for it; `processes.wait()` before another reads.
 
         Raises:
+            FileExistsError: there is a file at `path`.
             OSError: the disk is full, or the like; an earlier checkpoint at `path` is still there.
             RuntimeError: the policy has its averaged weights: `policy.save` writes these.
         """
@@ -125,10 +126,12 @@ class SavedRun:
             verbose: As in the constructor.
 
         Raises:
+            TypeError: `env` is no torch vector environment.
             FileNotFoundError: there is no saved run.
-            ValueError: it is damaged, or a run of another algorithm, or its learning rate was a callable and is not
-                given again.
+            ValueError: it is damaged, or a run of another algorithm or in an environment of another kind or model, or
+                its learning rate was a callable and is not given again.
         """
+        require_torch_env(env)
         folder = whole_checkpoint(existing_folder(_without_zip(path)))
         state = json.loads((folder / STATE_FILE).read_text())
         if state["algorithm"] != cls.__name__:
@@ -149,7 +152,7 @@ class SavedRun:
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             **given,
-            **state["hyperparameters"],
+            **_as_now(state["hyperparameters"]),
         )  # type: ignore[call-arg]
         run._restore(folder, state)
         return run
@@ -168,6 +171,20 @@ class SavedRun:
         self.callback_states = state.get("callbacks", {})
         self._load_extra_state(state["extra"])
         self._load_files(folder)
+
+
+def require_torch_env(env: object) -> None:
+    """Raise TypeError for what is no torch vector environment."""
+    if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
+        raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
+
+
+def _as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters of a run, maybe an earlier version's, as they mean the same in this one."""
+    now = {**saved, "max_grad_norm": saved["max_grad_norm"] or None}  # 0 used to be no bound
+    if now.get("sde_window") is None:
+        now.pop("sde_window_range", None)  # it was kept although it meant nothing
+    return now
 
 
 def _plain(value: Any) -> Any:

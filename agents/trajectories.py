@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,15 +19,28 @@ from diffusion_gym.transitions import Reduction
 from .algorithm import Algorithm
 from .diagnostics import Metrics, mean_of
 from .kl import KLPenalty, KLPlace, later_kl_advantages
-from .options import Options
+from .options import Options, require_positive
 from .policies import DenoisingPolicy, Policy
-from .rollouts import Rollout
+from .rollouts import Rollout, check_fit
 from .seeding import derived_seed
 
 StepWeights = Literal["equal", "inverse_sensitivity"]
 
 _WINDOW_STREAM = 3
 _REFERENCE_FOLDER = "reference"
+
+
+def _check_window(size: object, within: object) -> None:
+    """Raise ValueError for a range without a window, TypeError for what is no number of steps or no (from, to)."""
+    if within is not None and size is None:
+        raise ValueError(f"sde_window_range needs sde_window, the number of steps in it; got {within} and None")
+    pair = (0, 0) if within is None else within
+    sized = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(step, Integral) for step in pair)
+    if not sized or not isinstance(size or 0, Integral):
+        raise TypeError(
+            "sde_window must be None or a whole number of steps, and sde_window_range None or two of them, (from, to); "
+            f"got {size} and {within}"
+        )
 
 
 class TrajectoryOptions(Options, total=False):
@@ -98,6 +112,7 @@ class TrajectoryAlgorithm(Algorithm):
         stop_kl: float | None = None,
         **options: Unpack[Options],
     ) -> None:
+        _check_window(sde_window, sde_window_range)
         shared = {
             "timestep_fraction": timestep_fraction,
             "step_weights": step_weights,
@@ -114,8 +129,7 @@ class TrajectoryAlgorithm(Algorithm):
         )
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
-        if stop_kl is not None and stop_kl <= 0:
-            raise ValueError(f"stop_kl must be None or positive, got {stop_kl}")
+        require_positive(stop_kl=stop_kl)
         self.timestep_fraction = timestep_fraction
         self.step_weights: StepWeights = step_weights
         self._check_step_weights(kl_place)
@@ -129,6 +143,7 @@ class TrajectoryAlgorithm(Algorithm):
             kl_horizon=kl_horizon,
         )
         if self.kl.reference is not None:
+            check_fit(env, self.kl.reference)
             self.processes.join(list(self.kl.reference.parameters()))
         dimensions = int(np.prod(env.single_action_space.shape))  # type: ignore[arg-type]
         self._per_log_prob = 1 / dimensions if log_prob_reduction == "mean" else 1.0

@@ -177,7 +177,7 @@ class HeldOutEvaluation(BaseCallback):
         if self._algorithm.processes.is_main:
             for name, value in scalars.items():
                 self.logger.record(f"evaluation/{name}", float(value))
-            self._algorithm.dump_log()
+            self._algorithm.dump_logs()
 
     def _on_step(self) -> bool:
         return not (self.stop and self.over_optimised >= self.patience)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, final
 
 import numpy as np
 import torch
+from gymnasium.spaces import Dict, Space
 from torch import Tensor, nn
 
 from diffusion_gym.models.base import DiffusionModel
@@ -16,6 +17,7 @@ from diffusion_gym.transitions import Reduction
 
 Observation = Mapping[str, Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
+Shape = tuple[int | None, ...]
 
 _CONFIG_FILE = "policy.json"
 
@@ -41,19 +43,22 @@ def write_config(folder: Path | str, policy: "Policy", **config: object) -> None
     (Path(folder) / _CONFIG_FILE).write_text(text)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the arguments that `write_config` wrote.
+def read_config(folder: Path, kind: "type[Policy]") -> dict[str, Any]:
+    """Return the arguments that `write_config` wrote for a policy of a class, or of one that it extends.
 
     Raises:
         FileNotFoundError: the folder is not a saved policy.
+        ValueError: it holds a policy of another class.
     """
     config = _read(folder)
-    del config["policy"]
+    name = config.pop("policy")
+    if name not in {known.__name__ for known in kind.__mro__}:
+        raise ValueError(f"{folder} holds a {name}, not a {kind.__name__}: load it with {name}.load")
     return config
 
 
 def saved_class(folder: Path) -> str:
-    """Return the name of the policy's class that a folder holds; raises as `read_config`."""
+    """Return the name of the policy's class that a folder holds; FileNotFoundError: none."""
     return str(_read(folder)["policy"])
 
 
@@ -91,6 +96,25 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def distribution(self, observation: Observation) -> Distribution:
         """Return the distribution of the actions, in float32, for observations [B, ...] each."""
+
+    @property
+    def needed_shapes(self) -> Mapping[str, Shape]:
+        """The shapes of what it looks at in one lane's observation, and of its "action"; what is not there is free."""
+        return {}
+
+    @final
+    def check_fit(self, observation_space: Space, action_space: Space) -> None:
+        """Raise ValueError if the policy cannot act where one lane has these spaces."""
+        spaces = {**(observation_space if isinstance(observation_space, Dict) else {}), "action": action_space}
+        found = {key: space.shape or () for key, space in spaces.items()}
+        for key, needed in self.needed_shapes.items():
+            shape = found.get(key, ())
+            pairs = zip(needed, shape, strict=False)
+            if len(shape) != len(needed) or any(need not in (None, size) for need, size in pairs):
+                raise ValueError(
+                    f"{type(self).__name__} does not fit the environment: it needs {key} of shape {needed}, and there "
+                    f"is {shape if key in found else 'none'}; make it from this environment's model or space"
+                )
 
     @property
     def needs_loss_scaling(self) -> bool:

@@ -16,7 +16,7 @@ from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, 
 from diffusion_gym.predictions import broadcast_to, to_x0_and_epsilon
 from diffusion_gym.transitions import GaussianTransition, ddim_scales, ddim_transition
 
-from .base import Observation, Policy, read_config, write_config
+from .base import Observation, Policy, Shape, read_config, write_config
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
@@ -104,6 +104,11 @@ class DenoisingPolicy(Policy):
             raise ValueError(f"eta must be in [0, 1], got {eta}")
         if isinstance(trained, str) or (trained is not None and use_lora):
             raise ValueError(f"trained must be a sequence of parts of names, and None with use_lora; got {trained!r}")
+        if not use_lora and (lora_rank, lora_alpha, lora_targets) != (4, None, None):
+            raise ValueError(
+                "lora_rank, lora_alpha and lora_targets need use_lora=True, "
+                f"got {lora_rank}, {lora_alpha} and {lora_targets} without it"
+            )
         if mixed_precision not in get_args(MixedPrecision):
             raise ValueError(f"mixed_precision must be one of {get_args(MixedPrecision)}, got {mixed_precision!r}")
         self.model = model
@@ -208,6 +213,12 @@ class DenoisingPolicy(Policy):
             )
 
     @property
+    def needed_shapes(self) -> Mapping[str, Shape]:
+        """The model's latents, observed between two times and as the action."""
+        latents = self.model.latent_shape
+        return {"latents": latents, "timestep": (1,), "next_timestep": (1,), "action": latents}
+
+    @property
     def needs_loss_scaling(self) -> bool:
         """Whether the arithmetic is in fp16: by autocast, or because LoRA's frozen weights are."""
         if self.mixed_precision == "no":
@@ -287,7 +298,7 @@ class DenoisingPolicy(Policy):
             ValueError: what it holds is of another shape.
         """
         folder = Path(folder)
-        config = read_config(folder)
+        config = read_config(folder, type(self))
         for key in ("use_lora", "lora_rank", "lora_alpha", "lora_targets") if self.use_lora else ("use_lora",):
             own = getattr(self, key)
             if config[key] != (list(own) if isinstance(own, tuple) else own):
@@ -295,16 +306,24 @@ class DenoisingPolicy(Policy):
         if self.use_lora:
             self.model.load_lora(self.denoiser, folder)
             return
-        saved = type(self.denoiser).from_pretrained(folder / self.model.denoiser_folder)  # type: ignore[attr-defined]
-        self.denoiser.load_state_dict(saved.state_dict())
+        weights, own = folder / self.model.denoiser_folder, self.denoiser.state_dict()
+        saved = type(self.denoiser).from_pretrained(weights).state_dict() if weights.is_dir() else {}  # type: ignore[attr-defined]
+        if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in own.items()}:
+            raise ValueError(
+                f"{folder} holds no weights for a policy of the model {self.model.source!r}: it was saved from one of "
+                f"{config['model']['source']!r}"
+            )
+        self.denoiser.load_state_dict(saved)
 
     @classmethod
     def load(
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "DenoisingPolicy":
         """Return the policy that `save` wrote, on `model` or on the one that it was made from."""
-        config = read_config(Path(folder))
+        config = read_config(Path(folder), cls)
         source = config.pop("model")
+        if not config["use_lora"]:
+            config = {key: value for key, value in config.items() if not key.startswith("lora_")}
         policy = cls(model or load_model(source.pop("source"), device=device, **source), **config)
         policy.load_weights(Path(folder))
         return policy

@@ -13,10 +13,11 @@ from diffusion_gym.grids import MAX_RATIO, MIN_RATIO
 from diffusion_gym.models.base import DiffusionModel
 from diffusion_gym.transitions import Reduction
 
-from .base import Generators, Observation, Policy, read_config, write_config
+from .base import Generators, Observation, Policy, Shape, read_config, write_config
 from .beta import BetaDistribution
 
 _WEIGHTS_FILE = "schedule.safetensors"
+_NEEDED: Mapping[str, Shape] = {"step": (1,), "action": (1,)}
 
 
 def _step_index(observation: Observation, max_steps: int) -> Tensor:
@@ -64,6 +65,11 @@ class ContextFreeSchedule(Policy):
         """The environment's."""
         return len(self.logits)
 
+    @property
+    def needed_shapes(self) -> Mapping[str, Shape]:
+        """How many steps were taken, and the ratio."""
+        return _NEEDED
+
     def distribution(self, observation: Observation) -> BetaDistribution:
         """Return the Beta of the lanes' steps."""
         return BetaDistribution.from_logits(self.logits[_step_index(observation, self.max_steps)])
@@ -80,7 +86,7 @@ class ContextFreeSchedule(Policy):
             FileNotFoundError: the folder is not a saved policy.
             RuntimeError: it has another number of steps.
         """
-        read_config(Path(folder))
+        read_config(Path(folder), type(self))
         self.load_state_dict(load_file(Path(folder) / _WEIGHTS_FILE))
 
     @classmethod
@@ -88,7 +94,7 @@ class ContextFreeSchedule(Policy):
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "ContextFreeSchedule":
         """Return the schedule that `save` wrote."""
-        policy = cls([0.5] * read_config(Path(folder))["max_steps"], device=device)
+        policy = cls([0.5] * read_config(Path(folder), cls)["max_steps"], device=device)
         policy.load_weights(Path(folder))
         return policy
 
@@ -132,6 +138,11 @@ class FixedSchedule(Policy):
         self.device = torch.device(device)
         self.register_buffer("ratios", values.to(self.device))
 
+    @property
+    def needed_shapes(self) -> Mapping[str, Shape]:
+        """How many steps were taken, and the ratio."""
+        return _NEEDED
+
     def distribution(self, observation: Observation) -> _Point:
         """Return the lanes' next ratios."""
         index = _step_index(observation, self.max_steps).clamp(max=len(self.ratios) - 1)
@@ -147,12 +158,12 @@ class FixedSchedule(Policy):
 
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote."""
-        self.ratios.copy_(torch.tensor(read_config(Path(folder))["ratios"]))
+        self.ratios.copy_(torch.tensor(read_config(Path(folder), type(self))["ratios"]))
 
     @classmethod
     def load(
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "FixedSchedule":
         """Return the schedule that `save` wrote."""
-        config = read_config(Path(folder))
+        config = read_config(Path(folder), cls)
         return cls(config["ratios"], max_steps=config["max_steps"], device=device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion_gym.models.base import DiffusionModel
 
-from .base import Observation, Policy, read_config, write_config
+from .base import Observation, Policy, Shape, read_config, write_config
 from .beta import BetaDistribution
 
 _WEIGHTS_FILE = "time_predictor.safetensors"
@@ -62,7 +62,8 @@ class TimePredictor(Policy):
         seed: int | None = None,
     ) -> None:
         super().__init__(seed=seed)
-        if not isinstance(observation_space, Dict) or "features" not in observation_space.spaces:
+        spaces = observation_space.spaces if isinstance(observation_space, Dict) else {}
+        if "features" not in spaces or len(spaces["features"].shape or ()) != 3:
             raise TypeError(
                 "observation_space must be that of one lane of TimePredictionMDP-v0, env.single_observation_space; "
                 f"got {observation_space}"
@@ -75,9 +76,9 @@ class TimePredictor(Policy):
             )
         self.device = torch.device(device)
         self._shapes = {
-            key: tuple(observation_space[key].shape or ())
+            key: tuple(spaces[key].shape or ())
             for key in ("features", "time_embedding", "prompt_embeds")
-            if key in observation_space.spaces
+            if key in spaces
         }
         channels = self._shapes["features"][0]
         width = min(128, max(32, channels // 4)) if hidden_channels is None else hidden_channels
@@ -101,6 +102,15 @@ class TimePredictor(Policy):
             "initial_concentration": initial_concentration,
         }
         self.to(self.device)
+
+    @property
+    def needed_shapes(self) -> Mapping[str, Shape]:
+        """Those of the space that it was made for; features of any size, prompts of any number of tokens."""
+        shapes: dict[str, Shape] = {"features": (self._shapes["features"][0], None, None)}
+        shapes["time_embedding"] = self._shapes["time_embedding"]
+        if "prompt_embeds" in self._shapes:
+            shapes["prompt_embeds"] = (None, self._shapes["prompt_embeds"][-1])
+        return {**shapes, "timestep": (1,), "action": (1,)}
 
     def distribution(self, observation: Observation) -> BetaDistribution:
         """Return the Beta of the ratio r, in float32 whatever the features' precision."""
@@ -133,7 +143,7 @@ class TimePredictor(Policy):
             FileNotFoundError: the folder is not a saved policy.
             RuntimeError: the weights are of another shape.
         """
-        read_config(Path(folder))
+        read_config(Path(folder), type(self))
         self.load_state_dict(load_file(Path(folder) / _WEIGHTS_FILE))
 
     @classmethod
@@ -141,7 +151,7 @@ class TimePredictor(Policy):
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "TimePredictor":
         """Return the predictor that `save` wrote; it needs no diffusion model."""
-        config = read_config(Path(folder))
+        config = read_config(Path(folder), cls)
         shapes, ratios = config.pop("shapes"), dict(config.pop("initial_ratio"))
         space = Dict({key: Box(-float("inf"), float("inf"), tuple(shape)) for key, shape in shapes.items()})
         policy = cls(space, device=device, initial_ratio=ratios, **config)

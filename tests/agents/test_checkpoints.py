@@ -1,5 +1,6 @@
 """Nothing that happens to a training, to its process or to its files is lost or goes unsaid."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -18,8 +19,20 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT
-from agents.manifest import MANIFEST_FILE, find_damage
+from agents import (
+    DDPOIS,
+    RLOO,
+    RWR,
+    Checkpoints,
+    ContextFreeSchedule,
+    DenoisingPolicy,
+    DiffusionNFT,
+    FixedSchedule,
+    TimePredictor,
+)
+from agents.manifest import MANIFEST_FILE, find_damage, write_manifest
+from diffusion_gym.models import load_model
+from tests.tiny import make_tiny_stable_diffusion
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["agents", "diffusion_gym.models", "diffusion_gym.models.mixture", "pytest"])
@@ -367,3 +380,68 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(KeyError, match="missing"):
         make().learn(PER_ITERATION, Checkpoints(tmp_path), log_interval=0)
     assert names(tmp_path) == []
+
+
+# ---------------------------------------------------------------------- environments of other kinds
+@pytest.mark.parametrize(
+    ("make_other", "error", "message"),
+    [
+        (
+            lambda tiny: gym.make_vec("DenoisingMDP-v0", num_envs=4, model=tiny),
+            ValueError,
+            "saved from one of 'mixture'",
+        ),
+        (lambda _: gym.make_vec("TimePredictionMDP-v0", num_envs=4, model="mixture"), ValueError, "does not fit"),
+        (lambda _: gym.make("DenoisingMDP-v0", model="mixture"), TypeError, "env must be a torch vector environment"),
+    ],
+)
+def test_a_run_is_not_loaded_into_another_kind_of_environment(tmp_path, make_other, error, message):
+    make(learning_rate=1e-3).save(tmp_path / "run")
+    other = make_other(make_tiny_stable_diffusion(tmp_path / "tiny"))
+    with pytest.raises(error, match=message):
+        DDPOIS.load(tmp_path / "run", other)
+
+
+def test_weights_of_another_models_denoiser_are_refused(tmp_path, emoji):
+    tiny = load_model(make_tiny_stable_diffusion(tmp_path / "tiny"))
+    DenoisingPolicy(tiny).save(tmp_path / "policy")
+    with pytest.raises(
+        ValueError, match=r"holds no weights for a policy of the model 'emoji': .* from one of '.*tiny'"
+    ):
+        DenoisingPolicy.load(tmp_path / "policy", emoji)
+
+
+def test_policies_of_another_class_are_named(tmp_path):
+    class Mine(DenoisingPolicy):
+        pass
+
+    policy = DenoisingPolicy(load_model("mixture"))
+    policy.save(tmp_path / "policy")
+    for kind in (TimePredictor, ContextFreeSchedule, FixedSchedule):
+        with pytest.raises(ValueError, match=rf"policy holds a DenoisingPolicy, not a {kind.__name__}"):
+            kind.load(tmp_path / "policy")
+    FixedSchedule([0.5]).save(tmp_path / "schedule")
+    with pytest.raises(ValueError, match="holds a FixedSchedule, not a DenoisingPolicy"):
+        policy.load_weights(tmp_path / "schedule")
+    assert isinstance(Mine.load(tmp_path / "policy", policy.model), Mine)
+
+
+# ---------------------------------------------------------------------- runs of earlier versions
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("training_state.json", {"max_grad_norm": 0}),
+        ("training_state.json", {"sde_window_range": [0, 2]}),
+        ("policy.json", {"lora_rank": 8, "lora_alpha": 16}),
+    ],
+)
+def test_settings_that_are_refused_by_now_do_not_keep_a_run_from_loading(tmp_path, file, settings):
+    make(learning_rate=1e-3).save(tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / file).read_text())
+    saved.get("hyperparameters", saved).update(settings)
+    (tmp_path / "run" / file).write_text(json.dumps(saved))
+    (tmp_path / "run" / MANIFEST_FILE).unlink()
+    write_manifest(tmp_path / "run")
+    DDPOIS.load(tmp_path / "run", make_env()).learn(PER_ITERATION, log_interval=0)

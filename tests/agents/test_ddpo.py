@@ -1,13 +1,18 @@
 import json
+import re
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, LogEveryNTimesteps
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents import DDPOIS, DDPOSF, Checkpoints, DenoisingPolicy, collect
+from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, collect
 from agents.files import replaced_folder
 
 ALGORITHMS = [DDPOSF, DDPOIS]
@@ -170,10 +175,14 @@ def test_a_deterministic_policy_cannot_be_trained(emoji, make_env):
         ({"samples_per_epoch": 6}, r"multiple of the environment's num_envs \(4\), got 6"),
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(4\), got 3"),
         ({"warmup_updates": -1}, "warmup_updates must be at least 0, got -1"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be None or positive, got -1.0"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be None or positive, got 0"),
+        ({"advantage_clip": 0.0}, "advantage_clip must be None or positive, got 0.0"),
+        ({"advantage_clip": float("nan")}, "advantage_clip must be None or positive, got nan"),
         ({"micro_batch_size": -1}, "micro_batch_size must be at least 1, got -1"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction must be in \(0, 1\], got 0.0"),
         ({"clip_range": 0.0}, "clip_range must be positive"),
-        ({"per_prompt_buffer_size": 4}, r"min_count must be between 1 and buffer_size \(4\), got 16"),
+        ({"per_prompt_buffer_size": 4}, r"\(4\), got 16; .* per_prompt_min_count"),
     ],
 )
 def test_wrong_hyperparameters_are_named(emoji, make_env, arguments, message):
@@ -188,8 +197,6 @@ def test_a_small_timestep_fraction_keeps_one_step(emoji, make_env):
 
 
 def test_objects_of_the_wrong_kind_are_named(emoji, make_env):
-    import gymnasium as gym
-
     with pytest.raises(TypeError, match="policy must be a Policy"):
         DDPOIS("MlpPolicy", make_env(), **SMALL)
     with pytest.raises(TypeError, match="env must be a torch vector environment"):
@@ -275,8 +282,6 @@ def test_progress_bar(emoji, make_env, capsys):
 
 
 def test_predict_answers_both_environments(emoji, make_env):
-    import gymnasium as gym
-
     learner = make(DDPOIS, emoji, make_env())
     observation, _ = learner.env.reset(seed=0)
     actions, state = learner.predict(observation, deterministic=True)
@@ -288,6 +293,61 @@ def test_predict_answers_both_environments(emoji, make_env):
     assert isinstance(action, np.ndarray)
     np.testing.assert_allclose(action, actions[0].numpy(), atol=1e-4)
     single.step(action)
+
+
+def make_small(**arguments):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=3, model="mixture", reward="brightness")
+    return DDPOIS(DenoisingPolicy(env.unwrapped.model, seed=0), env, **SMALL, **arguments)
+
+
+def test_sb3_evaluates_policies():
+    def make_single():
+        return Monitor(gym.make("DenoisingMDP-v0", num_steps=3, model="mixture", reward="brightness"))
+
+    judged = make_single()
+    learner = make_small()
+    returns, lengths = evaluate_policy(learner, judged, n_eval_episodes=2, return_episode_rewards=True)
+    assert lengths == [3, 3]
+    assert returns[0] != returns[1]
+    lanes = DummyVecEnv([make_single] * 2)
+    actions, _ = learner.predict(lanes.reset(), deterministic=True)
+    assert actions.shape == (2, *judged.action_space.shape)
+    callback = EvalCallback(judged, eval_freq=3, n_eval_episodes=2, verbose=0)
+    with pytest.warns(UserWarning, match="not of the same type"):
+        learner.learn(12, callback, log_interval=0)
+    assert np.isfinite(callback.last_mean_reward)
+
+
+def test_sb3s_callback_logs_every_so_many_steps(capsys):
+    make_small(verbose=1).learn(24, LogEveryNTimesteps(4), log_interval=0)
+    shown = capsys.readouterr().out
+    assert [f"total_timesteps | {steps}" in " ".join(shown.split()) for steps in (4, 8, 12, 24)] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "num_envs", "arguments", "message"),
+    [
+        (DDPOIS, 48, {}, r"multiple of .* \(48\), got 256; .* default: give samples_per_epoch"),
+        (DDPOIS, 4, {"samples_per_epoch": 16}, r"divide samples_per_epoch \(16\), got 64; .* default: .* batch_size"),
+        (RLOO, 2, {}, r"divide num_envs \(2\), got 4; .* default: .* group_size"),
+    ],
+)
+def test_sizes_that_nobody_gave_are_said_to_be_defaults(algorithm, num_envs, arguments, message):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=num_envs, model="mixture", autoreset_mode="DISABLED")
+    with pytest.raises(ValueError, match=message):
+        algorithm(DenoisingPolicy(env.unwrapped.model), env, **arguments)
+
+
+@pytest.mark.parametrize("algorithm", [DDPOIS, DDPOSF, RLOO, RWR, DiffusionNFT])
+def test_keywords_that_there_are_not_are_named(algorithm):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=4, model="mixture", autoreset_mode="DISABLED")
+    wrong = {DDPOSF: "clip_range", RWR: "kl_coefficient", DiffusionNFT: "clip_range"}.get(algorithm, "lr")
+    with pytest.raises(TypeError, match=f"^{algorithm.__name__} has no keyword '{wrong}': allowed are ") as error:
+        algorithm(DenoisingPolicy(env.unwrapped.model), env, **{wrong: 1})
+    allowed = set(re.findall(r"'(\w+)'", str(error.value).partition(":")[2]))
+    inherited = {"noise_draws"} if algorithm in (RWR, DiffusionNFT) else {"sde_window"}
+    assert {"learning_rate", "seed", *inherited} <= allowed
+    assert not {"policy", "own", "options", wrong} & allowed
 
 
 def test_own_logger_can_be_read_as_csv(emoji, make_env, tmp_path):
@@ -348,6 +408,14 @@ def test_a_save_keeps_what_is_not_its_own(emoji, make_env, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     make(DDPOIS, emoji, make_env()).learn(12, Checkpoints(run, every=1), log_interval=0)
     assert DDPOIS.load(run, make_env()).iteration == 0  # the saved run, not the checkpoints beside it
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes is a file"), replaced_folder(tmp_path / "notes"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_folder_is_replaced_only_when_it_is_whole(tmp_path):

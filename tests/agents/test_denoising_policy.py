@@ -197,7 +197,8 @@ def test_train_cfg_false_scores_without_guidance(emoji, make_env):
 @pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
 def test_saved_policy_comes_back_the_same(emoji, make_env, tmp_path, use_lora):
     observation = batch(make_env())
-    policy = DenoisingPolicy(emoji, eta=0.5, guidance_scale=3.0, use_lora=use_lora, lora_rank=2, lora_alpha=8.0, seed=0)
+    lora = {"use_lora": True, "lora_rank": 2, "lora_alpha": 8.0} if use_lora else {}
+    policy = DenoisingPolicy(emoji, eta=0.5, guidance_scale=3.0, **lora, seed=0)
     perturb(policy)
     policy.save(tmp_path / "p")
     for model in (emoji, None):
@@ -207,6 +208,12 @@ def test_saved_policy_comes_back_the_same(emoji, make_env, tmp_path, use_lora):
             assert torch.equal(again.distribution(observation).mean, policy.distribution(observation).mean)
     with pytest.raises(FileNotFoundError, match="is not a saved policy"):
         DenoisingPolicy.load(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [{"lora_rank": 8}, {"lora_alpha": 4.0}, {"lora_targets": ["to_q"]}])
+def test_settings_of_lora_need_lora(emoji, arguments):
+    with pytest.raises(ValueError, match="need use_lora=True"):
+        DenoisingPolicy(emoji, **arguments)
 
 
 def test_weights_of_another_shape_are_refused(emoji, tmp_path):
@@ -220,7 +227,7 @@ def test_weights_of_another_shape_are_refused(emoji, tmp_path):
 
 @pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
 def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(emoji, make_env, tmp_path, use_lora):
-    policy = DenoisingPolicy(emoji, eta=0.0, use_lora=use_lora, lora_rank=4, lora_alpha=8.0, seed=0)
+    policy = DenoisingPolicy(emoji, eta=0.0, use_lora=use_lora, lora_alpha=8.0 if use_lora else None, seed=0)
     perturb(policy, 0.03 if use_lora else 1e-3)
     policy.save(tmp_path)
     if use_lora:

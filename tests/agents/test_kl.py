@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 
 import gymnasium as gym
 import numpy as np
@@ -94,6 +95,8 @@ def test_adaptive_coefficient_is_zieglers():
         ({"target_kl": 1.0, "kl_coefficient": 0.0}, "has to start above 0; got 1.0 and 0.0"),
         ({"stop_kl": 0.0}, "stop_kl must be None or positive, got 0.0"),
         ({"sde_window": 0}, "at least 1 step and fit into sde_window_range, within the 4 steps"),
+        ({"sde_window_range": (0, 2)}, r"sde_window_range needs sde_window, .* got \(0, 2\) and None"),
+        ({"kl_coefficient": 0.0, "reference": ContextFreeSchedule([0.5])}, "needs a kl_coefficient above 0, got 0.0"),
         ({"sde_window": 2, "sde_window_range": (3, 4)}, r"got 2 and \(3, 4\)"),
         ({"sde_window": 2, "sde_window_range": (2, 5)}, r"got 2 and \(2, 5\)"),
     ],
@@ -101,6 +104,12 @@ def test_adaptive_coefficient_is_zieglers():
 def test_wrong_arguments_are_named(mixture, arguments, message):
     with pytest.raises(ValueError, match=message):
         learner_on(mixture, **arguments)
+
+
+@pytest.mark.parametrize(("size", "within"), [(2.5, None), (2, 3), (2, (0, 2.5)), (1, (0, 1, 2)), ("2", None)])
+def test_a_window_is_counted_in_steps(mixture, size, within):
+    with pytest.raises(TypeError, match=re.escape(f"got {size} and {within}")):
+        learner_on(mixture, sde_window=size, sde_window_range=within)
 
 
 def test_a_reference_is_another_policy(mixture):

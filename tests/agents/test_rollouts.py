@@ -189,6 +189,12 @@ def test_a_training_from_the_host_is_the_same(emoji, make_env):
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
+def test_a_device_that_is_not_there_is_named(emoji, make_env):
+    storage = Storage(torch.device("cuda:99"))
+    with pytest.raises(ValueError, match=r"device 'cuda:99' cannot be used here \(.*\): \"cpu\" always can"):
+        collect(make_env(), DenoisingPolicy(emoji, use_lora=True), storage=storage)
+
+
 def test_rounding_what_is_rounded_already_is_refused(emoji, make_env):
     env = make_env(dtype="bfloat16", model="emoji")
     sizes = {"samples_per_epoch": 4, "batch_size": 4}

@@ -1,5 +1,7 @@
 import json
+import re
 from collections import Counter
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -193,9 +195,48 @@ def test_it_learns_from_a_folder_of_images(tiny, tmp_path, monkeypatch):
     assert len({float(noise.sum()) for noise in noised}) == 4
     with pytest.raises(FileNotFoundError, match=r"has no metadata\.jsonl"):
         Replay.from_folder(tmp_path / "elsewhere", tiny)
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "prompt": "a cat"}))
-    with pytest.raises(ValueError, match=r"line 1: no \['reward'\]"):
-        Replay.from_folder(tmp_path, tiny)
+    with pytest.raises(TypeError, match=r"model must be a DiffusionModel, .* got 'emoji'"):
+        Replay.from_folder(tmp_path, "emoji")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        '{"file_name": "0.png", "prompt": "a cat"}',
+        '{"file_name": "0.png", "prompt": "a cat", "reward": "x"}',
+        '{"file_name": "0.png", "prompt": "a cat", "reward": null}',
+        '{"file_name": "0.png", "prompt": "a cat", "reward": NaN}',
+        '{"file_name": "0.png", "prompt": "a cat", "reward": -Infinity}',
+        '{"file_name": "0.png", "prompt": 3, "reward": 1.0}',
+        '{"file_name": "0.png"',
+        '["0.png", "a cat", 1.0]',
+    ],
+)
+def test_a_wrong_line_of_a_folder_is_named(line, tmp_path, wrong):
+    right = '{"file_name": "0.png", "prompt": "a cat", "reward": 1}'
+    (tmp_path / "metadata.jsonl").write_text(f"{right}\n\n{wrong}\n")
+    with pytest.raises(ValueError, match=rf"metadata\.jsonl, line 3: expected .*, got {re.escape(wrong)}"):
+        Replay.from_folder(tmp_path, line)
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is empty"):
+        Replay.from_folder(tmp_path, line)
+
+
+@pytest.mark.parametrize("best_share", [None, 0.5])
+def test_what_cannot_be_learnt_from_is_refused(line, tiny, best_share):
+    learner = RWR(DenoisingPolicy(line, seed=0), make_env(line), best_share=best_share, seed=0)
+    replay = Replay.from_rollout(collect(learner.env, learner.policy, seeds=[0]))
+    before = [parameter.clone() for parameter in learner.policy.parameters()]
+    with pytest.raises(TypeError, match=r"fit needs a Replay, .* got 'images'"):
+        learner.fit("images")
+    for value in (float("nan"), float("inf")):
+        rewards = replay.rewards.clone()
+        rewards[3] = value
+        with pytest.raises(ValueError, match=f"rewards must be finite, got {value} in row 3"):
+            learner.fit(replace(replay, rewards=rewards))
+    with pytest.raises(ValueError, match=r"of shape \(1, 1, 1\); got \(4, 8, 8\)"):
+        learner.fit(replace(replay, latents=torch.zeros(8, *tiny.latent_shape)))
+    assert all(torch.equal(*pair) for pair in zip(before, learner.policy.parameters(), strict=True))
 
 
 # ---------------------------------------------------------------------- files and errors

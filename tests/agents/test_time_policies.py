@@ -8,7 +8,7 @@ from gymnasium.spaces import Box, Dict
 from scipy import stats
 
 import diffusion_gym  # noqa: F401
-from agents import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, TimePredictor, collect
+from agents import RLOO, ContextFreeSchedule, DenoisingPolicy, FixedSchedule, TimePredictor, collect
 from agents.policies import BetaDistribution, load_policy
 from diffusion_gym.grids import MAX_RATIO, MIN_RATIO, karras_grid, step_ratios, uniform_grid
 from diffusion_gym.models import load_model
@@ -150,6 +150,11 @@ def test_predictor_wants_features(tiny):
         TimePredictor(env.single_observation_space)
 
 
+def test_predictor_wants_the_space_of_one_lane(env):
+    with pytest.raises(TypeError, match="that of one lane"):
+        TimePredictor(env.observation_space)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"initial_ratio": 1.0}, {"initial_ratio": {}}, {"initial_ratio": {9.0: 0.0}}, {"initial_concentration": 2.0}],
@@ -196,6 +201,48 @@ def test_a_fixed_schedule_cannot_be_scored_or_too_long(env):
     for wrong in ([], [0.5, 1.0], [[0.5]]):
         with pytest.raises(ValueError, match="initial_ratios must be a vector"):
             ContextFreeSchedule(wrong)
+
+
+# ---------------------------------------------------------------------- policies of other environments
+def make_mixture_env(name):
+    return gym.make_vec(f"{name}-v0", num_envs=2, model="mixture", reward="brightness", autoreset_mode="DISABLED")
+
+
+OTHERS = {
+    "denoiser": lambda tiny: DenoisingPolicy(load_model("mixture")),
+    "another model's denoiser": lambda tiny: DenoisingPolicy(tiny),
+    "predictor": lambda tiny: TimePredictor(make_mixture_env("TimePredictionMDP").single_observation_space),
+    "another model's predictor": lambda tiny: TimePredictor(
+        gym.make_vec("TimePredictionMDP-v0", num_envs=2, model=tiny).single_observation_space
+    ),
+    "schedule": lambda tiny: ContextFreeSchedule([0.5] * 28),
+    "schedule of other episodes": lambda tiny: ContextFreeSchedule([0.5] * 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "policy", "message"),
+    [
+        ("TimePredictionMDP", "denoiser", r"DenoisingPolicy .* needs next_timestep of shape \(1,\), and there is none"),
+        ("DenoisingMDP", "another model's denoiser", r"needs latents of shape \(4, 8, 8\), and there is \(2, 1, 1\)"),
+        ("DenoisingMDP", "predictor", r"TimePredictor does not fit the environment: it needs features"),
+        ("TimePredictionMDP", "another model's predictor", r"needs features of shape \(\d+, None, None\)"),
+        ("DenoisingMDP", "schedule", r"needs step of shape \(1,\), and there is none"),
+        ("TimePredictionMDP", "schedule of other episodes", "at most 3 steps, the env's have 28"),
+    ],
+)
+@pytest.mark.parametrize("use", [collect, RLOO])
+def test_policies_of_other_environments_are_refused(tiny, environment, policy, message, use):
+    env, policy = make_mixture_env(environment), OTHERS[policy](tiny)
+    with pytest.raises(ValueError, match=message):
+        use(*((env, policy) if use is collect else (policy, env)))
+
+
+def test_references_of_other_environments_are_refused():
+    env = make_mixture_env("DenoisingMDP")
+    policy = DenoisingPolicy(env.unwrapped.model)
+    with pytest.raises(ValueError, match="ContextFreeSchedule does not fit the environment"):
+        RLOO(policy, env, group_size=2, kl_coefficient=0.1, reference=ContextFreeSchedule([0.5] * 28))
 
 
 # ---------------------------------------------------------------------- files and rollouts
