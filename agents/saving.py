@@ -152,7 +152,7 @@ class SavedRun:
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             **given,
-            **_as_now(state["hyperparameters"]),
+            **state["hyperparameters"],
         )  # type: ignore[call-arg]
         run._restore(folder, state)
         return run
@@ -177,14 +177,6 @@ def require_torch_env(env: object) -> None:
     """Raise TypeError for what is no torch vector environment."""
     if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
         raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
-
-
-def _as_now(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters of a run, maybe an earlier version's, as they mean the same in this one."""
-    now = {**saved, "max_grad_norm": saved["max_grad_norm"] or None}  # 0 used to be no bound
-    if now.get("sde_window") is None:
-        now.pop("sde_window_range", None)  # it was kept although it meant nothing
-    return now
 
 
 def _plain(value: Any) -> Any:
