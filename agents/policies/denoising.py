@@ -322,6 +322,8 @@ class DenoisingPolicy(Policy):
         """Return the policy that `save` wrote, on `model` or on the one that it was made from."""
         config = read_config(Path(folder), cls)
         source = config.pop("model")
+        if not config["use_lora"]:  # they are saved as LoRA would have had them
+            config = {key: value for key, value in config.items() if not key.startswith("lora_")}
         policy = cls(model or load_model(source.pop("source"), device=device, **source), **config)
         policy.load_weights(Path(folder))
         return policy
