@@ -1,6 +1,5 @@
 """Nothing that happens to a training, to its process or to its files is lost or goes unsaid."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -30,7 +29,7 @@ from agents import (
     FixedSchedule,
     TimePredictor,
 )
-from agents.manifest import MANIFEST_FILE, find_damage, write_manifest
+from agents.manifest import MANIFEST_FILE, find_damage
 from diffusion_gym.models import load_model
 from tests.tiny import make_tiny_stable_diffusion
 
@@ -424,24 +423,3 @@ def test_policies_of_another_class_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds a FixedSchedule, not a DenoisingPolicy"):
         policy.load_weights(tmp_path / "schedule")
     assert isinstance(Mine.load(tmp_path / "policy", policy.model), Mine)
-
-
-# ---------------------------------------------------------------------- runs of earlier versions
-
-
-@pytest.mark.parametrize(
-    ("file", "settings"),
-    [
-        ("training_state.json", {"max_grad_norm": 0}),
-        ("training_state.json", {"sde_window_range": [0, 2]}),
-        ("policy.json", {"lora_rank": 8, "lora_alpha": 16}),
-    ],
-)
-def test_settings_that_are_refused_by_now_do_not_keep_a_run_from_loading(tmp_path, file, settings):
-    make(learning_rate=1e-3).save(tmp_path / "run")
-    saved = json.loads((tmp_path / "run" / file).read_text())
-    saved.get("hyperparameters", saved).update(settings)
-    (tmp_path / "run" / file).write_text(json.dumps(saved))
-    (tmp_path / "run" / MANIFEST_FILE).unlink()
-    write_manifest(tmp_path / "run")
-    DDPOIS.load(tmp_path / "run", make_env()).learn(PER_ITERATION, log_interval=0)
