@@ -172,7 +172,7 @@ def test_compare_algorithms(tmp_path):
     assert len((output / "table.md").read_text().splitlines()) == 10
     for name in ("curves.png", "images.png"):
         with Image.open(output / name) as picture:
-            assert picture.size[0] > 600
+            assert picture.size[0] > 400
 
 
 def test_rloo_tpm(tmp_path):
