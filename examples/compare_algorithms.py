@@ -3,7 +3,7 @@
     python examples/compare_algorithms.py --quick
 
 10 minutes on 2 cores, of which it needs one: two algorithms, one seed. Without `--quick` it is all algorithms, three
-seeds and 2,240 images each: 20 minutes a run, many hours. Every run leaves its curve in a CSV file and its state in a
+seeds and 2,240 images each: 10 to 20 minutes a run, hours. Every run leaves its curve in a CSV file and its state in a
 checkpoint, so that the command can be stopped and given again, and so that several processes, each with some of the
 `--algorithms` or `--seeds`, may share one folder. `runs/compare_algorithms` gets for each run `<algorithm>_<seed>.csv`
 and some images of each evaluation, and of all `table.md`, `curves.png` and `images.png`. Beside the reward that is
