@@ -1,6 +1,5 @@
 """Finished images with their rewards: what algorithms learn from that need no trajectories."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_gym.lines import read_json_lines
 from diffusion_gym.models.base import DiffusionModel
 
 from .rollouts import Rollout
@@ -111,14 +111,8 @@ class Replay:
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     """Return what a metadata file says of each image, checked."""
     lines = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            entry = None
-        if not isinstance(entry, dict) or not (
+    for number, line, entry in read_json_lines(file):
+        if not (
             all(isinstance(entry.get(key), str) for key in ("file_name", "prompt"))
             and isinstance(entry.get("reward"), int | float)
             and math.isfinite(entry["reward"])

@@ -10,6 +10,7 @@ FILES = sorted(path for package in ("diffusion_gym", "agents") for path in (ROOT
 
 BELOW = {
     "naming": set(),
+    "lines": set(),
     "loading": set(),
     "schedules": set(),
     "grids": {"schedules"},
@@ -18,12 +19,12 @@ BELOW = {
     "models": {"naming", "loading", "schedules", "predictions", "transitions"},
     "sampling": {"transitions", "models"},
     "rewards": {"naming", "loading"},
-    "prompts": {"naming"},
+    "prompts": {"naming", "lines"},
     "envs": {"naming", "transitions", "schedules", "grids", "models", "sampling", "rewards", "prompts"},
     "testing": set(),
     "__init__": set(),
 }
-OF_DIFFUSION_GYM = {"schedules", "grids", "predictions", "transitions", "models"}
+OF_DIFFUSION_GYM = {"lines", "schedules", "grids", "predictions", "transitions", "models"}
 HEAVY = {
     "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py", "agents/averaging.py"},
     "transformers": {

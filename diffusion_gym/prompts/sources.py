@@ -1,13 +1,13 @@
 """The ways to make a prompt set: by name, from a file, from a Hugging Face dataset, from a list."""
 
 import csv
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..lines import read_json_lines, read_lines
 from ..naming import unknown_name
 from .base import Metadata, PromptSet
 from .sets import NAMED
@@ -61,22 +61,11 @@ def _from_table(path: Path) -> PromptSet:
         return _from_rows(rows, _prompt_column(rows.fieldnames or ()), path)
 
 
-def _lines(path: Path) -> list[str]:
-    """Return a file's lines; a text may hold other separators, such as U+2028."""
-    return path.read_text(encoding="utf-8-sig").split("\n")
-
-
 def _from_json_lines(path: Path) -> PromptSet:
     """Read a JSON object a line, with the key "prompt" and metadata beside it."""
     texts, metadata = [], []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+    for number, line, entry in read_json_lines(path):
+        if not isinstance(entry.get("prompt"), str):
             raise ValueError(f'line {number}: expected a JSON object with a string "prompt", got {line[:80]}')
         texts.append(entry.pop("prompt"))
         metadata.append(entry)
@@ -85,7 +74,7 @@ def _from_json_lines(path: Path) -> PromptSet:
 
 def _from_text(path: Path) -> PromptSet:
     """Read a prompt a line."""
-    return PromptSet(tuple(line.strip() for line in _lines(path) if line.strip()))
+    return PromptSet(tuple(line.strip() for line in read_lines(path) if line.strip()))
 
 
 _READERS = {".txt": _from_text, ".jsonl": _from_json_lines, ".csv": _from_table, ".tsv": _from_table}
