@@ -28,8 +28,8 @@ from .guard import GradientGuard
 from .options import Options, Settings, require_known
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
-from .rollouts import Rollout, check_fit, collect
-from .saving import SavedRun, require_torch_env
+from .rollouts import Rollout, check_fit, collect, require_torch_env
+from .saving import SavedRun
 from .seeding import derived_generator, derived_seed
 from .starts import Starts
 

@@ -11,7 +11,6 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from torch import Tensor
 
-from diffusion_gym.models.base import to_device
 from diffusion_gym.transitions import Reduction
 
 from .policies.base import Generators, Observation, Policy
@@ -180,8 +179,6 @@ def collect(
         raise ValueError(f"{env} is not a torch vector environment of diffusion_gym, such as DenoisingMDP-v0")
     storage = storage or Storage()
     storage.check(env)
-    if storage.device is not None:
-        to_device(str(storage.device))
     check_fit(env, policy)
     _check_async(env, async_rewards)
     each = [options] * len(seeds) if options is None or isinstance(options, Mapping) else options
@@ -198,6 +195,12 @@ def collect(
         for batch in batches:
             batch.wait()
     return _assemble(batches, max_images, storage)
+
+
+def require_torch_env(env: object) -> None:
+    """Raise TypeError for what is no torch vector environment."""
+    if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
+        raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
 
 
 def check_fit(env: VectorEnv, policy: Policy) -> None:

@@ -16,6 +16,7 @@ from .manifest import whole_checkpoint, write_manifest
 from .options import Schedule
 from .policies import Policy, load_policy
 from .reports import environment_settings
+from .rollouts import require_torch_env
 
 Run = TypeVar("Run", bound="SavedRun")
 
@@ -171,12 +172,6 @@ class SavedRun:
         self.callback_states = state.get("callbacks", {})
         self._load_extra_state(state["extra"])
         self._load_files(folder)
-
-
-def require_torch_env(env: object) -> None:
-    """Raise TypeError for what is no torch vector environment."""
-    if not isinstance(env, VectorEnv) or not env.metadata.get("torch"):
-        raise TypeError(f"env must be a torch vector environment: gym.make_vec(id, num_envs=…); got {env}")
 
 
 def _plain(value: Any) -> Any:

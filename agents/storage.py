@@ -6,6 +6,8 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from diffusion_gym.models.base import to_device
+
 from .policies.base import Observation
 
 LARGE = ("latents", "features", "time_embedding")
@@ -26,7 +28,9 @@ class Storage:
     dtype: torch.dtype | None = None
 
     def check(self, env: VectorEnv) -> None:
-        """Raise ValueError if the environment's own precision is not float32, and so rounded already."""
+        """Raise ValueError if the device is not there, or the environment's precision not float32: rounded already."""
+        if self.device is not None:
+            to_device(str(self.device))
         own = env.unwrapped.dtype  # type: ignore[attr-defined]
         if self.dtype is not None and own != torch.float32:
             raise ValueError(f"the rollout cannot be stored in {self.dtype}: the environment's latents are {own}")

@@ -104,9 +104,8 @@ def _prompt_sets(
             f"and --max-prompts {args.max_prompts}"
         )
     sets = [(Path(source).stem if isinstance(source, str) else "training prompts", _some(trained_on, args.max_prompts))]
-    usual = _UNSEEN if isinstance(model.default_prompts, str) else ()  # others know no prompts but their own
-    if model.source == "emoji":
-        usual = _UNSEEN_EMOJI
+    knows_others = isinstance(model.default_prompts, str)  # a mixture knows no prompts but its own
+    usual = _UNSEEN_EMOJI if model.source == "emoji" else _UNSEEN if knows_others else ()
     for other in usual if args.unseen is None else args.unseen:
         prompts = make_prompts(other)
         rows = [row for row, text in enumerate(prompts) if text not in trained_on.texts]
@@ -204,9 +203,10 @@ class Setup:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a run, write its page and its numbers, and print what they say."""
-    args = parser().parse_args(arguments)
+    command = parser()
+    args = command.parse_args(arguments)
     if min(args.samples_per_prompt, args.num_envs) < 1:
-        parser().error(
+        command.error(
             f"--samples-per-prompt and --num-envs must be at least 1, got {args.samples_per_prompt} and {args.num_envs}"
         )
     started = time.monotonic()

@@ -40,7 +40,6 @@ class StepCost:
             raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
         if self.weight < 0:
             raise ValueError(f"step_cost_weight must be at least 0, got {self.weight}")
-
         if self.weight and self.name != "linear":
             raise ValueError(f'step_cost_weight={self.weight} needs step_cost="linear", got {self.name!r}')
         if self.gamma != StepCost.gamma and self.name != "discount":
