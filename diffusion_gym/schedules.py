@@ -33,11 +33,13 @@ class NoiseSchedule(ABC):
         clean: The time of the clean end, where α = 1 and σ = 0. A step to it returns x̂_0 and needs no network call.
         max_time: The largest time of the process (its noisy end).
         min_noise_ratio: The noise ratio below which nothing is left to denoise, unless told otherwise.
+        initial_std: The standard deviation of x_T.
     """
 
     clean: float
     max_time: float
     min_noise_ratio: float = 0.1
+    initial_std: float = 1.0
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -244,6 +246,11 @@ class KarrasSchedule(NoiseSchedule):
     @property
     def max_time(self) -> float:  # type: ignore[override]
         """The largest noise level, σ_max."""
+        return self.sigma_max
+
+    @property
+    def initial_std(self) -> float:  # type: ignore[override]
+        """σ_max: x_T = x_0 + σ_max·ε, where x_0 does not show."""
         return self.sigma_max
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102

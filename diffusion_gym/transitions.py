@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .predictions import broadcast_to
 from .schedules import NoiseSchedule
+from .transfer import to_device
 
 Reduction = Literal["sum", "mean"]
 
@@ -43,11 +44,12 @@ def draw_noise(like: Tensor, generators: torch.Generator | Sequence[torch.Genera
     """
     if generators is None or isinstance(generators, torch.Generator):
         device = like.device if generators is None else generators.device
-        return torch.randn(like.shape, generator=generators, device=device, dtype=like.dtype).to(like.device)
+        noise = torch.randn(like.shape, generator=generators, device=device, dtype=like.dtype)
+        return to_device(noise, like.device)
     if len(generators) != len(like):
         raise ValueError(f"generators must be one per sample: got {len(generators)} for a batch of {len(like)}")
-    noise = [torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generators]
-    return torch.stack(noise).to(like.device)
+    rows = [torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generators]
+    return to_device(torch.stack(rows), like.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +103,19 @@ class GaussianTransition:
     def kl(self, other: "GaussianTransition", reduction: Reduction = "sum") -> Tensor:
         """Return KL(self ‖ other), [B]: Σ_d log(std₂/std₁) + (std₁² + (mean₁ − mean₂)²)/(2·std₂²) − ½.
 
+        Note:
+            A sample whose std is 0 on both sides (the step to the clean end) has the divergence 0, as its log-density
+            is 0 in `log_prob`, and no gradient.
+
         Raises:
             ValueError: either transition is deterministic.
         """
         if self.deterministic or other.deterministic:
             raise ValueError("the KL divergence of a deterministic transition (eta = 0) is not defined: use eta > 0")
-        std, other_std = broadcast_to(self.std, self.mean), broadcast_to(other.std, self.mean)
+        stochastic = broadcast_to((self.std > 0) | (other.std > 0), self.mean)
+        std, other_std = (torch.where(stochastic, broadcast_to(one.std, self.mean), 1.0) for one in (self, other))
         divergence = torch.log(other_std / std) + (std**2 + (self.mean - other.mean) ** 2) / (2 * other_std**2) - 0.5
-        return reduce_dimensions(divergence, reduction)
+        return reduce_dimensions(torch.where(stochastic, divergence, 0.0), reduction)
 
 
 def ddim_scales(

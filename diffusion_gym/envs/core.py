@@ -4,6 +4,8 @@ It works on torch tensors on one device; `single.py` shows one lane of it as a n
 """
 
 import contextlib
+import os
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,22 +16,26 @@ from typing import Any, get_args
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ClosedEnvironmentError, InvalidAction, ResetNeeded
 from gymnasium.spaces import Box, Dict, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from ..naming import unknown_name
+from ..checks import checked_integer
+from ..naming import unexpected_argument
 from ..prompts import make_prompts
 from ..rewards import RewardOutput, make_reward, to_uint8
 from ..rewards.base import checked_output
+from ..transfer import to_device
 from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
 from .options import (
     InvalidReward,
     ModelSource,
     PromptSource,
     RewardSource,
+    as_json_can_hold,
     keywords_of,
     resolve_model,
     to_autoreset_mode,
@@ -42,6 +48,12 @@ _OVERFLOW = (
     ". Weights may have diverged; in float16, numbers beyond 65504 overflow: bfloat16 and float32 do not "
     '(dtype="float32", mixed_precision="bf16"). on_invalid_reward="nan" goes on without these lanes\' rewards'
 )
+
+
+if sys.platform != "win32":
+    # OpenMP's threads are not there in a forked child (AsyncVectorEnv's workers), where torch would wait for them
+    # for ever. With one thread it asks for none; torch's own DataLoader does the same in its workers.
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
@@ -64,6 +76,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
     single_action_space: Box
+    _spec: EnvSpec | None = None
+    closed = True  # until it is made: there is nothing to close before
 
     def __init__(
         self,
@@ -83,15 +97,13 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         **unknown: object,
     ) -> None:
         for name in unknown:
-            raise TypeError(unknown_name(f"argument of {type(self).__name__}", name, keywords_of(type(self))))
-        if not isinstance(num_envs, int) or num_envs < 1:
-            raise ValueError(f"num_envs must be an integer of at least 1, got {num_envs!r}")
+            raise TypeError(unexpected_argument(type(self).__name__, name, keywords_of(type(self))))
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
         if on_invalid_reward not in get_args(InvalidReward):
             raise ValueError(f"on_invalid_reward must be one of {get_args(InvalidReward)}, got {on_invalid_reward!r}")
         self.on_invalid_reward = on_invalid_reward
-        self.num_envs = num_envs
+        self.num_envs = checked_integer("num_envs", num_envs, at_least=1)
         self.reward = make_reward(reward)
         self.model = resolve_model(model, device=device, dtype=dtype, image_size=image_size)
         self.prompts = make_prompts(self.model.default_prompts if prompts is None else prompts)
@@ -100,17 +112,26 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self.render_mode = render_mode
         self.autoreset_mode = to_autoreset_mode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
-        one_lane = self.model.encode_prompts(self.prompts.texts[:1], negative_prompt)
-        num_bytes = sum(value[0].numel() * 4 for value in one_lane.values())
-        self.observe_embeds = num_bytes < _OBSERVED_BYTES_LIMIT if observe_embeds is None else observe_embeds
-        self._embed_shapes = {key: value.shape[1:] for key, value in one_lane.items()} if self.observe_embeds else {}
+        self._embed_shapes = {} if observe_embeds is False else self._shapes_of_embeds()
+        num_bytes = 4 * sum(shape.numel() for shape in self._embed_shapes.values())
+        self.observe_embeds = num_bytes < _OBSERVED_BYTES_LIMIT if observe_embeds is None else bool(observe_embeds)
         self.single_observation_space = Dict(self._observation_spaces())
         self._lanes = Lanes(
-            self.model, self.prompts, num_envs=num_envs, negative_prompt=negative_prompt, dtype=self.dtype
+            self.model, self.prompts, num_envs=self.num_envs, negative_prompt=negative_prompt, dtype=self.dtype
         )
         self._started = self._interrupted = False
         self._rewarder: ThreadPoolExecutor | None = None
         self.reward_seconds = 0.0
+        self.closed = False
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How `gym.make_vec` made it; None if it did not."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = as_json_can_hold(spec)
 
     # ------------------------------------------------------------------ what an environment has to provide
     @abstractmethod
@@ -150,13 +171,19 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         return values
 
     # ------------------------------------------------------------------ spaces
+    @torch.inference_mode(False)
+    def _shapes_of_embeds(self) -> dict[str, torch.Size]:
+        one_lane = self.model.encode_prompts(self.prompts.texts[:1], self.negative_prompt)
+        return {key: value.shape[1:] for key, value in one_lane.items()}
+
     def _observation_spaces(self) -> dict[str, Space]:
         spaces: dict[str, Space] = {
             "latents": Box(-np.inf, np.inf, self.model.latent_shape, np.float32),
             **self._time_spaces(),
             "prompt_id": Box(-1, len(self.prompts) - 1, (1,), np.int64),
         }
-        return spaces | {key: Box(-np.inf, np.inf, tuple(s), np.float32) for key, s in self._embed_shapes.items()}
+        embeds = self._embed_shapes if self.observe_embeds else {}
+        return spaces | {key: Box(-np.inf, np.inf, tuple(s), np.float32) for key, s in embeds.items()}
 
     @cached_property
     def observation_space(self) -> Space:  # type: ignore[override]
@@ -169,6 +196,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         return batch_space(self.single_action_space, self.num_envs)
 
     # ------------------------------------------------------------------ the Gymnasium interface
+    @torch.inference_mode(False)  # what is returned may be trained on, wherever it was made
     @torch.no_grad()
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
@@ -176,16 +204,19 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """Start new episodes and return their first observations.
 
         Args:
-            seed: Lane i is seeded with seed + i, or with the i-th of a sequence; None goes on with the streams.
+            seed: Lane i is seeded with seed + i, or with the i-th of a sequence, modulo 2⁶⁴; None goes on with the
+                streams.
             options: `prompt` (a text, or one per lane), `prompt_id` (an index, or one per lane), `latents` (x_T,
                 [C, H, W] or [num_envs, C, H, W]), `reset_mask` ([num_envs] bool: only these lanes are reset).
 
         Raises:
             ClosedEnvironmentError: the environment was closed.
+            ResetNeeded: `reset_mask` leaves out lanes that have never been reset, or that an error has interrupted.
             ValueError, TypeError: the seed or an option has the wrong key, type or shape; the message says which.
         """
         self._require_open()
-        super().reset(seed=seed if isinstance(seed, int) else None)
+        seeds = lane_seeds(seed, self.num_envs)
+        super().reset(seed=int(seed) if isinstance(seed, int | np.integer) else None)
         parsed = ResetOptions.parse(options, num_envs=self.num_envs, prompts=self.prompts, model=self.model)
         mask = lanes_to_reset(options, num_envs=self.num_envs)
         if not self.observe_embeds and parsed.prompt_id is not None and (parsed.prompt_id < 0).any():
@@ -193,14 +224,18 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
                 "a prompt outside the prompt set can only be given where its embedding is observed: "
                 "make the environment with observe_embeds=True, or with the prompt in prompts="
             )
-        if not self._started and not mask.all():
-            raise ResetNeeded("the first reset must be of all lanes: call reset() without reset_mask")
-        self._start(mask, seeds=lane_seeds(seed, self.num_envs), options=parsed)
+        if not mask.all() and not (self._started and not self._interrupted):
+            what = "reset after an error" if self._started else "first reset"
+            raise ResetNeeded(f"the {what} must be of all lanes: call reset() without reset_mask")
+        self._interrupted = True
         self._lanes.final_images = None
-        self._started, self._interrupted = True, False
+        self._start(mask, seeds=seeds, options=parsed)
         self._prepare()
-        return self._observe(), self._info() | {"ended": self._lanes.ended.copy()}
+        observation, info = self._observe(), self._info() | {"ended": self._lanes.ended.copy()}
+        self._started, self._interrupted = True, False
+        return observation, info
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, actions: Tensor) -> tuple[Observation, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Take one action in every lane.
@@ -242,13 +277,15 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         if self.autoreset_mode is AutoresetMode.NEXT_STEP and waiting.any():
             self._start(waiting)
         self._prepare()
-        self._interrupted = False
         observation, info = self._observe(), self._info() | scores | final
         terminated = self._lanes.ended if self.autoreset_mode is AutoresetMode.DISABLED else ended
         info["ended"] = terminated.copy()
         truncated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        self._interrupted = False
         return observation, rewards, self._to_device(terminated), truncated, info
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one frame [H, W, 3] uint8 per lane: the decoded x_t; x_0 where the last step ended an episode."""
         if self.render_mode is None:
@@ -260,7 +297,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         if self._lanes.final_images is not None:
             lanes, finals = self._lanes.final_images
             images[lanes] = finals
-        return tuple(to_uint8(images).numpy())
+        return tuple(to_uint8(images.nan_to_num()).numpy())
 
     @contextlib.contextmanager
     def deferred_rewards(self) -> Iterator[None]:
@@ -296,7 +333,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         if not self._started:
             raise ResetNeeded("call reset() before step() or render()")
         if of_all and self._interrupted:
-            raise ResetNeeded("the last step ended in an error: call reset()")
+            raise ResetNeeded("the last step or reset ended in an error: call reset() of all lanes")
         if of_all and self.autoreset_mode is AutoresetMode.DISABLED and self._lanes.ended.all():
             raise ResetNeeded("every lane has ended: call reset() (autoreset_mode is DISABLED)")
 
@@ -386,23 +423,23 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
                 f"the reward {self.reward.name!r} returned NaN or infinity for lanes {lanes[~finite].tolist()}: "
                 f"{output.values.tolist()}"
             )
-        asked, invalid = self._to_device(lanes[valid]), self._to_device(lanes[~finite])
+        asked, invalid, steps = (
+            to_device(values, images.device) for values in (lanes[valid], lanes[~finite], num_steps[valid])
+        )
         ended = np.zeros(self.num_envs, dtype=bool)
         ended[lanes] = True
         failed = np.zeros_like(ended)
         failed[lanes[~finite]] = True
         named: dict[str, Any] = {"reward_invalid": failed, "_reward_invalid": ended}
-        steps = self._to_device(num_steps[valid])
-        rewards = self._of_lanes(self._shape(output.values.float(), steps), asked).index_fill(0, invalid, torch.nan)
+        rewards = self._of_lanes(self._shape(output.values.float(), steps), asked).index_fill_(0, invalid, torch.nan)
         for key, values in {**output.extras, self.reward.name: output.values}.items():
-            reported = self._of_lanes(values.float(), asked)
-            named[f"reward/{key}"] = reported.index_fill(0, invalid, torch.nan)
+            named[f"reward/{key}"] = self._of_lanes(values.float(), asked).index_fill_(0, invalid, torch.nan)
             named[f"_reward/{key}"] = ended
         return rewards, named
 
     def _of_lanes(self, values: Tensor, index: Tensor) -> Tensor:
         """Return what some lanes have, [k, ...], as an entry per lane, [num_envs, ...]: 0 for the others."""
-        return values.new_zeros((self.num_envs, *values.shape[1:])).index_copy(0, index, values)
+        return values.new_zeros((self.num_envs, *values.shape[1:])).index_copy_(0, index, values)
 
     def _read_flags(self, flags: Tensor) -> np.ndarray:
         """Read booleans from the device: waits for it."""
@@ -425,4 +462,4 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         }
 
     def _to_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.copy()).to(self.device, non_blocking=True)
+        return to_device(values, self.device)

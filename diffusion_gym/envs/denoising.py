@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..checks import checked_integer
 from .core import DiffusionVectorEnv
 from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
 from .single import DiffusionEnv
@@ -23,13 +24,18 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
     `metadata["autoreset_mode"]` and as the attribute `autoreset_mode`:
 
     - SAME_STEP (default): a step that ends an episode returns the next one's first observation; the last one is in
-      `info["final_obs"]`, its info in `info["final_info"]`.
+      `info["final_obs"]`, its info in `info["final_info"]`. Both are dicts of batches, `final_obs["latents"][lane]`,
+      of which the lanes of `info["_final_obs"]` mean something (Gymnasium's `SyncVectorEnv` has an array of dicts).
     - NEXT_STEP: it returns the last observation; the lane's next step ignores its action and resets it.
     - DISABLED: it returns the last observation and the lane rests (reward 0, `terminated` stays True) until
       `reset(options={"reset_mask": …})`.
 
     `info["ended"]`, a numpy array, says on the host which lanes ended. No step waits for the device but the last one
     of an episode, where the reward is computed.
+
+    Gymnasium's vector wrappers that compute with NumPy (`RecordEpisodeStatistics`) work behind
+    `gymnasium.wrappers.vector.ArrayConversion(env, env_xp=torch, target_xp=numpy)`. Stable-Baselines3 takes the
+    environments of `gym.make`, behind its own `DummyVecEnv`, and none of `gym.make_vec`.
 
     Args are those of `DenoisingEnv`, and:
         num_envs: The number of lanes.
@@ -49,10 +55,10 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         **options: Unpack[VectorEnvOptions],
     ) -> None:
         EzPickle.__init__(self, num_envs, num_steps=num_steps, **options)
+        self.num_steps = checked_integer("num_steps", num_steps, at_least=1)
         super().__init__(num_envs, **options)
-        self.num_steps = num_steps
         self.single_action_space = Box(-np.inf, np.inf, self.model.latent_shape, np.float32)
-        self._grid = self.model.schedule.timesteps(num_steps).float().numpy()
+        self._grid = self.model.schedule.timesteps(self.num_steps).float().numpy()
 
     def _time_spaces(self) -> dict[str, Space]:
         schedule = self.model.schedule
@@ -96,7 +102,7 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
     | `latents` | (C, H, W) | float32 | −∞ | ∞ | x_t |
     | `timestep` | (1,) | float32 | −1 or 0 | 999 or 1 | t: an index for discrete models, σ for flow models |
     | `next_timestep` | (1,) | float32 | −1 or 0 | 999 or 1 | s < t; equal to t at the end |
-    | `prompt_id` | (1,) | int64 | −1 | P − 1 | index into `env.unwrapped.prompts`; −1: a text given to `reset` |
+    | `prompt_id` | (1,) | int64 | −1 | P − 1 | index in `env.unwrapped.prompts`; −1, none: a text given to `reset` |
     | `prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the prompt's embedding (with `observe_embeds`) |
     | `negative_prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the negative prompt's (with `observe_embeds`) |
 
@@ -109,11 +115,12 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
     is NaN and its `info["reward_invalid"]` True, other lanes keep theirs, and no such image is shown to the reward.
 
     ## Starting State
-    A prompt drawn uniformly, and x_T ~ N(0, I), both from the lane's own generator. `reset(options=…)` fixes them:
-    `prompt` (any text), `prompt_id`, `latents`.
+    A prompt drawn uniformly (or by the set's weights), and x_T ~ N(0, I) (N(0, σ_max²·I) where variance explodes), both
+    from the lane's own generator. `reset(options=…)` fixes them: `prompt` (any text), `prompt_id`, `latents`.
 
     ## Episode End
-    `terminated` after `num_steps` actions. There is no truncation.
+    `terminated` after `num_steps` actions. There is no truncation: `gym.make(…, max_episode_steps=…)` below `num_steps`
+    is refused, as no such episode would reach its reward.
 
     ## Arguments
     | Argument | Default | Meaning |
@@ -137,4 +144,5 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
     def __init__(self, *, num_steps: int = 20, **options: Unpack[EnvOptions]) -> None:
         EzPickle.__init__(self, num_steps=num_steps, **options)
         refuse_vector_options(options)
-        super().__init__(DenoisingVectorEnv(1, num_steps=num_steps, autoreset_mode=AutoresetMode.DISABLED, **options))
+        lane = DenoisingVectorEnv(1, num_steps=num_steps, autoreset_mode=AutoresetMode.DISABLED, **options)
+        super().__init__(lane, max_steps=lane.num_steps)

@@ -8,26 +8,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import checked_integer
 from ..models.base import Conditioning, DiffusionModel
 from ..naming import unknown_name
 from ..prompts import PromptSet
+from ..transfer import to_device
 
 _OPTION_KEYS = ("prompt", "prompt_id", "latents", "reset_mask")
 
 
 def lane_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
-    """Return one seed per lane: seed + i, or the given ones.
+    """Return one seed per lane: seed + i, or the given ones, as torch's generators take them: modulo 2⁶⁴.
 
     Raises:
-        ValueError: there are several seeds, but not one per lane.
+        ValueError: one is no integer or is negative, or there are several seeds, but not one per lane.
     """
+    if isinstance(seed, Tensor | np.ndarray):
+        seed = seed.tolist()
     if seed is None:
         return [None] * num_envs
-    if isinstance(seed, int | np.integer):
-        return [int(seed) + lane for lane in range(num_envs)]
+    if not isinstance(seed, Sequence) or isinstance(seed, str):
+        first = checked_integer("seed", seed, at_least=0)
+        return [(first + lane) % 2**64 for lane in range(num_envs)]
     if len(seed) != num_envs:
         raise ValueError(f"seed must be an integer or one per lane ({num_envs}), got {len(seed)}")
-    return [None if one is None else int(one) for one in seed]
+    return [None if one is None else checked_integer("seed", one, at_least=0) % 2**64 for one in seed]
 
 
 def lanes_to_reset(options: Mapping[str, Any] | None, *, num_envs: int) -> np.ndarray:
@@ -92,7 +97,7 @@ class ResetOptions:
             texts = [prompts[int(index)] for index in ids]
         latents = None
         if "latents" in options:
-            latents = torch.as_tensor(options["latents"]).to(model.device)
+            latents = torch.as_tensor(options["latents"]).float().to(model.device)
             if latents.shape not in (model.latent_shape, (num_envs, *model.latent_shape)):
                 raise ValueError(
                     f"latents must have shape {list(model.latent_shape)} or {[num_envs, *model.latent_shape]}, "
@@ -142,6 +147,7 @@ class Lanes:
     ) -> None:
         self._model = model
         self._dtype = dtype
+        self._initial_std = model.schedule.initial_std
         self._prompts = prompts
         self._negative_prompt = negative_prompt
         self._generators = [torch.Generator() for _ in range(num_envs)]
@@ -174,8 +180,8 @@ class Lanes:
             known = self.prompt_id[lane] >= 0
             self.texts[lane] = self._prompts[self.prompt_id[lane]] if options.texts is None else options.texts[lane]
             self.prompt_metadata[lane] = self._prompts.metadata[self.prompt_id[lane]] if known else {}
-        index = torch.from_numpy(lanes).to(self._model.device)
-        latents = torch.stack(noise).to(self._model.device, self._dtype)
+        index = to_device(lanes, self._model.device)
+        latents = to_device(torch.stack(noise) * self._initial_std, self._model.device).to(self._dtype)
         if options.latents is not None:
             latents = options.latents[index].to(self._dtype)
         finite = torch.ones(len(lanes), dtype=torch.bool, device=self._model.device)
@@ -188,25 +194,20 @@ class Lanes:
 
     def _draw(self, generator: torch.Generator) -> tuple[int, Tensor]:
         """Return a prompt's index and x_T [C, H, W], drawn on the host."""
-        return self._prompts.draw(generator), torch.randn(self._model.latent_shape, generator=generator)
+        prompt_id = self._prompts.draw(generator)
+        return prompt_id, torch.randn(self._model.latent_shape, generator=generator, dtype=torch.float32)
 
     def watch_finite(self, actions: Tensor, active: np.ndarray) -> None:
         """Note on the device which active lanes were given an action that is not finite."""
         finite = torch.isfinite(actions).flatten(1).all(1)
-        self.finite = self.finite & (finite | ~torch.from_numpy(active).to(actions.device))
+        self.finite = self.finite & (finite | to_device(~active, actions.device))
 
     def conditioning(self) -> Conditioning:
         """Return the embeddings of the lanes' prompts, [num_envs, ...] each; gathered once per reset, to read only."""
         if not self._conditioning:
-            others = sorted({t for t, i in zip(self.texts, self.prompt_id, strict=True) if i < 0})
-            table = self._model.encode_prompts(self._prompts.texts, self._negative_prompt)
-            rows = self.prompt_id.copy()
-            if others:
-                extra = self._model.encode_prompts(others, self._negative_prompt)
-                table = {key: torch.cat([value, extra[key]]) for key, value in table.items()}
-                for lane in np.flatnonzero(rows < 0):
-                    rows[lane] = len(self._prompts) + others.index(self.texts[lane])
-            index = torch.from_numpy(rows).to(self._model.device)
+            row_of = {text: row for row, text in enumerate(sorted(set(self.texts)))}
+            table = self._model.encode_prompts(list(row_of), self._negative_prompt)
+            index = to_device(np.array([row_of[text] for text in self.texts]), self._model.device)
             self._conditioning = {key: value[index] for key, value in table.items()}
         return self._conditioning
 

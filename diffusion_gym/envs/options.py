@@ -1,11 +1,14 @@
 """What environments can be told, and what is made of it."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from inspect import getfullargspec
 from typing import Literal, TypedDict
 
+import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 
 from ..models.base import DiffusionModel, load_model, to_dtype
@@ -57,6 +60,25 @@ def keywords_of(environment: type) -> set[str]:
     """Return the names of the keywords that an environment's class takes, its bases' among them."""
     constructors = [vars(cls)["__init__"] for cls in environment.__mro__ if "__init__" in vars(cls)]
     return {name for constructor in constructors for name in getfullargspec(constructor).kwonlyargs}
+
+
+def as_json_can_hold(spec: EnvSpec | None) -> EnvSpec | None:
+    """Return a spec with the keywords that are names or numbers as such, so that `spec.to_json()` works."""
+    if spec is None:
+        return None
+    plain: dict[str, object] = {}
+    for name, value in spec.kwargs.items():
+        if isinstance(value, AutoresetMode):
+            plain[name] = value.name
+        elif isinstance(value, torch.device | torch.dtype):
+            plain[name] = str(value).removeprefix("torch.")
+        elif isinstance(value, np.generic):
+            plain[name] = value.item()
+        else:
+            plain[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    spec = copy.copy(spec)
+    spec.kwargs = plain
+    return spec
 
 
 def refuse_vector_options(options: Mapping[str, object]) -> None:

@@ -3,47 +3,62 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ..checks import checked_integer
 from ..grids import uniform_grid
-from ..models.base import Conditioning, DiffusionModel
+from ..models.base import Conditioning, DiffusionModel, checked_guidance_scale
 from ..rewards import Reward, RewardOutput
 from ..rewards.base import Metadata
 from ..rewards.names import REFERENCE_DISTANCE
 from ..sampling import sample_latents
 
+REFERENCE_STEPS = 80
 _CACHED_SAMPLES = 4096
+
+_Key = tuple[str, str, float, int, bytes]
 
 
 class ReferenceDistance(Reward):
     """−mean squared error between an image in [0, 1] and the one that `num_steps` uniform steps make of its noise.
 
     Only an environment knows the noise, so it asks `distance`; as a reward of images alone it raises. References are
-    remembered by noise and prompt: lanes and episodes that start from the same noise share one.
+    remembered by all that they depend on: lanes and episodes that start from the same noise share one.
 
     Args:
-        guidance_scale: With which references are sampled; None: the model's default.
+        guidance_scale: With which references are sampled; None: the environment's.
         num_steps: Network calls of a reference.
         root: −the root of that error instead, the distance itself. The squares of a few images that end up as another
             image outweigh those of all others; roots are easier to learn from.
 
     Raises:
-        ValueError: `num_steps` is not positive.
+        ValueError: `num_steps` is no positive integer, or `guidance_scale` no guidance scale.
     """
 
     name = REFERENCE_DISTANCE
     range = (-1.0, 0.0)
 
-    def __init__(self, *, guidance_scale: float | None = None, num_steps: int = 80, root: bool = False) -> None:
-        if num_steps < 1:
-            raise ValueError(f"reference_steps must be at least 1, got {num_steps}")
-        self.guidance_scale = guidance_scale
-        self.num_steps = num_steps
+    def __init__(
+        self, *, guidance_scale: float | None = None, num_steps: int = REFERENCE_STEPS, root: bool = False
+    ) -> None:
+        self.guidance_scale = None if guidance_scale is None else checked_guidance_scale(guidance_scale)
+        self.num_steps = checked_integer("reference_steps", num_steps, at_least=1)
         self.root = root
         self.unit = "−RMSE" if root else "−MSE"
-        self._known: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._known: WeakKeyDictionary[DiffusionModel, OrderedDict[_Key, Tensor]] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_known"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
@@ -58,23 +73,36 @@ class ReferenceDistance(Reward):
         latents: Tensor,
         conditioning: Conditioning,
         prompts: Sequence[str],
+        negative_prompt: str,
+        guidance_scale: float,
     ) -> RewardOutput:
-        """Return the rewards [B] of images that the model made from the noise `latents` [B, C, H, W]."""
+        """Return the rewards [B] of images that the model made from the noise `latents` [B, C, H, W].
+
+        The prompts, the negative prompt and the scale (unless this reward has its own) are the environment's.
+        """
+        scale = guidance_scale if self.guidance_scale is None else self.guidance_scale
+        known = self._known.setdefault(model, OrderedDict())
         keys = [
-            (prompt, hashlib.blake2b(noise.float().cpu().numpy().tobytes(), digest_size=16).digest())
+            (
+                prompt,
+                negative_prompt,
+                scale,
+                self.num_steps,
+                hashlib.blake2b(noise.float().cpu().numpy().tobytes(), digest_size=16).digest(),
+            )
             for prompt, noise in zip(prompts, latents, strict=True)
         ]
-        first = {key: row for row, key in enumerate(keys) if key not in self._known}
+        first = {key: row for row, key in enumerate(keys) if key not in known}
         if first:
             rows = torch.tensor(list(first.values()), device=latents.device)
             chosen = {name: value[rows] for name, value in conditioning.items()}
             grid = uniform_grid(model.schedule, self.num_steps)
-            samples = sample_latents(model, latents[rows], chosen, grid, guidance_scale=self.guidance_scale)
-            self._known.update(zip(first, samples, strict=True))
+            samples = sample_latents(model, latents[rows], chosen, grid, guidance_scale=scale)
+            known.update(zip(first, samples, strict=True))
         for key in keys:
-            self._known.move_to_end(key)
-        references = model.decode(torch.stack([self._known[key] for key in keys]))
-        while len(self._known) > _CACHED_SAMPLES:
-            self._known.popitem(last=False)
+            known.move_to_end(key)
+        references = model.decode(torch.stack([known[key] for key in keys]))
+        while len(known) > _CACHED_SAMPLES:
+            known.popitem(last=False)
         error = (images - references).square().flatten(1).mean(1)
         return RewardOutput(-(error.sqrt() if self.root else error))

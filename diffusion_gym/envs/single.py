@@ -7,12 +7,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import InvalidAction
 from torch import Tensor
 
 from ..models.base import DiffusionModel
 from ..prompts import PromptSet
 from .core import DiffusionVectorEnv, Observation
+from .options import as_json_can_hold
 
 
 class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
@@ -20,16 +22,34 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     Args:
         lane: A vector environment with one lane and autoreset disabled.
+        max_steps: The most actions that an episode takes.
     """
 
+    _spec: EnvSpec | None = None
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
-    def __init__(self, lane: DiffusionVectorEnv) -> None:
+    def __init__(self, lane: DiffusionVectorEnv, *, max_steps: int) -> None:
         self.lane = lane
+        self._max_steps = max_steps
         self.render_mode = lane.render_mode
         self.metadata = {key: lane.metadata[key] for key in lane.metadata if key not in ("torch", "autoreset_mode")}
         self.observation_space = copy.deepcopy(lane.single_observation_space)
         self.action_space = copy.deepcopy(lane.single_action_space)
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How `gym.make` made it; None if it did not."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        limit = None if spec is None else spec.max_episode_steps
+        if limit is not None and limit < self._max_steps:
+            raise ValueError(
+                f"max_episode_steps={limit} would cut episodes of up to {self._max_steps} steps before their only "
+                "reward: leave it out, or make the episodes shorter (num_steps=…, max_steps=…)"
+            )
+        self._spec = as_json_can_hold(spec)
 
     @property
     def model(self) -> DiffusionModel:
@@ -47,8 +67,7 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         """Start a new episode; `seed` and `options` (but `reset_mask`) as in the vector environment's lane 0."""
         super().reset(seed=seed)
         if options is not None and "latents" in options:
-            latents = torch.as_tensor(np.asarray(options["latents"])).to(self.lane.device)
-            options = {**options, "latents": latents}
+            options = {**options, "latents": np.asarray(options["latents"])}
         observation, info = self.lane.reset(seed=seed, options=options)
         return self._single(observation), self._single_info(info)
 

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from ..checks import checked_number
 from ..rewards import Reward
 
 StepCostName = Literal["none", "discount", "linear"]
@@ -36,10 +37,8 @@ class StepCost:
     def __post_init__(self) -> None:
         if self.name not in get_args(StepCostName):
             raise ValueError(f"step_cost must be one of {get_args(StepCostName)}, got {self.name!r}")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must be in (0, 1], got {self.gamma}")
-        if self.weight < 0:
-            raise ValueError(f"step_cost_weight must be at least 0, got {self.weight}")
+        checked_number("gamma", self.gamma, "(0, 1]")
+        checked_number("step_cost_weight", self.weight, "[0, inf)")
         if self.weight and self.name != "linear":
             raise ValueError(f'step_cost_weight={self.weight} needs step_cost="linear", got {self.name!r}')
         if self.gamma != StepCost.gamma and self.name != "discount":
@@ -63,4 +62,5 @@ class StepCost:
             return rewards - self.weight * nfe
         if self.name == "none" or self.gamma == 1:
             return rewards
-        return rewards * (1 - self.gamma**nfe) / (nfe * (1 - self.gamma))
+        calls = nfe.to(rewards.dtype)
+        return rewards * (1 - self.gamma**calls) / (calls * (1 - self.gamma))

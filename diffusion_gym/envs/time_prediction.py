@@ -13,13 +13,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..checks import checked_integer, checked_number
 from ..grids import MAX_RATIO, MIN_RATIO
+from ..models.base import checked_guidance_scale
 from ..rewards import RewardOutput
 from ..rewards.names import REFERENCE_DISTANCE
 from ..transitions import ddim_transition
 from .core import DiffusionVectorEnv, Observation
 from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
-from .reference import ReferenceDistance
+from .reference import REFERENCE_STEPS, ReferenceDistance
 from .single import DiffusionEnv
 from .step_cost import StepCost, StepCostName
 
@@ -68,7 +70,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         gamma: float = 0.97,
         step_cost_weight: float = 0.0,
         allow_negative: bool = False,
-        reference_steps: int = 80,
+        reference_steps: int = REFERENCE_STEPS,
         **options: Unpack[VectorEnvOptions],
     ) -> None:
         own: dict[str, Any] = {
@@ -83,34 +85,46 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
             "reference_steps": reference_steps,
         }
         EzPickle.__init__(self, num_envs, **{**own, **options})
-        if not isinstance(max_steps, int) or max_steps < 1:
-            raise ValueError(f"max_steps must be an integer of at least 1, got {max_steps!r}")
+        self.max_steps = checked_integer("max_steps", max_steps, at_least=1)
         if last_step not in get_args(LastStep):
             raise ValueError(f"last_step must be one of {get_args(LastStep)}, got {last_step!r}")
         self._step_cost = StepCost(step_cost, gamma=gamma, weight=step_cost_weight)
-        if options.get("reward") == REFERENCE_DISTANCE:
-            options["reward"] = ReferenceDistance(guidance_scale=guidance_scale, num_steps=reference_steps)
+        if allow_negative and step_cost != "discount":
+            raise ValueError(f'allow_negative=True needs step_cost="discount", got {step_cost!r}')
+        reward = options.get("reward")
+        if isinstance(reward, str) and reward == REFERENCE_DISTANCE:
+            options["reward"] = ReferenceDistance(num_steps=reference_steps)
+        elif reference_steps != REFERENCE_STEPS:
+            raise ValueError(
+                f'reference_steps={reference_steps} needs reward="{REFERENCE_DISTANCE}", by this name '
+                f"(ReferenceDistance itself takes num_steps); got the reward {reward!r}"
+            )
         super().__init__(num_envs, **options)
-        self.max_steps = max_steps
-        self.guidance_scale = self.model.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.guidance_scale = checked_guidance_scale(
+            self.model.default_guidance_scale if guidance_scale is None else guidance_scale
+        )
+        if self.negative_prompt and self.guidance_scale <= 1:
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} needs guidance, guidance_scale above 1; "
+                f"got {self.guidance_scale}"
+            )
         if not allow_negative:
             self._step_cost.require_sign(self.reward)
         schedule = self.model.schedule
         self._start_time = schedule.start_time
         self._start_ratio = float(schedule.noise_ratio(torch.tensor([self._start_time], dtype=torch.float64)))
-        self.t_min = schedule.min_noise_ratio if t_min is None else t_min
-        if not 0 < self.t_min < self._start_ratio:
-            raise ValueError(
-                f"t_min must be between 0 and the noise ratio at the start, {self._start_ratio:.4g}; got {t_min}"
-            )
+        # Its end is the noise ratio at the start.
+        self.t_min = checked_number(
+            "t_min", schedule.min_noise_ratio if t_min is None else t_min, f"(0, {self._start_ratio:.6g})"
+        )
         self.last_step = last_step
         self.single_action_space = Box(0.0, 1.0, (1,), np.float32)
         # Times and noise ratios live on the host, in float64: only the action is read from the device.
-        self._noise_ratio = np.full(num_envs, self._start_ratio)
-        self._visited = np.full((num_envs, max_steps + 1), schedule.clean)
-        self._through = np.zeros(num_envs, dtype=bool)
-        self._cut_off = np.zeros(num_envs, dtype=bool)
-        self._unseen = np.zeros(num_envs, dtype=bool)
+        self._noise_ratio = np.full(self.num_envs, self._start_ratio)
+        self._visited = np.full((self.num_envs, self.max_steps + 1), schedule.clean)
+        self._through = np.zeros(self.num_envs, dtype=bool)
+        self._cut_off = np.zeros(self.num_envs, dtype=bool)
+        self._unseen = np.zeros(self.num_envs, dtype=bool)
 
     # ------------------------------------------------------------------ spaces and observations
     def _time_spaces(self) -> dict[str, Space]:
@@ -152,11 +166,10 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
 
     def _begin(self, mask: np.ndarray) -> None:
         if mask.all():
-            shape = (self.num_envs, *self.model.latent_shape)
-            self._pred_x0 = torch.zeros(shape, device=self.device)
+            self._pred_x0 = torch.zeros_like(self._lanes.latents)
             self._pred_epsilon = torch.zeros_like(self._pred_x0)
-            self._features = torch.zeros(self.num_envs, *self.model.feature_shape, device=self.device)
-            self._time_embedding = torch.zeros(self.num_envs, self.model.time_embedding_size, device=self.device)
+            self._features = self._pred_x0.new_zeros(self.num_envs, *self.model.feature_shape)
+            self._time_embedding = self._pred_x0.new_zeros(self.num_envs, self.model.time_embedding_size)
             self._noise = self._lanes.latents
         else:
             self._noise = torch.where(self._per_lane(mask), self._lanes.latents, self._noise)
@@ -228,7 +241,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
 
     def _read_ratios(self, actions: Tensor) -> np.ndarray:
         """Read the actions from the device, [num_envs] float64: the one wait of a step."""
-        return actions[:, 0].double().cpu().numpy()
+        return actions[:, 0].cpu().double().numpy()
 
     def _per_lane(self, mask: np.ndarray) -> Tensor:
         return self._to_device(mask).reshape(-1, 1, 1, 1)
@@ -244,6 +257,8 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
             latents=self._noise[index],
             conditioning={key: value[index] for key, value in self._lanes.conditioning().items()},
             prompts=[self._lanes.texts[lane] for lane in lanes],
+            negative_prompt=self.negative_prompt,
+            guidance_scale=self.guidance_scale,
         )
 
     @contextlib.contextmanager
@@ -293,7 +308,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     | `step` | (1,) | float32 | 0 | 1 | actions taken over `max_steps` |
     | `features` | (F, h, w) | float32 | −∞ | ∞ | the denoiser's first and last hidden layer; 0 at the end |
     | `time_embedding` | (E,) | float32 | −∞ | ∞ | its time embedding; 0 at the end |
-    | `prompt_id` | (1,) | int64 | −1 | P − 1 | index into `env.unwrapped.prompts`; −1: a text given to `reset` |
+    | `prompt_id` | (1,) | int64 | −1 | P − 1 | index in `env.unwrapped.prompts`; −1, none: a text given to `reset` |
     | `prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the prompt's embedding (with `observe_embeds`) |
     | `negative_prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the negative prompt's (with `observe_embeds`) |
 
@@ -306,12 +321,13 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     NaN or infinite is treated as in `DenoisingMDP-v0`.
 
     ## Starting State
-    A prompt drawn uniformly, and x_T ~ N(0, I), both from the lane's own generator, at the noisiest time.
+    As in `DenoisingMDP-v0`, both drawn from the lane's own generator, at the noisiest time.
     `reset(options=…)` fixes them: `prompt` (any text), `prompt_id`, `latents`.
 
     ## Episode End
     `terminated` when τ falls below `t_min`, or after `max_steps` actions. Either way x_0 is the denoiser's x̂_0 of the
-    last call: clean, and for no further call (`last_step="raw"`: x at the time chosen last). There is no truncation.
+    last call: clean, and for no further call (`last_step="raw"`: x at the time chosen last). There is no truncation:
+    `gym.make(…, max_episode_steps=…)` below `max_steps` is refused.
 
     ## Arguments
     | Argument | Default | Meaning |
@@ -320,7 +336,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     | `reward` | `"incompressibility"` | as in `DenoisingMDP-v0`; or `"reference_distance"` alone (−MSE to many steps) |
     | `prompts` | the model's (`"simple_animals"`) | a name, a file, a list, or `{prompt: weight}` |
     | `max_steps` | `28` | the most actions of an episode |
-    | `guidance_scale` | the model's | classifier-free guidance of the frozen denoiser |
+    | `guidance_scale` | the model's | classifier-free guidance of the frozen denoiser, ≥ 0; none up to 1 |
     | `t_min` | 0.1; flow 0.01 | the noise ratio τ below which an episode ends |
     | `last_step` | `"clean"` | `"raw"`: end with the noise of the last time, as the published code does |
     | `step_cost` | `"none"` | `"discount"`: R·(1−γ^N)/(N(1−γ)) as TPDM; `"linear"`: R − λ·N |
@@ -343,4 +359,5 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     def __init__(self, **options: Unpack[TimePredictionOptions]) -> None:
         EzPickle.__init__(self, **options)
         refuse_vector_options(options)
-        super().__init__(TimePredictionVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **options))
+        lane = TimePredictionVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **options)
+        super().__init__(lane, max_steps=lane.max_steps)

@@ -62,6 +62,8 @@ class PromptSet:
         return iter(self.texts)
 
     def __getitem__(self, prompt_id: int) -> str:
+        if prompt_id < 0:
+            raise IndexError(f"prompt_id {prompt_id} is none of the set: environments say -1 of a text given to reset")
         return self.texts[prompt_id]
 
     def metadata_of(self, texts: Iterable[str]) -> list[Metadata]:

@@ -296,7 +296,10 @@ def test_environment_keeps_no_graph_of_the_action(emoji):
         ({"prompts": "simple_animal"}, r"unknown prompt set .* Did you mean 'simple_animals'\?"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": ["a", "a"]}, "repeated"),
-        ({"num_steps": 0}, "num_steps must be between 1 and 1000, got 0"),
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
+        ({"num_steps": 2000}, "num_steps must be between 1 and 1000, got 2000"),
+        ({"num_steps": True}, "num_steps must be an integer of at least 1, got True"),
+        ({"num_envs": 2.0}, "num_envs must be an integer of at least 1, got 2.0"),
         ({"num_envs": 0}, "num_envs must be an integer of at least 1"),
         ({"render_mode": "human"}, "render_mode must be None or one of"),
         ({"autoreset_mode": "sometimes"}, "autoreset_mode must be one of"),
@@ -312,9 +315,9 @@ def test_wrong_arguments_are_named_with_what_is_allowed(arguments, message):
 @pytest.mark.parametrize(
     ("env_id", "name", "message"),
     [
-        ("DenoisingMDP-v0", "nmu_steps", r"DenoisingVectorEnv 'nmu_steps': allowed are .*. Did you mean 'num_steps'\?"),
-        ("TimePredictionMDP-v0", "num_steps", r"TimePredictionVectorEnv 'num_steps': .* Did you mean 'max_steps'\?"),
-        ("TimePredictionMDP-v0", "promts", r"unknown argument of TimePredictionVectorEnv .* Did you mean 'prompts'\?"),
+        ("DenoisingMDP-v0", "nmu_steps", r"unexpected keyword argument 'nmu_steps': allowed are .*. Did you mean 'num_steps'\?"),
+        ("TimePredictionMDP-v0", "num_steps", r"TimePredictionVectorEnv\(\) got an unexpected keyword argument 'num_steps': .* Did you mean 'max_steps'\?"),
+        ("TimePredictionMDP-v0", "promts", r"unexpected keyword argument 'promts'.* Did you mean 'prompts'\?"),
     ],
 )
 def test_unknown_arguments_are_named(make, env_id, name, message):
@@ -440,7 +443,7 @@ def test_an_error_at_the_end_of_an_episode_asks_for_a_reset(mode):
     action = env.reset()[0]["latents"]
     with pytest.raises(ConnectionError):
         env.step(action)
-    with pytest.raises(gym.error.ResetNeeded, match="the last step ended in an error"):
+    with pytest.raises(gym.error.ResetNeeded, match="the last step or reset ended in an error"):
         env.step(action)
     broken.append(False)
     env.reset()
