@@ -119,8 +119,8 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
     from the lane's own generator. `reset(options=…)` fixes them: `prompt` (any text), `prompt_id`, `latents`.
 
     ## Episode End
-    `terminated` after `num_steps` actions. There is no truncation: `gym.make(…, max_episode_steps=…)` below `num_steps`
-    is refused, as no such episode would reach its reward.
+    `terminated` after `num_steps` actions. There is no truncation: with `gym.make(…, max_episode_steps=…)` below
+    `num_steps`, which is warned about, no episode reaches its reward.
 
     ## Arguments
     | Argument | Default | Meaning |

@@ -1,6 +1,8 @@
 """One lane of a vector environment, seen as a numpy environment."""
 
 import copy
+import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import InvalidAction
+from gymnasium.wrappers import TimeLimit
 from torch import Tensor
 
 from ..models.base import DiffusionModel
@@ -31,6 +34,7 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def __init__(self, lane: DiffusionVectorEnv, *, max_steps: int) -> None:
         self.lane = lane
         self._max_steps = max_steps
+        self._limit_is_checked = False
         self.render_mode = lane.render_mode
         self.metadata = {key: lane.metadata[key] for key in lane.metadata if key not in ("torch", "autoreset_mode")}
         self.observation_space = copy.deepcopy(lane.single_observation_space)
@@ -43,12 +47,6 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
-        limit = None if spec is None else spec.max_episode_steps
-        if limit is not None and limit < self._max_steps:
-            raise ValueError(
-                f"max_episode_steps={limit} would cut episodes of up to {self._max_steps} steps before their only "
-                "reward: leave it out, or make the episodes shorter (num_steps=…, max_steps=…)"
-            )
         self._spec = as_json_can_hold(spec)
 
     @property
@@ -66,6 +64,9 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start a new episode; `seed` and `options` (but `reset_mask`) as in the vector environment's lane 0."""
         super().reset(seed=seed)
+        if not self._limit_is_checked:
+            self._limit_is_checked = True
+            self._warn_of_time_limit()
         if options is not None and "latents" in options:
             options = {**options, "latents": np.asarray(options["latents"])}
         observation, info = self.lane.reset(seed=seed, options=options)
@@ -95,6 +96,24 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
     def close(self) -> None:
         """Let go of the model's tensors; closing twice is harmless."""
         self.lane.close()
+
+    def _warn_of_time_limit(self) -> None:
+        """Warn if a `TimeLimit` around this environment would cut its episodes before their only reward.
+
+        Gymnasium tells an environment nothing of its wrappers; but a reset comes through them.
+        """
+        frame = inspect.currentframe()
+        while frame is not None:
+            wrapper = frame.f_locals.get("self")
+            if isinstance(wrapper, TimeLimit) and wrapper.unwrapped is self:
+                limit = wrapper._max_episode_steps
+                if limit < self._max_steps:
+                    warnings.warn(
+                        f"max_episode_steps={limit} cuts episodes, which take up to {self._max_steps} steps, before "
+                        "their only reward: leave it out, or make the episodes shorter (num_steps=…, max_steps=…)",
+                        stacklevel=2,
+                    )
+            frame = frame.f_back
 
     def _single(self, observation: Observation) -> dict[str, np.ndarray]:
         return {

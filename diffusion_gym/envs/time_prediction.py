@@ -327,7 +327,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     ## Episode End
     `terminated` when τ falls below `t_min`, or after `max_steps` actions. Either way x_0 is the denoiser's x̂_0 of the
     last call: clean, and for no further call (`last_step="raw"`: x at the time chosen last). There is no truncation:
-    `gym.make(…, max_episode_steps=…)` below `max_steps` is refused.
+    `gym.make(…, max_episode_steps=…)` below `max_steps` is warned about.
 
     ## Arguments
     | Argument | Default | Meaning |
