@@ -63,6 +63,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         image_size: int | None = None,
+        variant: str | None = None,
         negative_prompt: str = "",
         observe_embeds: bool | None = None,
         render_mode: str | None = None,
@@ -77,7 +78,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
         self.num_envs = num_envs
         self.reward = make_reward(reward)
-        self.model = resolve_model(model, device=device, dtype=dtype, image_size=image_size)
+        self.model = resolve_model(model, device=device, dtype=dtype, image_size=image_size, variant=variant)
         self.prompts = make_prompts(self.model.default_prompts if prompts is None else prompts)
         self.device, self.dtype = self.model.device, self._dtype()
         self.negative_prompt = negative_prompt

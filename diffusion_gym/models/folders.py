@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-_KINDS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_PICKLED = {"model": "pytorch_model"}  # transformers' names
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -48,11 +48,10 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, st
     """
     for chosen in dict.fromkeys((variant, None)):
         middle = "" if chosen is None else f".{chosen}"
-        names = [f"{stem}{middle}{kind}" for kind in _KINDS]
-        names[1::2] = [f"{stem}{kind}.index{middle}.json" for kind in (".safetensors", ".bin")]
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name, chosen
+        for kind, name in ((".safetensors", stem), (".bin", _PICKLED.get(stem, stem))):
+            for file in (folder / f"{name}{middle}{kind}", folder / f"{name}{kind}.index{middle}.json"):
+                if file.is_file():
+                    return file, chosen
     present = sorted(file.name for file in folder.glob(f"{stem}.*")) if folder.is_dir() else []
     parts = (name.removeprefix(f"{stem}.").split(".")[0] for name in present)
     variants = sorted({part.split("-")[0] for part in parts} - {"safetensors", "bin"})

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,23 @@ _FREQUENCIES = 8
 _IMAGE_CHANNELS = 3
 
 
+def _check_components(means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float]) -> None:
+    """Do nothing where these are the components of a mixture.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not len(means) == len(stds) == len(weights) > 0 or len({len(row) for row in means}) != 1:
+        raise ValueError(
+            "means must be K rows of one length, and stds and weights K each; got "
+            f"{[len(row) for row in means]}, {len(stds)} and {len(weights)}"
+        )
+    if not all(isinstance(value, Real) and math.isfinite(value) for row in (*means, stds, weights) for value in row):
+        raise ValueError(f"means, stds and weights must be finite numbers, got {means}, {stds} and {weights}")
+    if min(stds) <= 0 or min(weights) <= 0:
+        raise ValueError(f"stds and weights must be positive, got {list(stds)} and {list(weights)}")
+
+
 class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """ε̂ of a Gaussian mixture, exactly, plus a small network whose last layer starts at zero: what is trained.
 
@@ -54,8 +72,7 @@ class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float], width: int = 64
     ) -> None:
         super().__init__()
-        if not len(means) == len(stds) == len(weights):
-            raise ValueError(f"means, stds and weights must be K each, got {len(means)}, {len(stds)}, {len(weights)}")
+        _check_components(means, stds, weights)
         self.register_buffer("centres", torch.tensor(means, dtype=torch.float32), persistent=False)
         self.register_buffer("variances", torch.tensor(stds, dtype=torch.float32).square(), persistent=False)
         self.register_buffer("log_weights", torch.tensor(weights, dtype=torch.float32).log(), persistent=False)
@@ -271,8 +288,6 @@ def write_mixture(
             "means must be K rows of one length, and stds, names and weights K each; got "
             f"{[len(row) for row in means]}, {len(stds)}, {len(names)} and {len(weights)}"
         )
-    if min(stds) <= 0 or min(weights) <= 0:
-        raise ValueError(f"stds and weights must be positive, got {list(stds)} and {weights}")
     if len(set(names)) != len(names) or any(name in (ANYTHING, "") or " and " in name for name in names):
         raise ValueError(f'names must differ, not be "{ANYTHING}", and not contain " and "; got {list(names)}')
     folder = Path(folder)
@@ -280,7 +295,9 @@ def write_mixture(
         torch.manual_seed(seed)
         denoiser = MixtureDenoiser([list(map(float, row)) for row in means], list(stds), weights, width)
     denoiser.save_pretrained(folder / MixtureModel.denoiser_folder)
-    DDIMScheduler(**scheduler).save_pretrained(folder / "scheduler")
+    betas = scheduler.get("trained_betas")
+    steps = {} if betas is None else {"num_train_timesteps": len(betas)}
+    DDIMScheduler(**{**steps, **scheduler}).save_pretrained(folder / "scheduler")
     index = {"_class_name": "MixturePipeline", "names": list(names)}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder

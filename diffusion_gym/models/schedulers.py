@@ -31,13 +31,13 @@ def discrete_schedule(
     config = read_config(file)
     written = config.get("_class_name", "DDIMScheduler" if class_name is None else class_name)
     name = written if class_name is None else class_name
+    scheduler_type = scheduler_class(name, file)
     if written != name:
         warnings.warn(
             f"{file}: _class_name is {written!r}, model_index.json beside it says {name!r}, which is what diffusers' "
             "pipeline takes, and this package: make them one",
             stacklevel=2,
         )
-    scheduler_type = scheduler_class(name, file)
     check_values(config, scheduler_type, SCHEDULER, file)
     own = keys_of(scheduler_type)
     values: dict[str, Any] = {**own, **{key: value for key, value in config.items() if key in own}}
@@ -50,6 +50,9 @@ def discrete_schedule(
             steps_offset=values.get("steps_offset", 0),
             ends_clean=values.get("set_alpha_to_one", True),
         )
+        total, expected = schedule.num_train_timesteps, values["num_train_timesteps"]
+        if total != expected:
+            raise ValueError(f"trained_betas holds {total} numbers, num_train_timesteps is {expected}")
     except (ValueError, NotImplementedError, ImportError) as error:
         raise ValueError(f"{file} describes no noise process ({error})") from error
     warn_of_other_times(str(name), schedule.spacing, file)
