@@ -23,6 +23,9 @@ def jpeg_kilobytes(images: Tensor, *, quality: int = 95) -> Tensor:
     Args:
         images: [B, 3, H, W], RGB in [0, 1].
         quality: libjpeg's quality, 1 to 95.
+
+    Raises:
+        ValueError: one of the images is NaN or infinite.
     """
 
     def size(pixels: np.ndarray) -> float:
