@@ -57,7 +57,7 @@ class Reward(ABC):
             A `RewardOutput`, never a bare tensor: `RewardOutput(values)`.
         """
 
-    def prepare(self) -> None:
+    def make_ready(self) -> None:
         """Have at hand what the first call needs, and say what is missing; `make_reward` calls it. Most need nothing.
 
         Nothing large is read: weights are fetched where they are not there yet, and a server is asked whether it is.

@@ -50,7 +50,7 @@ def reward_class(name: str) -> type[Reward]:
 def make_reward(
     reward: str | Reward | RewardFunction | Mapping[str, float], *, options: Mapping[str, object] | None = None
 ) -> Reward:
-    """Return a reward, prepared: what it needs for its first call is at hand (`Reward.prepare`).
+    """Return a reward that is ready: what it needs for its first call is at hand (`Reward.make_ready`).
 
     Args:
         reward: A name ("incompressibility", "aesthetic", …: the README's table has them all); "module:function", which
@@ -66,7 +66,7 @@ def make_reward(
     """
     made = _make(reward, {} if options is None else options)
     check_reward(made)
-    made.prepare()
+    made.make_ready()
     return made
 
 
@@ -87,15 +87,30 @@ def _make(reward: str | Reward | RewardFunction | Mapping[str, float], options: 
 
 
 def _from_text(text: str, options: Mapping[str, object]) -> Reward:
+    kind = named_class(text)
+    if kind is None:
+        return _make(_imported(text), options)  # type: ignore[arg-type]
+    given = {"url": text, **options} if "://" in text else dict(options)
+    signature = inspect.signature(kind)
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise ValueError(f"{text} does not take these options: {error}; it is {text}{signature}") from None
+    return kind(**given)
+
+
+def named_class(text: str) -> type[Reward] | None:
+    """Return the class of the reward that a text means: of a name, an address, or "module:class"; None: of a function.
+
+    Raises:
+        ValueError: it means nothing.
+    """
     if "://" in text:
-        kind = importlib.import_module(".remote", __package__).RemoteReward
-        return construct(kind, text, {"url": text, **options})
+        return importlib.import_module(".remote", __package__).RemoteReward
     if ":" not in text:
-        return construct(reward_class(text), text, options)
+        return reward_class(text)
     found = _imported(text)
-    if isinstance(found, type) and issubclass(found, Reward):
-        return construct(found, text, options)
-    return _make(found, options)  # type: ignore[arg-type]
+    return found if isinstance(found, type) and issubclass(found, Reward) else None
 
 
 def _imported(text: str) -> object:
@@ -119,20 +134,6 @@ def _imported(text: str) -> object:
             raise ValueError(unknown_name(f"name in {module_name}", part, [one for one in dir(found) if one[0] != "_"]))
         found = getattr(found, part)
     return found
-
-
-def construct(kind: type[Reward], name: str, options: Mapping[str, object]) -> Reward:
-    """Return the reward of a class.
-
-    Raises:
-        ValueError: the class does not take these keywords, or refuses a value.
-    """
-    signature = inspect.signature(kind)
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        raise ValueError(f"{name} does not take these options: {error}; it is {name}{signature}") from None
-    return kind(**options)
 
 
 class WeightedSum(Reward):

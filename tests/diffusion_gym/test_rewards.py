@@ -287,18 +287,18 @@ def test_options_are_the_keywords_of_a_named_reward():
             make_reward(reward, options={"scale": 2})
 
 
-def test_making_a_reward_prepares_it_and_all_that_it_is_made_of():
-    class Prepared(Judge):
-        prepared = 0
+def test_making_a_reward_makes_it_ready_and_all_that_it_is_made_of():
+    class Counted(Judge):
+        readied = 0
 
-        def prepare(self):
-            self.prepared += 1
+        def make_ready(self):
+            self.readied += 1
 
-    made = Prepared(None)
+    made = Counted(None)
     makers = (make_reward, at_least_0, Cached, Timed, Normalised, Retry, lambda it: WeightedSum([(it, 1.0)]))
     for number, make in enumerate(makers, start=1):
         make(made)
-        assert made.prepared == number
+        assert made.readied == number
 
 
 # ---------------------------------------------------------------------- devices and dtypes that torch does not have
