@@ -75,14 +75,17 @@ def free_port():
 
 
 @contextlib.contextmanager
-def serving(reward, *, port=0, **options):
-    """Serve a reward from a thread; yield the port."""
+def serving(reward, *, port=0, send_buffer=None, **options):
+    """Serve a reward from a thread; yield the port. The system keeps about `send_buffer` bytes that nobody reads."""
     server = uvicorn.Server(configure(RewardServer(reward, **options), "127.0.0.1", port))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield server.servers[0].sockets[0].getsockname()[1]
+        listener = server.servers[0].sockets[0]
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        yield listener.getsockname()[1]
     finally:
         server.should_exit = True
         thread.join(20)

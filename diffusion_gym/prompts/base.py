@@ -5,9 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 
 import torch
+from torch import Tensor
 
 Metadata = Mapping[str, object]
 
@@ -21,18 +23,30 @@ def with_article(noun: str) -> str:
     return f"{'an' if vowel else 'a'} {noun}"
 
 
+def _check_text(text: object) -> None:
+    """Do nothing where it is one.
+
+    Raises:
+        ValueError: it is no string, or has half of a surrogate pair, which no tokenizer takes.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt must be a string, got {text!r:.80}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"a prompt must be Unicode text, got {text!r:.80}, which has half of a surrogate pair")
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """An ordered set of prompts; a prompt's index in it is its `prompt_id`.
 
     Args:
-        texts: The prompts, without repetition.
-        metadata: What a reward may want to know of each prompt (a question, an answer …), or None: nothing.
+        texts: The prompts, as they are, without repetition.
+        metadata: What a reward may want to know of each prompt (a question, an answer …); empty: nothing.
         weights: How likely each is drawn, in proportion; empty: all alike.
 
     Raises:
-        ValueError: there is no prompt, a prompt is repeated, there is not one metadata entry or weight per prompt, or
-            a weight is negative, infinite or NaN, or all are 0.
+        ValueError: there is no prompt, one is no Unicode text or is repeated, there is not one metadata entry or weight
+            per prompt, or a weight is negative, infinite or NaN, or all are 0.
     """
 
     texts: tuple[str, ...]
@@ -40,13 +54,21 @@ class PromptSet:
     weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.texts, str):
+            raise ValueError(
+                f"a prompt set is made of a sequence of prompts, got one text, {self.texts!r}: put it in a list"
+            )
+        for name, given in vars(self).copy().items():
+            object.__setattr__(self, name, tuple(given))
         if not self.texts:
             raise ValueError("a prompt set needs at least one prompt, got none")
+        for text in self.texts:
+            _check_text(text)
         repeated = sorted(text for text, count in Counter(self.texts).items() if count > 1)
         if repeated:
             raise ValueError(f"prompts must differ from each other, but these are repeated: {repeated[:5]}")
         if not self.metadata:
-            object.__setattr__(self, "metadata", tuple({} for _ in self.texts))
+            object.__setattr__(self, "metadata", ({},) * len(self.texts))
         if len(self.metadata) != len(self.texts):
             raise ValueError(f"got {len(self.metadata)} metadata entries for {len(self.texts)} prompts")
         if self.weights and len(self.weights) != len(self.texts):
@@ -75,5 +97,8 @@ class PromptSet:
         """Return a random prompt's index: each is as likely as the others, or as its weight says."""
         if not self.weights:
             return int(torch.randint(len(self), (1,), generator=generator))
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        return int(torch.multinomial(weights, 1, generator=generator))
+        return int(torch.multinomial(self._weights, 1, generator=generator))
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        return torch.tensor(self.weights, dtype=torch.float64)

@@ -13,6 +13,13 @@ from .base import Metadata, PromptSet
 from .sets import NAMED
 
 _COLUMNS = ("prompt", "prompts", "text", "caption")
+_ELSEWHERE = {
+    "negative_prompt": 'give one for all to the environment, negative_prompt="…"',
+    "weight": "give {prompt: weight} as the prompts",
+    "seed": "give seeds to reset, reset(seed=…)",
+    "guidance_scale": "give one for all to the policy, guidance_scale=…",
+}
+"""What a file may say of a prompt that is said elsewhere, and where."""
 _DATASET = "datasets:"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -36,45 +43,117 @@ def _prompt_column(columns: Iterable[str]) -> str:
     raise ValueError(f"no column is named one of {_COLUMNS}; there are {columns}")
 
 
-def _from_rows(rows: Iterable[Mapping[str, object]], column: str, source: object) -> PromptSet:
-    """Return each prompt with the rest of its first row as metadata; repetitions are left out, with a warning."""
-    first: dict[str, Metadata] = {}
-    repeated = 0
-    for number, row in enumerate(rows, start=1):
-        entry = dict(row)
-        text = entry.pop(column)
-        if None in entry:
-            raise ValueError(f"row {number}: more cells than columns; a text with a comma needs quotes")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"row {number}: expected a text in the column {column!r}, got {text!r}")
-        repeated += text.strip() in first
-        first.setdefault(text.strip(), entry)
+def _prompt_set(
+    rows: Iterable[tuple[str, object, Metadata]], source: object, weights: Iterable[float] = ()
+) -> PromptSet:
+    """Return the prompts of any source: the one treatment that they all get.
+
+    Spaces around a prompt are cut off. A repeated prompt is one prompt, with the metadata of its first row and the sum
+    of the weights, which are 1 where none are given; blank prompts and comments ("# …") are left out. Of all but the
+    spaces a warning tells.
+
+    Args:
+        rows: Where each stands, the prompt, and what else is known of it.
+        source: What the warnings name.
+        weights: One per row, or none.
+    """
+    metadata: dict[str, Metadata] = {}
+    totals: dict[str, float] = {}
+    repeated, differing, left_out = 0, 0, []
+    given = iter(weights)
+    for place, text, entry in rows:
+        weight = next(given, 1)
+        if not isinstance(text, str | None):
+            raise ValueError(f"{place}: a prompt must be a string, got {text!r:.80}")
+        text = (text or "").strip()
+        if not text or _is_comment(text):
+            left_out.append(place)
+        elif text in metadata:
+            repeated += 1
+            differing += metadata[text] != entry
+            totals[text] += weight
+        else:
+            metadata[text], totals[text] = entry, weight
+    prompts = PromptSet(
+        tuple(metadata), tuple(metadata.values()), tuple(totals.values()) if weights or repeated else ()
+    )
+    for message in _remarks(metadata.values(), left_out=left_out, repeated=repeated, differing=differing):
+        warnings.warn(f"{source}: {message}", stacklevel=4)
+    return prompts
+
+
+def _remarks(metadata: Iterable[Metadata], *, left_out: Sequence[str], repeated: int, differing: int) -> Iterator[str]:
+    """Yield what the user is told of prompts that were read."""
+    if left_out:
+        yield (
+            f"{len(left_out)} blank prompts or comments (# …) are left out, the first is {left_out[0]}; "
+            "a prompt that is meant so goes into a PromptSet"
+        )
     if repeated:
-        warnings.warn(f"{source}: {repeated} repeated prompts were left out", stacklevel=2)
-    return PromptSet(tuple(first), tuple(first.values()))
+        others = f"; {differing} of them have other metadata than the first, whose are kept" if differing else ""
+        yield f"{repeated} prompts are repetitions: a prompt is drawn as often as it stands there{others}"
+    for column in dict.fromkeys(key for entry in metadata for key in entry):
+        cure = _ELSEWHERE.get(str(column).strip().lower().replace(" ", "_"))
+        if cure is not None:
+            yield f"{column!r} goes to the reward as metadata and changes no image: {cure}"
+
+
+def _is_comment(text: str) -> bool:
+    return text == "#" or text.startswith(("# ", "#\t"))
+
+
+def _from_rows(
+    rows: Iterable[tuple[str, Mapping[str, object]]], source: object, column: str | None = None
+) -> PromptSet:
+    """Return each row's text in a column, with the rest of the row as metadata.
+
+    Args:
+        rows: Where each stands, and its cells.
+        source: What the warnings name.
+        column: The prompts' one; None: it is found in the first row.
+    """
+
+    def parts() -> Iterator[tuple[str, object, Metadata]]:
+        name = column
+        for place, row in rows:
+            name = name or _prompt_column(row)
+            if name not in row:
+                raise ValueError(f"{place}: there is no {name!r}, which holds the prompts; there are {list(row)}")
+            yield place, row[name], {key: value for key, value in row.items() if key != name}
+
+    return _prompt_set(parts(), source)
 
 
 def _from_table(path: Path) -> PromptSet:
     """Read a table with a header: one column is the prompts, the others are metadata."""
+
+    def rows() -> Iterator[tuple[str, Mapping[str, object]]]:
+        for row in table:
+            if None in row:
+                raise ValueError(f"line {table.line_num}: more cells than columns; a text with a comma needs quotes")
+            yield f"line {table.line_num}", row
+
     with path.open(encoding="utf-8-sig", newline="") as opened:
-        rows = csv.DictReader(opened, delimiter=_DELIMITERS[path.suffix.lower()])
-        return _from_rows(rows, _prompt_column(rows.fieldnames or ()), path)
+        table = csv.DictReader(opened, delimiter=_DELIMITERS[path.suffix.lower()])
+        return _from_rows(rows(), path, _prompt_column(table.fieldnames or ()))
 
 
 def _from_json_lines(path: Path) -> PromptSet:
-    """Read a JSON object a line, with the key "prompt" and metadata beside it."""
-    texts, metadata = [], []
-    for number, line, entry in read_json_lines(path):
-        if not isinstance(entry.get("prompt"), str):
-            raise ValueError(f'line {number}: expected a JSON object with a string "prompt", got {line[:80]}')
-        texts.append(entry.pop("prompt"))
-        metadata.append(entry)
-    return PromptSet(tuple(texts), tuple(metadata))
+    """Read a JSON object a line: one of its keys is the prompt, the others are metadata."""
+
+    def rows() -> Iterator[tuple[str, Mapping[str, object]]]:
+        for number, line, entry in read_json_lines(path):
+            if not entry and not _is_comment(line.strip()):
+                raise ValueError(f'line {number}: expected a JSON object like {{"prompt": "a fox"}}, got {line[:80]}')
+            yield f"line {number}", entry or {"prompt": line}
+
+    return _from_rows(rows(), path)
 
 
 def _from_text(path: Path) -> PromptSet:
     """Read a prompt a line."""
-    return PromptSet(tuple(line.strip() for line in read_lines(path) if line.strip()))
+    lines = enumerate(read_lines(path), start=1)
+    return _prompt_set(((f"line {number}", line, {}) for number, line in lines if line.strip()), path)
 
 
 _READERS = {".txt": _from_text, ".jsonl": _from_json_lines, ".csv": _from_table, ".tsv": _from_table}
@@ -89,7 +168,9 @@ def _from_file(path: Path) -> PromptSet:
 
 
 def prompts_from_dataset(source: str, *, split: str = "train", column: str | None = None) -> PromptSet:
-    """Return the prompts of a Hugging Face dataset, the other columns as metadata; repetitions are left out.
+    """Return the prompts of a Hugging Face dataset, the other columns as metadata.
+
+    Columns of bytes (pictures, sounds, films) are left out: they would fill the memory.
 
     Args:
         source: Its id on the Hub, or a folder of data files.
@@ -98,7 +179,7 @@ def prompts_from_dataset(source: str, *, split: str = "train", column: str | Non
 
     Raises:
         ImportError: the package `datasets` is missing.
-        ValueError: there is no such column.
+        ValueError: there is no such column, or a prompt is no string.
     """
     try:
         from datasets import load_dataset
@@ -106,11 +187,13 @@ def prompts_from_dataset(source: str, *, split: str = "train", column: str | Non
         raise ImportError(
             'prompts of a Hugging Face dataset need the package datasets: pip install "diffusion-gym[datasets]"'
         ) from error
-    rows = load_dataset(source, split=split)
-    if column is not None and column not in rows.column_names:
-        raise ValueError(f"{source} has no column {column!r}; there are {rows.column_names}")
+    table = load_dataset(source, split=split)
+    if column is not None and column not in table.column_names:
+        raise ValueError(f"{source} has no column {column!r}; there are {table.column_names}")
     with _naming(source):
-        return _from_rows(rows, column or _prompt_column(rows.column_names), source)
+        column = column or _prompt_column(table.column_names)
+        plain = table.select_columns([one.name for one in table.features.arrow_schema if "binary" not in str(one.type)])
+        return _from_rows(((f"row {number}", row) for number, row in enumerate(plain, start=1)), source, column)
 
 
 def make_prompts(
@@ -118,15 +201,20 @@ def make_prompts(
 ) -> PromptSet:
     """Return a prompt set.
 
+    Whatever it is made of: spaces around a prompt are cut off, a prompt that stands there twice is drawn twice as often
+    (its weight is 2), blank prompts and comments ("# …") are left out, and a warning says so. A `PromptSet` is taken as
+    it is.
+
     Args:
         prompts: A name of `diffusion_gym.prompts.sets` ("simple_animals": the DDPO paper's 45 animals); a file (.txt: a
-            prompt a line; .jsonl: {"prompt": …, metadata …} a line; .csv, .tsv: a column "prompt" or "Prompts", the
-            others are metadata); "datasets:ID" for a Hugging Face dataset's split "train", "datasets:ID:SPLIT" for
-            another; the prompts; or {prompt: weight}, which are drawn in proportion to their weights.
+            prompt a line; .jsonl: an object a line; .csv, .tsv: a table with a header); "datasets:ID" for a Hugging
+            Face dataset's split "train", "datasets:ID:SPLIT" for another; the prompts; or {prompt: weight}, which are
+            drawn in proportion to their weights. Of objects, tables and datasets "prompt", "prompts", "text" or
+            "caption" holds the prompts, in any case, and all else is metadata.
 
     Raises:
-        ValueError: the name is not known and no such file exists, a file cannot be read, or the prompts are empty or
-            repeated.
+        ValueError: the name is not known and no such file exists, a file cannot be read, a prompt is no text, or there
+            is none.
         ImportError: it is a dataset's id, and the package `datasets` is missing.
     """
     if isinstance(prompts, PromptSet):
@@ -146,8 +234,8 @@ def make_prompts(
             raise ValueError(f"there is no file {str(path)!r} of prompts")
         unknown = unknown_name("prompt set (or prompt file)", prompts, NAMED)
         raise ValueError(f"{unknown} A prompt itself stands in a list: {[prompts]}")
-    if isinstance(prompts, Mapping):
-        return PromptSet(tuple(prompts), weights=tuple(prompts.values()))
-    if isinstance(prompts, Sequence) and all(isinstance(text, str) for text in prompts):
-        return PromptSet(tuple(prompts))
-    raise ValueError(f"prompts must be a name, a file or a sequence of strings, got {prompts!r}")
+    if not isinstance(prompts, Sequence | Mapping):
+        raise ValueError(f"prompts must be a name, a file or a sequence of strings, got {prompts!r:.80}")
+    weights = tuple(prompts.values()) if isinstance(prompts, Mapping) else ()
+    rows = ((f"prompt {number}", text, {}) for number, text in enumerate(prompts, start=1))
+    return _prompt_set(rows, "prompts", weights)

@@ -1,7 +1,7 @@
 """Rewards of finished images: by name, any callable, a weighted sum, a composition, or a server's."""
 
 from .base import CallableReward, Reward, RewardOutput, to_uint8
-from .compositions import Cached, Threshold, Timed
+from .compositions import Cached, Retry, Threshold, Timed
 from .names import WeightedSum, make_reward
 from .normalised import Normalised
 
@@ -9,6 +9,7 @@ __all__ = [
     "Cached",
     "CallableReward",
     "Normalised",
+    "Retry",
     "Reward",
     "RewardOutput",
     "Threshold",

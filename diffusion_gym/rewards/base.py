@@ -1,10 +1,14 @@
 """The reward's contract, callables, and the one conversion of images to bytes."""
 
+import datetime
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +57,15 @@ class Reward(ABC):
             A `RewardOutput`, never a bare tensor: `RewardOutput(values)`.
         """
 
+    def make_ready(self) -> None:
+        """Have at hand what the first call needs, and say what is missing; `make_reward` calls it. Most need nothing.
+
+        Nothing large is read: weights are fetched where they are not there yet, and a server is asked whether it is.
+
+        Raises:
+            ValueError, RuntimeError: something cannot be had.
+        """
+
     def state_dict(self) -> dict[str, object]:
         """Return what the reward remembers of what it saw, as JSON can hold it; most remember nothing: {}."""
         return {}
@@ -67,12 +80,66 @@ class Reward(ABC):
             raise ValueError(f"the reward {self.name!r} remembers nothing, but the state of one that does was given")
 
 
+def check_reward(reward: Reward) -> None:
+    """Do nothing where a reward says what it is, as `Reward` asks.
+
+    Raises:
+        TypeError: it does not: the message says which attribute is wrong.
+    """
+    kind = type(reward).__name__
+    for attribute in ("name", "unit"):
+        value = getattr(reward, attribute, None)
+        if not isinstance(value, str) or not value:
+            cure = f'name = "{kind.lower()}" in the class' if attribute == "name" else 'unit = "1" in the class'
+            raise TypeError(
+                f"the reward {kind} must have a {attribute}, a text that is not empty, got {value!r}: {cure}"
+            )
+    match reward.range:
+        case (Real() as low, Real() as high) if low <= high:
+            return
+    raise TypeError(f"the range of the reward {reward.name!r} must be (least, greatest), got {reward.range!r}")
+
+
+def check_finite(images: Tensor) -> None:
+    """Do nothing where images [B, ...] have no NaN and no infinity: such a picture is none, and is never rewarded.
+
+    Raises:
+        ValueError: they have.
+    """
+    finite = torch.isfinite(images).flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(
+            f"the images {(~finite).nonzero().flatten().tolist()} of {len(images)} are NaN or infinite: there is no "
+            "picture to show or to reward"
+        )
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Return images [B, 3, H, W] in [0, 1] as bytes [B, H, W, 3] on the CPU, rounded to the nearest level.
 
     Source: ddpo-pytorch rewards.py (`(images * 255).round().clamp(0, 255)`); jannerm/ddpo truncates instead.
+
+    Raises:
+        ValueError: one of them is NaN or infinite.
     """
+    check_finite(images)
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def as_json(value: object) -> object:
+    """Return what JSON writes for a value of metadata that it does not know: numbers and arrays of NumPy and dates.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    raise TypeError(
+        f"the metadata of prompts must be what JSON can hold, got {type(value).__name__}, {value!r:.80}: leave it out "
+        "of the prompt set, or compute the reward in this process"
+    )
 
 
 def check_prompts(images: Tensor, prompts: Sequence[str]) -> None:
@@ -96,31 +163,57 @@ def _check_values(what: str, values: object, num_images: int) -> None:
         raise ValueError(f"{what} must be one value per image, [{num_images}] real numbers, got {got}")
 
 
+def check_output(reward: Reward, output: object, images: Tensor) -> RewardOutput:
+    """Return what a reward said of images, once it is what a reward is to say.
+
+    Raises:
+        ValueError: it is no `RewardOutput`, its numbers are not one per image, or they are on another device.
+    """
+    if not isinstance(output, RewardOutput):
+        raise ValueError(f"the reward {reward.name!r} must return a RewardOutput(values), got {output!r:.80}")
+    named = {f"the extra {name!r} of the reward {reward.name!r}": values for name, values in output.extras.items()}
+    for what, values in {f"the values of the reward {reward.name!r}": output.values, **named}.items():
+        _check_values(what, values, len(images))
+        if values.device != images.device:
+            raise ValueError(
+                f"{what} must be on the images' device, {images.device}, got {values.device}: "
+                "return values.to(images.device)"
+            )
+    return output
+
+
 def checked_output(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
 ) -> RewardOutput:
     """Return what a reward says of a batch, once it is what a reward is to say.
 
     Raises:
-        ValueError: it is no `RewardOutput`, or its numbers are not one per image.
+        ValueError: it is not: see `check_output`.
     """
-    output = reward(images, prompts, metadata)
-    if not isinstance(output, RewardOutput):
-        raise ValueError(f"the reward {reward.name!r} must return a RewardOutput(values), got {output!r:.80}")
-    _check_values(f"the values of the reward {reward.name!r}", output.values, len(images))
-    for name, values in output.extras.items():
-        _check_values(f"the extra {name!r} of the reward {reward.name!r}", values, len(images))
-    return output
+    return check_output(reward, reward(images, prompts, metadata), images)
 
 
 class CallableReward(Reward):
     """A user's function `f(images, prompts, metadata) -> [B]` as a reward.
 
+    Args:
+        function: The function.
+        name: What it is called; None: as the function is.
+
     Raises:
+        TypeError: the function does not take these three.
         ValueError: when called, if the function's output is not one real number per image.
     """
 
     def __init__(self, function: RewardFunction, name: str | None = None) -> None:
+        with suppress(ValueError):  # what is not written in Python may not say what it takes
+            signature = inspect.signature(function)
+            try:
+                signature.bind((), (), ())
+            except TypeError as error:
+                raise TypeError(
+                    f"a reward function takes (images, prompts, metadata), but {function!r} takes {signature}: {error}"
+                ) from None
         self.function = function
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
 

@@ -1,18 +1,24 @@
-"""Rewards made of another reward: thresholded, timed, remembered; `normalised` has one more."""
+"""Rewards made of another reward: thresholded, timed, remembered, tried again; `normalised` has one more."""
 
 import hashlib
 import json
-import math
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
-from .base import Metadata, Reward, RewardFunction, RewardOutput, checked_output
+from ..checks import checked_integer, checked_number
+from .base import Metadata, Reward, RewardFunction, RewardOutput, as_json, check_output, checked_output
 from .names import make_reward
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT = 60.0
 
 
 class RewardWrapper(Reward):
@@ -38,14 +44,12 @@ class Threshold(RewardWrapper):
     """1 where the other reward is at least `at`, otherwise 0; the other one's values are reported as an extra.
 
     Raises:
-        ValueError: `at` is NaN.
+        ValueError: `at` is no finite number.
     """
 
     def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float], at: float) -> None:
         super().__init__(reward)
-        if math.isnan(at):
-            raise ValueError("the threshold `at` must be a number, got NaN")
-        self.at = at
+        self.at = checked_number("the threshold `at`", at)
         self.name = f"{self.reward.name}_from_{at:g}"
         self.unit = "1"
         self.range = (0.0, 1.0)
@@ -55,7 +59,7 @@ class Threshold(RewardWrapper):
     ) -> RewardOutput:
         output = checked_output(self.reward, images, prompts, metadata)
         reached = (output.values >= self.at).float().masked_fill(output.values.isnan(), float("nan"))
-        return RewardOutput(reached, {self.reward.name: output.values, **output.extras})
+        return RewardOutput(reached, {**output.extras, self.reward.name: output.values})
 
 
 @final
@@ -83,7 +87,7 @@ class Timed(RewardWrapper):
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.num_images += len(images)
-        each = torch.full_like(output.values, seconds / len(images), requires_grad=False)
+        each = torch.full_like(output.values, seconds / len(images), dtype=torch.float32, requires_grad=False)
         return RewardOutput(output.values, {**output.extras, f"{self.name}_seconds": each})
 
 
@@ -107,11 +111,9 @@ class Cached(RewardWrapper):
 
     def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float], *, size: int = 10_000) -> None:
         super().__init__(reward)
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
         if self.reward.state_dict():
             raise ValueError(f"{self.name} remembers what it saw: cache the reward within it instead")
-        self.size = size
+        self.size = checked_integer("size", size, at_least=1)
         self.hits = self.misses = 0
         self._known: OrderedDict[bytes, tuple[float, dict[str, float]]] = OrderedDict()
 
@@ -137,8 +139,9 @@ class Cached(RewardWrapper):
         while len(self._known) > self.size:
             self._known.popitem(last=False)
         device, rows = images.device, [results[key] for key in keys]
-        extras = {name: torch.tensor([row[1][name] for row in rows], device=device) for name in rows[0][1]}
-        return RewardOutput(torch.tensor([row[0] for row in rows], device=device), extras)
+        as_tensor = partial(torch.tensor, dtype=torch.float32, device=device)
+        extras = {name: as_tensor([row[1][name] for row in rows]) for name in rows[0][1]}
+        return RewardOutput(as_tensor([row[0] for row in rows]), extras)
 
     @staticmethod
     def _keys(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> list[bytes]:
@@ -147,7 +150,89 @@ class Cached(RewardWrapper):
         keys = []
         for index, prompt in enumerate(prompts):
             given = None if metadata is None else dict(metadata[index])
-            texts = json.dumps([prompt, given, list(images.shape[1:]), str(images.dtype)], sort_keys=True)
+            known = [prompt, given, list(images.shape[1:]), str(images.dtype)]
+            texts = json.dumps(known, sort_keys=True, default=as_json)
             picture = pixels[index].view(torch.uint8).numpy().tobytes()
             keys.append(hashlib.sha256(texts.encode() + b"\0" + picture).digest())
         return keys
+
+
+@final
+class Retry(RewardWrapper):
+    """The other reward, asked again where it fails: for one that needs a network, a service, a queue.
+
+    A batch that raises is asked for again as a whole, images whose values are NaN or infinite by themselves; after
+    `backoff`, 2·backoff, 4·backoff … seconds, at most 60, with a warning in the log. After the last try the error is
+    raised, or the values are returned as they are, for the environment to judge. (A server's `RemoteReward` tries again
+    by itself.)
+
+    Args:
+        reward: The other reward, which remembers nothing.
+        tries: How often to ask, the first time included.
+        backoff: The seconds before the second try.
+        errors: What is worth another try; all else is raised at once.
+
+    Attributes:
+        num_retries: How often it was asked again so far.
+
+    Raises:
+        ValueError: an argument is out of its range, or the reward's values depend on those before (`Normalised`,
+            learning).
+    """
+
+    def __init__(
+        self,
+        reward: str | Reward | RewardFunction | Mapping[str, float],
+        *,
+        tries: int = 4,
+        backoff: float = 1.0,
+        errors: tuple[type[Exception], ...] = (Exception,),
+    ) -> None:
+        super().__init__(reward)
+        if self.reward.state_dict():
+            raise ValueError(f"{self.name} remembers what it saw: retry the reward within it instead")
+        self.tries = checked_integer("tries", tries, at_least=1)
+        self.backoff = checked_number("backoff", backoff, "[0, inf)")
+        self.errors = errors
+        self.num_retries = 0
+
+    def __call__(  # noqa: D102
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
+    ) -> RewardOutput:
+        output: RewardOutput | None = None
+        rows = list(range(len(images)))  # what has no finite value yet
+        for last in range(1, self.tries + 1):
+            asked = images if output is None else images[rows]
+            given = None if metadata is None else [metadata[row] for row in rows]
+            try:
+                said = self.reward(asked, [prompts[row] for row in rows], given)
+            except self.errors as error:
+                if last == self.tries:
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                part = check_output(self.reward, said, asked)
+                output = part if output is None else _replaced(output, part, rows)
+                rows = (~torch.isfinite(output.values)).nonzero().flatten().tolist()
+                if not rows or last == self.tries:
+                    break
+                reason = f"NaN or infinity for {len(rows)} of {len(images)} images"
+            wait = min(self.backoff * 2 ** (last - 1), _LONGEST_WAIT)
+            logger.warning("the reward %s, try %d of %d: %s; again in %g s", self.name, last, self.tries, reason, wait)
+            self.num_retries += 1
+            time.sleep(wait)
+        assert output is not None
+        return output
+
+
+def _replaced(output: RewardOutput, part: RewardOutput, rows: Sequence[int]) -> RewardOutput:
+    """Return a batch's output with those of some rows in their places.
+
+    Raises:
+        ValueError: the part has other extras.
+    """
+    if part.extras.keys() != output.extras.keys():
+        raise ValueError(f"a reward must always report the same extras, got {[*output.extras]} and {[*part.extras]}")
+    index = torch.tensor(rows, device=output.values.device)
+    extras = {name: values.index_copy(0, index, part.extras[name]) for name, values in output.extras.items()}
+    return RewardOutput(output.values.index_copy(0, index, part.values), extras)

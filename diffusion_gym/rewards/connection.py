@@ -8,7 +8,7 @@ import torch
 
 from .base import RewardOutput
 from .exchange import Endpoint, Garbage, Refused
-from .wire import PROTOCOL, Limits
+from .wire import PROTOCOL, Limits, answer_bytes
 
 _INFO_BYTES = 2**16
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -42,14 +42,14 @@ class Connection:
 
     def __init__(self, url: str, *, token: str | None, timeout: float) -> None:
         self.url = url
-        self._endpoint = Endpoint(url, timeout=timeout)
+        self._endpoint = Endpoint(url, timeout=timeout, has_token=token is not None)
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def info(self) -> ServedReward:
         """Return what the server says of its reward.
 
         Raises:
-            Unavailable: it cannot be reached now.
+            Unavailable: it cannot be reached now (`Unreachable`), or has no time.
             RemoteRewardError: it is no reward server, one of another protocol, or the token is wrong.
         """
         said = self._ask("GET", "/info", max_bytes=_INFO_BYTES)
@@ -61,9 +61,11 @@ class Connection:
             name, unit = said["name"], said["unit"]
         except (KeyError, TypeError, ValueError) as error:
             raise self._garbage(f"an /info with {type(error).__name__}: {error}") from error
-        if not isinstance(name, str) or not isinstance(unit, str):
+        if not isinstance(name, str) or not isinstance(unit, str) or not name or not unit:
             raise self._garbage(f"an /info whose name and unit are {name!r} and {unit!r}")
         bounds = (-float("inf") if low is None else low, float("inf") if high is None else high)
+        if not bounds[0] <= bounds[1]:
+            raise self._garbage(f"an /info whose range is {said['range']}")
         return ServedReward(name, unit, bounds, limits)
 
     def score(self, content_type: str, body: bytes, num_images: int, expected: ServedReward) -> RewardOutput:
@@ -73,7 +75,7 @@ class Connection:
             Unavailable: the server cannot be reached now, has no time, or failed.
             RemoteRewardError: it refuses the request, or answers something else than that many finite numbers.
         """
-        said = self._ask("POST", "/score", max_bytes=expected.limits.max_answer_bytes, body=body, type_=content_type)
+        said = self._ask("POST", "/score", max_bytes=answer_bytes(num_images), body=body, type_=content_type)
         if said.get("name") != expected.name:
             raise self._garbage(f"the reward {said.get('name')!r}, which was {expected.name!r} before")
         extras = said.get("extras")

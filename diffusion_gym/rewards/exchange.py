@@ -1,18 +1,24 @@
 """Exchanges over HTTP that end, in time and in size; and many of them at once."""
 
+import base64
 import http.client
+import ipaddress
 import json
 import re
 import socket
 import ssl
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
+
+from ..checks import checked_number
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -34,6 +40,10 @@ class Unavailable(Exception):  # noqa: N818
         self.seconds = seconds
 
 
+class Unreachable(Unavailable):
+    """A server to which there is no connection: no such name, nothing that listens there, no way to it."""
+
+
 class Refused(Exception):  # noqa: N818
     """A server that would say the same if it were asked again."""
 
@@ -42,18 +52,27 @@ class Garbage(Exception):  # noqa: N818
     """An answer that is none."""
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class Endpoint:
     """Where requests go: https through the proxy that the environment names (https_proxy), all else directly.
 
     Args:
         url: "http://host:port/path", "https://…", or a reward server's "remote://host:port".
         timeout: The seconds that a whole exchange may take.
+        has_token: Whether requests carry a token: if others can read it on its way, a warning says so.
 
     Raises:
-        ValueError: the address is not one.
+        ValueError: the address is not one, the proxy's is none, or `timeout` is not positive.
     """
 
-    def __init__(self, url: str, *, timeout: float) -> None:
+    def __init__(self, url: str, *, timeout: float, has_token: bool = False) -> None:
         parts, port = urlsplit(url), None
         with suppress(ValueError):  # a port that is no number is refused below
             port = parts.port or _PORTS.get(parts.scheme)
@@ -65,7 +84,27 @@ class Endpoint:
         self._is_https = parts.scheme == "https"
         self._host, self._port = parts.hostname, port
         self._path = parts.path.rstrip("/")
-        self._timeout = timeout
+        self._timeout = checked_number("timeout", timeout, "(0, inf)")
+        self._proxy = _proxy_for(parts.hostname) if self._is_https else None
+        if has_token and not self._is_https and not is_loopback(parts.hostname):
+            warnings.warn(
+                f"the token goes to {url} unencrypted, and everybody on the way can read it: put the server behind a "
+                "proxy that speaks https, or reach it through ssh (ssh -L) as 127.0.0.1",
+                stacklevel=4,
+            )
+
+    def check(self) -> None:
+        """Do nothing where the server takes connections.
+
+        Raises:
+            Unreachable: it does not.
+            Refused: it is not who it says.
+        """
+        connection = self._connection()
+        try:
+            _connect(connection)
+        finally:
+            connection.close()
 
     def ask(
         self, method: str, path: str, *, headers: Mapping[str, str], body: bytes | None = None, max_bytes: int
@@ -73,15 +112,13 @@ class Endpoint:
         """Return the body of the server's answer, which may have `max_bytes`.
 
         Raises:
-            Unavailable: it cannot be reached now, has no time, or failed.
+            Unavailable: it cannot be reached now (`Unreachable`), has no time, or failed.
             Refused: it answers with a status that is not 200, and does not mean "later"; or is not who it says.
             Garbage: it does not speak HTTP, or answers more than `max_bytes`.
         """
         began = time.monotonic()
         try:
             status, after, answer = self._exchange(method, self._path + path, headers, body, max_bytes)
-        except ssl.SSLCertVerificationError as error:
-            raise Refused(f"is not who it says: {error}") from error
         except (OSError, http.client.HTTPException) as error:
             if time.monotonic() - began >= self._timeout:
                 raise Unavailable(f"no whole answer within {self._timeout:g} s (timeout=… allows more)") from error
@@ -106,7 +143,7 @@ class Endpoint:
         """
         connection = self._connection()
         try:
-            connection.connect()
+            _connect(connection)
             connection.sock.settimeout(self._timeout)
             deadline = threading.Timer(self._timeout, _hang_up, [connection.sock])
             deadline.daemon = True
@@ -133,12 +170,50 @@ class Endpoint:
         seconds = min(self._timeout, _CONNECT_SECONDS)
         if not self._is_https:
             return http.client.HTTPConnection(self._host, self._port, timeout=seconds)
-        proxy = urlsplit(getproxies().get("https", ""))
-        if not proxy.hostname or proxy_bypass(self._host):
+        if self._proxy is None:
             return http.client.HTTPSConnection(self._host, self._port, timeout=seconds)
-        through = http.client.HTTPSConnection(proxy.hostname, proxy.port or 80, timeout=seconds)
-        through.set_tunnel(self._host, self._port)
+        through = http.client.HTTPSConnection(self._proxy.host, self._proxy.port, timeout=seconds)
+        through.set_tunnel(self._host, self._port, headers=self._proxy.headers)
         return through
+
+
+@dataclass(frozen=True)
+class _Proxy:
+    """What stands between, and what it wants to be told."""
+
+    host: str
+    port: int
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def _proxy_for(host: str) -> _Proxy | None:
+    """Return the proxy that the environment names for https, with or without "http://", a user and a password.
+
+    Raises:
+        ValueError: it is no address of an HTTP proxy.
+    """
+    given = getproxies().get("https", "")
+    if not given or proxy_bypass(host):
+        return None
+    parts, port = urlsplit(given if "://" in given else f"http://{given}"), None
+    with suppress(ValueError):  # a port that is no number is refused below
+        port = parts.port or 80
+    if parts.scheme not in ("http", "https") or not (parts.hostname and port):
+        shown = given.rpartition("@")[2]
+        raise ValueError(f"the variable https_proxy must be like http://host:port or host:port, got {shown!r}")
+    if parts.username is None:
+        return _Proxy(parts.hostname, port)
+    who = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return _Proxy(parts.hostname, port, {"Proxy-Authorization": f"Basic {base64.b64encode(who.encode()).decode()}"})
+
+
+def _connect(connection: http.client.HTTPConnection) -> None:
+    try:
+        connection.connect()
+    except ssl.SSLCertVerificationError as error:
+        raise Refused(f"is not who it says: {error}") from error
+    except OSError as error:
+        raise Unreachable(f"{type(error).__name__}: {error}") from error
 
 
 def _hang_up(opened: socket.socket) -> None:

@@ -1,6 +1,7 @@
 """Rewards by name, and whatever else one may be given as; sums of them."""
 
 import importlib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..naming import unknown_name
-from .base import CallableReward, Metadata, Reward, RewardFunction, RewardOutput, checked_output
+from .base import CallableReward, Metadata, Reward, RewardFunction, RewardOutput, check_reward, checked_output
 
 REFERENCE_DISTANCE = "reference_distance"
 
@@ -46,28 +47,93 @@ def reward_class(name: str) -> type[Reward]:
     return getattr(importlib.import_module(f".{module}", __package__), class_name)
 
 
-def make_reward(reward: str | Reward | RewardFunction | Mapping[str, float]) -> Reward:
-    """Return a reward.
+def make_reward(
+    reward: str | Reward | RewardFunction | Mapping[str, float], *, options: Mapping[str, object] | None = None
+) -> Reward:
+    """Return a reward that is ready: what it needs for its first call is at hand (`Reward.make_ready`).
 
     Args:
-        reward: A name ("incompressibility", "aesthetic", …: the README's table has them all), the address of a reward
-            server ("remote://host:port", "https://…"), a `Reward`, a callable `f(images [B, 3, H, W], prompts,
-            metadata) -> [B]`, or {name: weight} for a weighted sum.
+        reward: A name ("incompressibility", "aesthetic", …: the README's table has them all); "module:function", which
+            is imported, for a function or a `Reward` of one's own; the address of a reward server
+            ("remote://host:port", "https://…"); a `Reward`; a callable `f(images [B, 3, H, W], prompts, metadata) ->
+            [B]`; or {name: weight} for a weighted sum.
+        options: The keywords of the reward that a name means: make_reward("clip_score", options={"device": "cuda:1"}).
 
     Raises:
-        ValueError: a name is not known, or `reward` is none of these.
+        TypeError: a reward has no name, a function does not take (images, prompts, metadata), or `reward` is a class.
+        ValueError: a name is not known, it takes no such options, or weights cannot be had.
+        RuntimeError: a server cannot be reached.
     """
+    made = _make(reward, {} if options is None else options)
+    check_reward(made)
+    made.make_ready()
+    return made
+
+
+def _make(reward: str | Reward | RewardFunction | Mapping[str, float], options: Mapping[str, object]) -> Reward:
+    if isinstance(reward, str):
+        return _from_text(reward, options)
+    if options:
+        raise ValueError(f"options are the keywords of a reward that is named, got {dict(options)} for {reward!r:.80}")
     if isinstance(reward, Reward):
         return reward
-    if isinstance(reward, str):
-        if "://" in reward:
-            return importlib.import_module(".remote", __package__).RemoteReward(reward)
-        return reward_class(reward)()
     if isinstance(reward, Mapping):
         return WeightedSum(reward)
+    if isinstance(reward, type):
+        raise TypeError(f"reward must not be a class, but one that was made of it: {reward.__name__}(...)")
     if callable(reward):
         return CallableReward(reward)
-    raise ValueError(f"reward must be a name, a Reward, a callable or {{name: weight}}, got {reward!r}")
+    raise ValueError(f"reward must be a name, a Reward, a callable or {{name: weight}}, got {reward!r:.80}")
+
+
+def _from_text(text: str, options: Mapping[str, object]) -> Reward:
+    kind = named_class(text)
+    if kind is None:
+        return _make(_imported(text), options)  # type: ignore[arg-type]
+    given = {"url": text, **options} if "://" in text else dict(options)
+    signature = inspect.signature(kind)
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise ValueError(f"{text} does not take these options: {error}; it is {text}{signature}") from None
+    return kind(**given)
+
+
+def named_class(text: str) -> type[Reward] | None:
+    """Return the class of the reward that a text means: of a name, an address, or "module:class"; None: of a function.
+
+    Raises:
+        ValueError: it means nothing.
+    """
+    if "://" in text:
+        return importlib.import_module(".remote", __package__).RemoteReward
+    if ":" not in text:
+        return reward_class(text)
+    found = _imported(text)
+    return found if isinstance(found, type) and issubclass(found, Reward) else None
+
+
+def _imported(text: str) -> object:
+    """Return what "module:function" names.
+
+    Raises:
+        ValueError: there is no such module, or nothing of that name in it.
+    """
+    module_name, _, path = text.partition(":")
+    try:
+        found: object = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and misses another one
+        raise ValueError(
+            f"the reward {text!r} is looked for in the module {module_name!r}, which Python does not find: start where "
+            "its file is (python -m looks in the present folder), or name its folder in PYTHONPATH"
+        ) from error
+    for part in path.split("."):
+        if part not in dir(found):
+            raise ValueError(unknown_name(f"name in {module_name}", part, [one for one in dir(found) if one[0] != "_"]))
+        found = getattr(found, part)
+    return found
 
 
 class WeightedSum(Reward):
@@ -104,12 +170,12 @@ class WeightedSum(Reward):
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
-        total = torch.zeros(len(images), device=images.device)
+        total = torch.zeros(len(images), device=images.device, dtype=torch.float32)
         extras: dict[str, Tensor] = {}
         for reward, weight in self.weighted:
             output = checked_output(reward, images, prompts, metadata)
             total = total + weight * output.values
-            extras |= {reward.name: output.values, **output.extras}
+            extras |= {**output.extras, reward.name: output.values}
         return RewardOutput(total, extras)
 
     def state_dict(self) -> dict[str, object]:  # noqa: D102

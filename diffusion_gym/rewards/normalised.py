@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..checks import checked_integer, checked_number
 from .base import Metadata, Reward, RewardFunction, RewardOutput, checked_output
 from .compositions import RewardWrapper
 
@@ -50,16 +51,14 @@ class Normalised(RewardWrapper):
         super().__init__(reward)
         if (mean is None) != (std is None):
             raise ValueError(f"mean and std are given together, or learnt together: got mean={mean}, std={std}")
-        if std is not None and not std > 0:
-            raise ValueError(f"std must be positive, got {std}")
-        if learn_from is not None and (std is not None or learn_from < 1):
-            raise ValueError(f"learn_from is a positive number, where mean and std are not given; got {learn_from}")
+        if learn_from is not None and std is not None:
+            raise ValueError(f"learn_from is given where mean and std are not, got learn_from={learn_from}")
         self.is_fixed = std is not None
-        self.learn_from = learn_from
+        self.learn_from = None if learn_from is None else checked_integer("learn_from", learn_from, at_least=1)
         self.count = 0
-        self._mean = mean or 0.0
+        self._mean = 0.0 if mean is None else checked_number("mean", mean)
         self._squares = 0.0
-        self._std = std or 0.0
+        self._std = 0.0 if std is None else checked_number("std", std, "(0, inf)")
         self.name = f"normalised_{self.reward.name}"
         self.unit = "standard deviations"
         if self.is_fixed:
@@ -85,11 +84,11 @@ class Normalised(RewardWrapper):
         if not self.is_fixed and (self.learn_from is None or self.count < self.learn_from):
             self._learn(output.values)
         normalised = (output.values - self.mean) / self.std
-        return RewardOutput(normalised, {self.reward.name: output.values, **output.extras})
+        return RewardOutput(normalised, {**output.extras, self.reward.name: output.values})
 
     def _learn(self, values: Tensor) -> None:
         """Merge a batch of m values with n before: mean += δ·m/(n+m), Σ(x − mean)² += the batch's + δ²·nm/(n+m)."""
-        batch = values.detach().double().cpu()
+        batch = values.detach().cpu().double()  # in this order: Apple's GPUs have no float64
         if not torch.isfinite(batch).all():  # the environment says so, and the statistics stay whole
             return
         num, total = len(batch), self.count + len(batch)

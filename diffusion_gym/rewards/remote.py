@@ -11,9 +11,10 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor
 
+from ..checks import checked_integer
 from .base import Metadata, Reward, RewardOutput, check_prompts
-from .connection import Connection, RemoteRewardError
-from .exchange import Unavailable, in_parallel
+from .connection import Connection, RemoteRewardError, ServedReward
+from .exchange import Unavailable, Unreachable, in_parallel
 from .wire import TOKEN_VARIABLE, ImageFormat, checked_token, encode_request
 
 T = TypeVar("T")
@@ -26,10 +27,11 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
 class RemoteReward(Reward):
     """The reward of a server; by name `make_reward("remote://host:port")`.
 
-    Name, unit and range are the server's, which is asked for them at once. Batches are split to what the server takes
-    at a time, and each part is asked for until it is answered: a server that is away (refuses connections, hangs, dies
-    in the middle, is busy, answers 5xx) is asked again after 0.1 s, 0.2 s, 0.4 s, … 10 s, with a warning in the log, so
-    that an outage costs time and no sample. An answer that is none raises, and names the server.
+    Name, unit and range are the server's, which is asked for them at once: then it has to be there. Batches are split
+    to what the server takes at a time, and each part is asked for until it is answered: a server that is away (refuses
+    connections, hangs, dies in the middle, is busy, answers 5xx) is asked again after 0.1 s, 0.2 s, 0.4 s, … 10 s, with
+    a warning in the log, so that an outage costs time and no sample. An answer that is none raises, and names the
+    server.
 
     Rewards are those of the same reward in process: bit for bit with "safetensors" and, for a reward that looks at
     8-bit pixels, with "png" too; other rewards see what "png" rounds to 1/255.
@@ -38,9 +40,10 @@ class RemoteReward(Reward):
         url: The server's address, "remote://host:port" ("https://…" for one behind a proxy); or those of several that
             serve the same reward: they share the parts of a batch, and stand in for each other; one that fails is asked
             after the others for the rest of the batch.
-        token: What the servers ask for; None: the environment variable DIFFUSION_GYM_REWARD_TOKEN, if it is set.
+        token: What the servers ask for; None: the environment variable DIFFUSION_GYM_REWARD_TOKEN, if it is set. It is
+            not encrypted on its way to "remote://…": a warning says so where that is another machine.
         timeout: The seconds that the answer to a part may take in all.
-        max_retry_seconds: How long after its first failure a part is asked for again.
+        max_retry_seconds: How long after its first failure a part is asked for again; infinity: for ever.
         image_format: How images are sent: "png" (lossless in 8 bits), "jpeg" (with loss), "safetensors" (float32).
         jpeg_quality: libjpeg's, 1 to 95.
 
@@ -49,8 +52,8 @@ class RemoteReward(Reward):
 
     Raises:
         ValueError: an argument is out of its range, or the servers' rewards differ.
-        RemoteRewardError: a server cannot be had for `max_retry_seconds`, or answers something else than a reward; then
-            and when it is called.
+        RemoteRewardError: there is no connection to a server, which is not waited for; or, then and when it is called:
+            a server cannot be had for `max_retry_seconds`, or answers something else than a reward.
     """
 
     def __init__(
@@ -67,13 +70,11 @@ class RemoteReward(Reward):
         token = checked_token(os.environ.get(TOKEN_VARIABLE) if token is None else token)
         if not urls:
             raise ValueError("a remote reward needs the address of at least one server")
-        if not timeout > 0 or not max_retry_seconds >= 0:
-            raise ValueError(
-                f"timeout must be positive and max_retry_seconds not negative: {timeout}, {max_retry_seconds}"
-            )
+        if not max_retry_seconds >= 0:
+            raise ValueError(f"max_retry_seconds must be at least 0, got {max_retry_seconds}")
         if image_format not in get_args(ImageFormat):
             raise ValueError(f"image_format must be one of {get_args(ImageFormat)}, got {image_format!r}")
-        if not 1 <= jpeg_quality <= 95:
+        if not 1 <= checked_integer("jpeg_quality", jpeg_quality) <= 95:
             raise ValueError(f"jpeg_quality must be in 1 … 95, got {jpeg_quality}")
         self.max_retry_seconds = max_retry_seconds
         self.image_format: ImageFormat = image_format
@@ -82,7 +83,7 @@ class RemoteReward(Reward):
         self._jitter = random.Random()
         self._connections = [Connection(one, token=token, timeout=timeout) for one in urls]
         self._served = [
-            self._ask([connection], Connection.info, set(), threading.Event()) for connection in self._connections
+            self._ask([connection], _first_info, set(), threading.Event()) for connection in self._connections
         ]
         first = self._served[0]
         self.name, self.unit, self.range = first.name, first.unit, first.range
@@ -170,3 +171,18 @@ class RemoteReward(Reward):
                 *(wait, left, self.max_retry_seconds),
             )
             over.wait(wait)
+
+
+def _first_info(connection: Connection) -> ServedReward:
+    """Return what a server says of its reward when it is asked for the first time.
+
+    Raises:
+        Unavailable, RemoteRewardError: as `Connection.info`; where there is no connection, the latter.
+    """
+    try:
+        return connection.info()
+    except Unreachable as error:
+        raise RemoteRewardError(
+            f"there is no connection to the reward server {connection.url}: {error}. It has to be there first, under "
+            "this address (python -m diffusion_gym.rewards.server --reward ...); later outages are waited for"
+        ) from error

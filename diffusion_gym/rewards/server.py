@@ -5,20 +5,20 @@
 and there `gym.make_vec(…, reward="remote://127.0.0.1:8085")`. `diffusion_gym.rewards.wire` says what goes between them.
 A server listens on this machine alone unless it has a token, which clients have to show. What goes over the network is
 not encrypted: where the network is not to be trusted, reach it through ssh (`ssh -L 8085:127.0.0.1:8085 host`) or a
-proxy that speaks https.
+proxy that speaks https. Without a token it answers no web page of this machine's browsers: requests have to name this
+machine as their host, and no origin.
 """
 
 import argparse
 import asyncio
 import hmac
-import inspect
-import ipaddress
 import json
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -34,14 +34,19 @@ except ImportError as missing:
     raise ImportError('the reward server needs FastAPI: pip install "diffusion-gym[server]"') from missing
 
 from .. import __version__
-from .base import Reward, RewardOutput, checked_output
+from ..checks import checked_integer, checked_number
+from .base import Reward, RewardOutput, check_reward, checked_output
+from .connection import RemoteRewardError
+from .exchange import is_loopback
 from .model_based import ModelReward
-from .names import reward_class
-from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, checked_token, decode_request
+from .names import make_reward, named_class
+from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, check_content_type, checked_token, decode_request
 
 logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 10.0
+_UNREAD_LOOKS = 3
+_MAX_CONNECTIONS = 256
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -72,13 +77,12 @@ class RewardServer:
     ) -> None:
         if reward.state_dict():
             raise ValueError(f"{reward.name} remembers what it saw, and would lose it: apply it where the training is")
-        if max_queue < 1 or not read_seconds > 0:
-            raise ValueError(f"max_queue and read_seconds must be positive, got {max_queue} and {read_seconds}")
+        check_reward(reward)
         self.reward = reward
         self.device = torch.device(device or "cpu")
         self.limits = limits or Limits()
-        self.max_queue = max_queue
-        self.read_seconds = read_seconds
+        self.max_queue = checked_integer("max_queue", max_queue, at_least=1)
+        self.read_seconds = checked_number("read_seconds", read_seconds, "(0, inf)")
         self._authorization = None if checked_token(token) is None else f"Bearer {token}".encode()
         self._turn = asyncio.Lock()
         self._num_requests = 0
@@ -92,12 +96,12 @@ class RewardServer:
         """Whether clients have to show a token."""
         return self._authorization is not None
 
-    async def _health(self) -> JSONResponse:
-        return JSONResponse({"status": "ok", "requests": self._num_requests})
+    async def _health(self, request: Request) -> JSONResponse:
+        return self._refused(request) or JSONResponse({"status": "ok", "requests": self._num_requests})
 
     async def _info(self, request: Request) -> JSONResponse:
-        if not self._is_authorized(request):
-            return _unauthorized()
+        if refusal := self._refused(request) or self._unauthorized(request):
+            return refusal
         return JSONResponse(
             {
                 "name": self.reward.name,
@@ -110,17 +114,18 @@ class RewardServer:
         )
 
     async def _score(self, request: Request) -> JSONResponse:
-        if not self._is_authorized(request):
-            return _unauthorized()
+        if refusal := self._refused(request) or self._unauthorized(request):
+            return refusal
         if self._num_requests >= self.max_queue:
             return _failure(503, f"{self.max_queue} requests are waiting already", {"Retry-After": "1"})
         self._num_requests += 1
         try:
+            content_type = check_content_type(request.headers.get("content-type", ""))
             body = await asyncio.wait_for(self._read(request), self.read_seconds)
             async with self._turn:
                 if await request.is_disconnected():
                     return _failure(400, "the client has gone")
-                return await run_in_threadpool(self._answer, request.headers.get("content-type", ""), body)
+                return await run_in_threadpool(self._answer, content_type, body)
         except BadRequest as error:
             return _failure(error.status, str(error))
         except asyncio.TimeoutError:
@@ -130,9 +135,23 @@ class RewardServer:
         finally:
             self._num_requests -= 1
 
-    def _is_authorized(self, request: Request) -> bool:
+    def _refused(self, request: Request) -> JSONResponse | None:
+        """Return the answer to a web page, which may not use a server that asks nobody for a token."""
+        host, origin = request.headers.get("host"), request.headers.get("origin")
+        if self.has_token or (origin is None and (host is None or is_loopback(_name_of(host)))):
+            return None
+        return _failure(
+            403,
+            "without a token the server answers programs of this machine alone: requests to 127.0.0.1 or localhost "
+            f"that no web page makes. This one is to the host {host!r}, from the origin {origin!r}",
+        )
+
+    def _unauthorized(self, request: Request) -> JSONResponse | None:
         given = request.headers.get("authorization", "").encode("latin-1")
-        return self._authorization is None or hmac.compare_digest(given, self._authorization)
+        if self._authorization is None or hmac.compare_digest(given, self._authorization):
+            return None
+        message = f"the token is missing or wrong: give the server's as token=…, or in the variable {TOKEN_VARIABLE}"
+        return _failure(401, message, {"WWW-Authenticate": "Bearer"})
 
     async def _read(self, request: Request) -> bytes:
         """Return the body; it is never held when it is larger than the limit."""
@@ -148,7 +167,7 @@ class RewardServer:
 
     def _answer(self, content_type: str, body: bytes) -> JSONResponse:
         """Return the answer to a request that has been read; in a thread of its own."""
-        images, prompts, metadata = decode_request(content_type.partition(";")[0].strip().lower(), body, self.limits)
+        images, prompts, metadata = decode_request(content_type, body, self.limits)
         try:
             with torch.no_grad():
                 output = checked_output(self.reward, images.to(self.device), prompts, metadata)
@@ -176,34 +195,40 @@ def _failure(status: int, message: str, headers: dict[str, str] | None = None) -
     return JSONResponse({"error": message}, status_code=status, headers=headers)
 
 
-def _unauthorized() -> JSONResponse:
-    message = f"the token is missing or wrong: give the server's as token=…, or in the variable {TOKEN_VARIABLE}"
-    return _failure(401, message, {"WWW-Authenticate": "Bearer"})
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach a server that listens there."""
+def _name_of(host: str) -> str:
+    """Return the name in a Host header, without the port; of one that is none, nothing."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return urlsplit(f"//{host}").hostname or ""
     except ValueError:
-        return host == "localhost"
+        return ""
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's; closes connections that ask for nothing, or not to the end: anybody could open ever more of them."""
+    """uvicorn's; ends connections that ask for nothing, not to the end, or do not take the answer.
+
+    Anybody could open ever more of them.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(_IDLE_SECONDS, self._look, None)
+        self._unread_looks = 0
+        self._next_look = self.loop.call_later(_IDLE_SECONDS, self._look, None)
+        if len(self.connections) > _MAX_CONNECTIONS:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._next_look.cancel()
+        super().connection_lost(exc)
 
     def _look(self, last_request: object) -> None:
-        """Close where nothing is being answered, and no request has begun since this one."""
-        if self.transport.is_closing():
+        """End it where no request has begun since this one and nothing is being answered, or no answer is taken."""
+        self._unread_looks = self._unread_looks + 1 if self.transport.get_write_buffer_size() else 0
+        if self._unread_looks >= _UNREAD_LOOKS:
+            self.transport.abort()
             return
         if self.cycle is last_request and (self.cycle is None or self.cycle.response_complete):
             self.transport.close()
-        else:
-            self.loop.call_later(_IDLE_SECONDS, self._look, self.cycle)
+        self._next_look = self.loop.call_later(_IDLE_SECONDS, self._look, self.cycle)
 
 
 def configure(server: RewardServer, host: str, port: int) -> uvicorn.Config:
@@ -216,6 +241,7 @@ def configure(server: RewardServer, host: str, port: int) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         access_log=False,
+        limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=10,
     )
 
@@ -244,7 +270,7 @@ def _json_object(text: str) -> dict[str, object]:
 def _parser() -> argparse.ArgumentParser:
     defaults = Limits()
     parser = argparse.ArgumentParser(prog="python -m diffusion_gym.rewards.server", description="Serve a reward.")
-    parser.add_argument("--reward", required=True, help="its name, as in make_reward")
+    parser.add_argument("--reward", required=True, help="its name, as in make_reward, or one's own: module:function")
     parser.add_argument("--options", type=_json_object, default={}, help='its keywords: {"clip": "/models/clip"}')
     parser.add_argument("--device", default="cpu", help="where it computes: cuda:1")
     parser.add_argument("--dtype", choices=_DTYPES, help="the type that its network computes in")
@@ -263,17 +289,11 @@ def _load_reward(name: str, options: Mapping[str, object], *, device: str, dtype
     """Return the reward; all that a network's needs is there before the first request comes."""
     if options.keys() & {"device", "dtype"}:
         raise ValueError("device and dtype are not given among the options, but as --device and --dtype")
-    kind = reward_class(name)
-    given = {**options, **({"device": device} if issubclass(kind, ModelReward) else {})}
+    kind = named_class(name)
+    given = {**options, **({"device": device} if kind is not None and issubclass(kind, ModelReward) else {})}
     if dtype is not None:
         given["dtype"] = _DTYPES[dtype]
-    try:
-        inspect.signature(kind).bind(**given)
-    except TypeError as error:
-        raise ValueError(
-            f"{name} does not take these options: {error}; it is {name}{inspect.signature(kind)}"
-        ) from None
-    reward = kind(**given)
+    reward = make_reward(name, options=given)
     if isinstance(reward, ModelReward):
         reward.load_all()
     return reward
@@ -290,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         served = {"max_queue": given.max_queue, "read_seconds": given.read_seconds}
         server = RewardServer(reward, device=given.device, token=token, limits=limits, **served)
         serve(server, host=given.host, port=given.port)
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, RemoteRewardError) as error:
         parser.error(str(error))
 
 

@@ -1,7 +1,6 @@
 """A vision-language model behind an OpenAI-compatible endpoint grades each image."""
 
 import base64
-import io
 import json
 import logging
 import os
@@ -13,11 +12,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..checks import checked_integer, checked_number
 from .base import Metadata, Reward, RewardOutput, check_prompts, to_uint8
-from .exchange import Endpoint, Garbage, Refused, Unavailable, in_parallel
+from .exchange import Endpoint, Garbage, Refused, Unavailable, Unreachable, in_parallel
+from .jpeg import as_files
 from .wire import checked_token
 
 T = TypeVar("T")
@@ -27,26 +27,44 @@ TEMPLATE = (
     'This image was drawn for the prompt "{prompt}". How well does it show what the prompt says, and how well is it '
     "drawn? Reply with one number from {low:g} (not at all) to {high:g} (perfectly), and nothing else."
 )
-NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+_THOUGHTS_END = re.compile(r"</(?:think|thinking|thought|reasoning)>")
+_AROUND = r"[\s*_`\"'$]*"
+_NUMBER = r"([+-]?\d+(?:\.\d+)?)"
+_REPLY = re.compile(rf"{_AROUND}{_NUMBER}{_AROUND}(?:(?:/|out of){_AROUND}{_NUMBER}{_AROUND})?\.?{_AROUND}")
+_REPLY_LETTERS = 100
 _REPLY_BYTES = 2**22
+
+
+def read_number(reply: str, greatest: float) -> float | None:
+    """Return the number that is all that a reply says, after its reasoning; None: it says something else.
+
+    "7", "7.", "**7**", "8/10" where 10 is the greatest number that was asked for, "<think>…</think>7".
+    """
+    answer = _THOUGHTS_END.split(reply)[-1].strip()
+    found = _REPLY.fullmatch(answer) if len(answer) <= _REPLY_LETTERS else None
+    if found is None or found.group(2) not in (None, *_written(greatest)):
+        return None
+    return float(found.group(1))
 
 
 class VLMJudge(Reward):
     """The number that a vision-language model gives an image, asked over HTTP.
 
     Any server with OpenAI's POST /chat/completions will do (vLLM, SGLang, llama.cpp, a provider's). Each image goes as
-    a PNG in a request of its own. When the reply is anything but a number of the range, or the server does not answer,
-    is busy (429) or fails (5xx), it is asked again, after 1, 2, 4 … seconds or what its Retry-After says. After the
-    last try, or at once at any other status, there is an error: never a made-up score.
+    a PNG in a request of its own. When the reply is anything but a number of the range (`read_number`), or the server
+    does not answer, is busy (429) or fails (5xx), it is asked again, after 1, 2, 4 … seconds or what its Retry-After
+    says. After the last try, or at once at any other status, there is an error: never a made-up score.
 
     Args:
         base_url: Where the endpoint is, up to and without "/chat/completions"; https goes through the proxy that the
             environment names (https_proxy), if it does.
         model: The model's name there; None: the only one that the server lists.
-        token_variable: The environment variable that holds the token; None: the server wants none.
+        token_variable: The environment variable that holds the token; None: the server wants none. A warning says where
+            the token would go over the network unencrypted.
         template: The question. "{prompt}" stands for the prompt, "{low:g}" and "{high:g}" for the range.
         score_range: The least and the greatest number to ask for and to accept.
         options: Further fields of the request: temperature, max_tokens (reasoning models need more), seed …
+        parse: What reads the score out of a reply's text; None or a ValueError: it holds none. None: `read_number`.
         timeout: The seconds that a whole reply may take.
         max_tries: How often to ask for one score.
         backoff: The wait before the second try in seconds; it doubles up to a minute.
@@ -69,27 +87,25 @@ class VLMJudge(Reward):
         template: str = TEMPLATE,
         score_range: tuple[float, float] = (0.0, 10.0),
         options: Mapping[str, object] | None = None,
+        parse: Callable[[str], float | None] | None = None,
         timeout: float = 120.0,
         max_tries: int = 6,
         backoff: float = 1.0,
         max_concurrency: int = 8,
     ) -> None:
-        if not score_range[0] < score_range[1]:
+        low, high = (checked_number("score_range", bound) for bound in score_range)
+        if not low < high:
             raise ValueError(f"score_range must be (least, greatest), got {score_range}")
-        if max_tries < 1 or max_concurrency < 1 or timeout <= 0 or backoff < 0:
-            raise ValueError(
-                "max_tries and max_concurrency must be at least 1, timeout positive and backoff not negative, got "
-                f"{max_tries}, {max_concurrency}, {timeout} and {backoff}"
-            )
         self.base_url = base_url.rstrip("/")
-        self._endpoint = Endpoint(base_url, timeout=timeout)
+        self._endpoint = Endpoint(base_url, timeout=timeout, has_token=token_variable is not None)
         self.token_variable = token_variable
         self.template = template
-        self.range = (float(score_range[0]), float(score_range[1]))
+        self.range = (low, high)
         self.options = {"temperature": 0, "max_tokens": 16} if options is None else dict(options)
-        self.max_tries = max_tries
-        self.backoff = backoff
-        self.max_concurrency = max_concurrency
+        self.parse = parse
+        self.max_tries = checked_integer("max_tries", max_tries, at_least=1)
+        self.backoff = checked_number("backoff", backoff, "[0, inf)")
+        self.max_concurrency = checked_integer("max_concurrency", max_concurrency, at_least=1)
         if model is not None:
             self.model = model
         try:
@@ -111,6 +127,23 @@ class VLMJudge(Reward):
             raise ValueError(f"{self.base_url} serves {names}: say which one is to judge, model=...")
         return names[0]
 
+    def make_ready(self) -> None:
+        """Find the server, the token and the model.
+
+        Raises:
+            ValueError: the environment has no token, or the server lists several models.
+            RuntimeError: there is no connection to the server, or it refused.
+        """
+        self._authorization()
+        try:
+            self._endpoint.check()
+        except (Unreachable, Refused) as error:
+            raise RuntimeError(
+                f"there is no connection to the judge at {self.base_url}: {error}. It has to be there first; its "
+                'address is base_url="…" of VLMJudge'
+            ) from error
+        self.model  # noqa: B018
+
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
@@ -122,9 +155,8 @@ class VLMJudge(Reward):
 
     def judge(self, pixels: np.ndarray, prompt: str, over: threading.Event) -> float:
         """Return the model's number for an image [H, W, 3] uint8; gives up between two tries once `over` is set."""
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG")
-        picture = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        (file,) = as_files(pixels[None], "png", {})
+        picture = f"data:image/png;base64,{base64.b64encode(file).decode()}"
         content = [
             {"type": "text", "text": self.question(prompt)},
             {"type": "image_url", "image_url": {"url": picture}},
@@ -170,16 +202,44 @@ class VLMJudge(Reward):
         return {"Authorization": f"Bearer {checked_token(token)}"}
 
     def _number(self, reply: object) -> float:
-        """Return the number of a reply, which must be all that it says."""
+        """Return the number of a reply."""
         try:
-            text = reply["choices"][0]["message"]["content"]  # type: ignore[index]
-        except (KeyError, IndexError, TypeError) as error:
+            choice = reply["choices"][0]  # type: ignore[index]
+            text, is_cut = _text_of(choice["message"]["content"]), choice.get("finish_reason") == "length"
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise Unavailable(f"expected a chat completion, got {str(reply)[:200]}") from error
-        number = NUMBER.fullmatch(text.strip()) if isinstance(text, str) else None
-        if number is None or not self.range[0] <= float(number.group()) <= self.range[1]:
-            low, high = self.range
-            raise Unavailable(f"expected a number from {low:g} to {high:g}, got {str(text)[:200]!r}")
-        return float(number.group())
+        low, high = self.range
+        try:
+            number = self.parse(text) if self.parse is not None else read_number(text, high)
+        except ValueError:
+            number = None
+        if number is None or not low <= number <= high:
+            shown = text if len(text) <= 200 else f"{text[:100]} … {text[-100:]}"
+            cut = " (it was cut off: allow more, options={'max_tokens': …})" if is_cut else ""
+            raise Unavailable(
+                f"expected a number from {low:g} to {high:g}, got {shown!r}{cut}; parse=… reads other replies"
+            )
+        return float(number)
+
+
+def _written(number: float) -> tuple[str, ...]:
+    """Return the ways in which a model writes a number."""
+    return (f"{number:g}", f"{number:.1f}", f"{number:.2f}")
+
+
+def _text_of(content: object) -> str:
+    """Return what a message says: a text, a number of JSON, or a list of parts of which some are texts.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type") == "text")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, int | float) and not isinstance(content, bool):
+        return str(content)
+    raise TypeError(content)
 
 
 def _model_names(reply: object) -> list[str]:

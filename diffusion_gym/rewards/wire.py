@@ -2,7 +2,8 @@
 
 A request to `POST /score` is either JSON, {"images": [base64 of a PNG or JPEG, …], "prompts": [text, …], "metadata":
 [object, …] or null}, or a safetensors file with `images` (float32 [B, 3, H, W] in [0, 1]) and `texts` (uint8: the UTF-8
-bytes of the same JSON without its images). The answer is JSON: {"name": text, "values": [number, …], "extras": {name:
+bytes of the same JSON without its images). In metadata NaN, Infinity and -Infinity are taken too, as Python writes
+them. The answer is JSON: {"name": text, "values": [number, …], "extras": {name:
 [number, …]}}, or {"error": text} with a status of 400 or more. `GET /info` tells name, unit, range and limits.
 """
 
@@ -20,7 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .base import Metadata, to_uint8
+from .base import Metadata, as_json, check_finite, to_uint8
+from .jpeg import as_files
 
 PROTOCOL = 1
 JSON_TYPE, SAFETENSORS_TYPE = "application/json", "application/x-safetensors"
@@ -55,10 +57,10 @@ class Limits:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
-    @property
-    def max_answer_bytes(self) -> int:
-        """The bytes that an answer may have."""
-        return _ANSWER_BYTES_PER_IMAGE * (self.max_batch + 1)
+
+def answer_bytes(num_images: int) -> int:
+    """Return the bytes that the answer to a request of so many images may have, whoever gives it."""
+    return _ANSWER_BYTES_PER_IMAGE * (num_images + 1)
 
 
 class BadRequest(ValueError):  # noqa: N818
@@ -100,26 +102,42 @@ def encode_request(
 
     Raises:
         TypeError: JSON cannot hold the metadata.
+        ValueError: an image is NaN or infinite.
     """
     texts = {"prompts": list(prompts), "metadata": None if metadata is None else [dict(one) for one in metadata]}
     if image_format == "safetensors":
-        as_bytes = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
+        check_finite(images)
+        as_bytes = torch.frombuffer(bytearray(json.dumps(texts, default=as_json).encode()), dtype=torch.uint8)
         pixels = images.detach().to("cpu", torch.float32).contiguous()
         return SAFETENSORS_TYPE, safetensors.torch.save({"images": pixels, "texts": as_bytes})
     options = {"compress_level": 1} if image_format == "png" else {"quality": jpeg_quality}
-    pictures = []
-    for array in to_uint8(images.detach()).numpy():
-        buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, format=image_format, **options)
-        pictures.append(base64.b64encode(buffer.getvalue()).decode())
-    return JSON_TYPE, json.dumps({"images": pictures, **texts}).encode()
+    files = as_files(to_uint8(images.detach()).numpy(), image_format, options)
+    pictures = [base64.b64encode(file).decode() for file in files]
+    return JSON_TYPE, json.dumps({"images": pictures, **texts}, default=as_json).encode()
 
 
 # ---------------------------------------------------------------------- the server's side
+def check_content_type(header: str) -> str:
+    """Return what kind of body a request's header names, before any of it is read.
+
+    Raises:
+        BadRequest: it is none that a request may have.
+    """
+    content_type = header.partition(";")[0].strip().lower()
+    if content_type not in (JSON_TYPE, SAFETENSORS_TYPE):
+        raise BadRequest(f"the content type must be {JSON_TYPE} or {SAFETENSORS_TYPE}, got {content_type!r}", 415)
+    return content_type
+
+
 def decode_request(
     content_type: str, body: bytes, limits: Limits
 ) -> tuple[Tensor, list[str], list[Mapping[str, object]] | None]:
     """Return the images [B, 3, H, W], the prompts and the metadata of a request; nothing in it is trusted.
+
+    Args:
+        content_type: As `check_content_type` returns it.
+        body: The request's.
+        limits: The server's.
 
     Raises:
         BadRequest: it is not one, or larger than the limits.
@@ -128,18 +146,12 @@ def decode_request(
         request = _parse_object(body, limits, allowed={"images", "prompts", "metadata"})
         prompts, metadata = _texts(request, limits)
         images = _decode_pictures(_strings(request, "images"), len(prompts), limits)
-    elif content_type == SAFETENSORS_TYPE:
+    else:
         tensors = _load_tensors(body)
         request = _parse_object(tensors["texts"].numpy().tobytes(), limits, allowed={"prompts", "metadata"})
         prompts, metadata = _texts(request, limits)
         images = _check_images(tensors["images"], len(prompts), limits)
-    else:
-        raise BadRequest(f"the content type must be {JSON_TYPE} or {SAFETENSORS_TYPE}, got {content_type!r}", 415)
     return images, prompts, metadata
-
-
-def _not_json(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _parse_object(text: bytes, limits: Limits, *, allowed: set[str]) -> dict[str, object]:
@@ -147,7 +159,7 @@ def _parse_object(text: bytes, limits: Limits, *, allowed: set[str]) -> dict[str
     if given > most:  # about as many values, of which one of two letters takes up to 70 bytes of memory
         raise BadRequest(f"prompts and metadata may have {most} commas and opening brackets together, got {given}", 413)
     try:
-        parsed = json.loads(text.decode("utf-8"), parse_constant=_not_json)
+        parsed = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}", 400) from error
     if not isinstance(parsed, dict):

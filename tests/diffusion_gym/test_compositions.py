@@ -1,12 +1,13 @@
 """What is made of a reward: its numbers against numpy's, and what it reports of the reward within."""
 
+import datetime
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion_gym.rewards import Cached, Normalised, Threshold, Timed, WeightedSum, make_reward
+from diffusion_gym.rewards import Cached, Normalised, Retry, RewardOutput, Threshold, Timed, WeightedSum, make_reward
 
 
 def pictures(num, seed=0):
@@ -113,9 +114,11 @@ def test_its_state_goes_through_json_and_sums():
     ("arguments", "message"),
     [
         ({"mean": 1.0}, "given together"),
-        ({"mean": 1.0, "std": 0.0}, "std must be positive"),
-        ({"learn_from": 0}, "learn_from is a positive number"),
-        ({"mean": 1.0, "std": 1.0, "learn_from": 5}, "where mean and std are not given"),
+        ({"mean": 1.0, "std": 0.0}, "std must be a finite number in"),
+        ({"mean": 1.0, "std": float("inf")}, "std must be a finite number"),
+        ({"mean": float("nan"), "std": 1.0}, "mean must be a finite number"),
+        ({"learn_from": 0}, "learn_from must be an integer of at least 1"),
+        ({"mean": 1.0, "std": 1.0, "learn_from": 5}, "given where mean and std are not"),
     ],
 )
 def test_wrong_statistics_are_named(arguments, message):
@@ -132,8 +135,9 @@ def test_threshold_counts_its_own_value_as_reached():
     assert output.extras["brightness"].tolist() == [0.25, 0.5, 0.75]
     assert (reward.name, reward.range) == ("brightness_from_0.5", (0.0, 1.0))
     assert reward(images * float("nan"), ["a"] * 3).values.isnan().all()
-    with pytest.raises(ValueError, match="`at` must be a number, got NaN"):
-        Threshold("brightness", float("nan"))
+    for at in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="the threshold `at` must be a finite number"):
+            Threshold("brightness", at)
 
 
 def test_timed_reports_seconds_per_image(monkeypatch):
@@ -177,7 +181,105 @@ def test_cached_forgets_what_was_not_asked_for_the_longest():
         reward(torch.cat([one, two, three]), ["a"] * 3, [{}] * 3).values,
         Counted()(pictures(4)[1:], ["a"] * 3, [{}] * 3),
     )
-    with pytest.raises(ValueError, match="size must be at least 1"):
+    with pytest.raises(ValueError, match="size must be an integer of at least 1"):
         Cached("brightness", size=0)
     with pytest.raises(ValueError, match="normalised_brightness remembers what it saw"):
         Cached(Normalised("brightness"))
+
+
+def test_cached_takes_metadata_of_numpy_and_dates():
+    counted = Counted()
+    metadata = [{"n": np.int64(3), "day": datetime.date(2026, 1, 2), "row": np.ones(2, dtype=np.float32)}] * 2
+    Cached(counted)(pictures(1).expand(2, -1, -1, -1), ["a"] * 2, metadata)
+    assert counted.sizes == [1]
+
+
+# ---------------------------------------------------------------------- Retry
+class Failing:
+    """Brightness, once the failures that are planned are over: errors, or the rows that are NaN."""
+
+    def __init__(self, *plan):
+        self.plan, self.asked = list(plan), []
+
+    def __call__(self, images, prompts, metadata):
+        self.asked.append((prompts, metadata))
+        values = images.mean((1, 2, 3))
+        failure = self.plan.pop(0) if self.plan else []
+        if isinstance(failure, Exception):
+            raise failure
+        values[failure] = float("nan")
+        return values
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    waits = []
+    monkeypatch.setattr("diffusion_gym.rewards.compositions.time.sleep", waits.append)
+    return waits
+
+
+def test_a_reward_that_fails_is_asked_again(waits, caplog):
+    failing = Failing(ConnectionError("away"), [0, 2], [1])
+    reward = Retry(failing, backoff=0.5)
+    images, prompts, metadata = pictures(4), list("abcd"), [{"n": n} for n in range(4)]
+    output = reward(images, prompts, metadata)
+    assert torch.equal(output.values, images.mean((1, 2, 3)))
+    assert [prompts for prompts, _ in failing.asked] == [list("abcd"), list("abcd"), ["a", "c"], ["c"]]
+    assert failing.asked[-1][1] == [{"n": 2}]
+    assert waits == [0.5, 1.0, 2.0]
+    assert reward.num_retries == 3
+    assert "try 1 of 4: ConnectionError: away; again in 0.5 s" in caplog.text
+    assert "try 2 of 4: NaN or infinity for 2 of 4 images" in caplog.text
+    assert (reward.name, reward.unit, reward.range) == ("Failing", "1", (-float("inf"), float("inf")))
+
+
+def test_after_the_last_try_the_error_and_the_nan_are_the_rewards_own(waits):
+    with pytest.raises(ConnectionError, match="two"):
+        Retry(Failing(ConnectionError("one"), ConnectionError("two")), tries=2)(pictures(2), ["a"] * 2)
+    values = Retry(Failing([1], [0]), tries=2)(pictures(2), ["a"] * 2).values
+    assert values.isnan().tolist() == [False, True]
+    assert waits == [1.0, 1.0]
+
+
+def test_what_no_other_try_can_mend_is_raised_at_once(waits):
+    failing = Failing(KeyError("a bug"))
+    with pytest.raises(KeyError, match="a bug"):
+        Retry(failing, errors=(OSError,))(pictures(2), ["a"] * 2)
+    with pytest.raises(ValueError, match="must return a RewardOutput"):
+        Retry(make_reward(Bare()))(pictures(2), ["a"] * 2)
+    assert waits == []
+
+
+class Bare(type(make_reward("brightness"))):
+    def __call__(self, images, prompts, metadata=None):
+        return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tries": 0}, "tries must be an integer"),
+        ({"tries": 2.0}, "tries"),
+        ({"backoff": float("nan")}, "backoff must"),
+    ],
+)
+def test_wrong_retries_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Retry("brightness", **arguments)
+    with pytest.raises(ValueError, match="normalised_brightness remembers what it saw: retry the reward within it"):
+        Retry(Normalised("brightness"))
+
+
+def test_extras_never_stand_in_for_a_rewards_own_values():
+    class Confused(Bare):
+        def __call__(self, images, prompts, metadata=None):
+            values = images.mean((1, 2, 3))
+            return RewardOutput(values, {"brightness": values - 7})
+
+    images = pictures(3)
+    for made in (
+        Threshold(Confused(), 0.5),
+        Normalised(Confused(), mean=0.0, std=1.0),
+        WeightedSum([(Confused(), 1.0)]),
+    ):
+        assert torch.equal(made(images, ["a"] * 3).extras["brightness"], images.mean((1, 2, 3)))

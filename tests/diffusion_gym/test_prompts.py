@@ -1,7 +1,10 @@
+import csv
 import json
+import re
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -110,9 +113,9 @@ def test_tables_have_a_column_of_prompts_and_metadata(tmp_path):
     assert prompts.texts == ("A red car, parked", "a cat")
     assert prompts.metadata == ({"Category": "Colors"}, {"Category": "Animals"})
     (tmp_path / "parti.tsv").write_text("Prompt\tCategory\na cat\tAnimals\na dog\tAnimals\na cat\tTwice\n")
-    with pytest.warns(UserWarning, match="1 repeated prompts were left out"):
+    with pytest.warns(UserWarning, match=r"parti.tsv: 1 prompts are repetitions.*; 1 of them have other metadata"):
         prompts = make_prompts(tmp_path / "parti.tsv")
-    assert prompts.texts == ("a cat", "a dog")
+    assert (prompts.texts, prompts.weights) == (("a cat", "a dog"), (2, 1))
     assert prompts.metadata[0] == {"Category": "Animals"}
 
 
@@ -120,11 +123,8 @@ def test_tables_without_prompts_are_refused(tmp_path):
     (tmp_path / "p.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"no column is named one of .*'prompt'.* there are \['a', 'b'\]"):
         make_prompts(tmp_path / "p.csv")
-    (tmp_path / "p.csv").write_text("prompt,b\na cat,2\n,3\n")
-    with pytest.raises(ValueError, match="row 2: expected a text in the column 'prompt', got ''"):
-        make_prompts(tmp_path / "p.csv")
     (tmp_path / "p.csv").write_text("prompt,b\na cat, red,2\n")
-    with pytest.raises(ValueError, match="row 1: more cells than columns; a text with a comma needs quotes"):
+    with pytest.raises(ValueError, match="line 2: more cells than columns; a text with a comma needs quotes"):
         make_prompts(tmp_path / "p.csv")
 
 
@@ -190,7 +190,6 @@ def test_files_and_lists(tmp_path):
         ("p.jsonl", b"", "needs at least one prompt"),
         ("p.csv", b"prompt\n", "needs at least one prompt"),
         ("p.csv", b"", "no column is named"),
-        ("p.txt", b"a cat\na cat", "these are repeated"),
         ("p.tsv", "prompt\na caf\xe9".encode("latin-1"), "'utf-8' codec can't decode"),
         ("p.txt", "a cat".encode("utf-16"), "'utf-8' codec can't decode"),
     ],
@@ -209,12 +208,119 @@ def test_files_that_are_not_there_are_named(file):
         make_prompts(file)
 
 
-@pytest.mark.parametrize("line", ['["a cat"]', '{"text": "a cat"}', '{"prompt": 3}', '{"prompt": "a'])
+@pytest.mark.parametrize("line", ['["a cat"]', '{"text": "a cat"}', '{"prompt": 3}', '{"prompt": "a', "{}"])
 def test_wrong_lines_are_named_with_their_number(tmp_path, line):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "ok"}\n' + line)
-    with pytest.raises(ValueError, match=r"line 2: expected a JSON object with a string .prompt."):
+    with pytest.raises(
+        ValueError, match=r"line 2: (expected a JSON object|there is no 'prompt'|a prompt must be a str)"
+    ):
         make_prompts(file)
+
+
+def as_source(kind, column, texts, folder):
+    """Return the same prompts as a source of another kind."""
+    file = folder / f"prompts{kind}"
+    rows = [{column: text, "n": "7"} for text in texts]
+    if kind == ".txt":
+        file.write_text("\n".join(texts))
+    elif kind == ".jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)))
+    elif kind in (".csv", ".tsv"):
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, [column, "n"], delimiter="," if kind == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "dataset":
+        (folder / "data").mkdir()
+        (folder / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return f"datasets:{folder / 'data'}"
+    else:
+        return texts
+    return file
+
+
+@pytest.mark.filterwarnings("default:.*:ResourceWarning")
+@pytest.mark.parametrize("column", ["prompt", "Text", "caption"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".tsv", "dataset", "list"])
+def test_every_source_of_prompts_is_treated_alike(kind, column, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = ["a fox ", "# a comment", "a bear", " a fox", "#1 of cats"]
+    source = as_source(kind, column, texts, tmp_path)
+    with pytest.warns(UserWarning, match="prompt") as caught:
+        prompts = make_prompts(source)
+    said = [str(one.message).partition(": ")[2] for one in caught if one.category is UserWarning]
+    assert re.match(r"1 blank prompts or comments .* are left out, the first is (line [23]|row 2|prompt 2);", said[0])
+    assert said[1:] == ["1 prompts are repetitions: a prompt is drawn as often as it stands there"]
+    assert (prompts.texts, prompts.weights) == (("a fox", "a bear", "#1 of cats"), (2, 1, 1))
+    assert prompts.metadata[0] == ({} if kind in (".txt", "list") else {"n": "7"})
+
+
+@pytest.mark.filterwarnings("ignore:.* blank prompts")
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", "list"])
+@pytest.mark.parametrize("blank", ["", "  ", None])
+def test_blank_prompts_are_left_out_whatever_the_source(kind, blank, tmp_path):
+    assert make_prompts(as_source(kind, "prompt", ["a fox", blank], tmp_path)).texts == ("a fox",)
+
+
+def test_what_a_file_says_of_a_prompt_and_nothing_follows_is_said(tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a fox", "negative_prompt": "grey"}\n{"prompt": "a bear", "weight": 2}'
+    )
+    with pytest.warns(UserWarning, match="goes to the reward") as caught:
+        assert make_prompts(tmp_path / "p.jsonl").metadata[0] == {"negative_prompt": "grey"}
+    assert [str(one.message).partition(": ")[2] for one in caught] == [
+        "'negative_prompt' goes to the reward as metadata and changes no image: "
+        'give one for all to the environment, negative_prompt="…"',
+        "'weight' goes to the reward as metadata and changes no image: give {prompt: weight} as the prompts",
+    ]
+
+
+def test_weights_of_a_repeated_prompt_add_up():
+    with pytest.warns(UserWarning, match="prompts: 1 prompts are repetitions"):
+        assert make_prompts({"a fox": 1, "a fox ": 2, "a bear": 0.5}).weights == (3, 0.5)
+    assert make_prompts({"a fox": 1, "a bear": 1}).weights == (1, 1)
+
+
+def test_what_is_no_text_is_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a \\ud83d fox"}')
+    for make in (lambda: make_prompts(tmp_path / "p.jsonl"), lambda: PromptSet(("a \ud83d fox",))):
+        with pytest.raises(
+            ValueError, match=r"must be Unicode text, got 'a \\ud83d fox', which has half of a surrogate"
+        ):
+            make()
+    for make in (lambda: PromptSet(("a", 3)), lambda: make_prompts(["a", 3]), lambda: make_prompts(["a", b"a fox"])):
+        with pytest.raises(ValueError, match=r"a prompt must be a string, got (3|b'a fox')"):
+            make()
+    with pytest.raises(ValueError, match="got one text, 'a fox': put it in a list"):
+        PromptSet("a fox")
+    assert PromptSet(["a", "b"]) == PromptSet(("a", "b"))
+
+
+def test_drawing_does_not_build_the_weights_anew(monkeypatch):
+    prompts = make_prompts({"a": 1, "b": 3})
+    generator = torch.Generator().manual_seed(0)
+    first = [prompts.draw(generator) for _ in range(20)]
+    monkeypatch.setattr(torch, "tensor", None)
+    generator.manual_seed(0)
+    assert [prompts.draw(generator) for _ in range(20)] == first
+
+
+@pytest.mark.filterwarnings("default")
+def test_pictures_of_a_dataset_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    image = {"bytes": b"no picture at all: it must not even be decoded", "path": None}
+    features = datasets.Features({
+        "text": datasets.Value("string"),
+        "image": datasets.Image(),
+        "n": datasets.Value("int64"),
+        "nested": {"blob": datasets.Value("binary")},
+    })  # fmt: skip
+    table = datasets.Dataset.from_dict(
+        {"text": ["a fox"], "image": [image], "n": [3], "nested": [{"blob": b""}]}, features=features
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: table)
+    assert make_prompts("datasets:some/thing").metadata == ({"n": 3},)
 
 
 def test_wrong_sets_are_refused():
@@ -225,6 +331,6 @@ def test_wrong_sets_are_refused():
     with pytest.raises(ValueError, match=r'"datasets:ID" or .*, got \'datasets:\''):
         make_prompts("datasets:")
     with pytest.raises(ValueError, match="a name, a file or a sequence of strings"):
-        make_prompts([1, 2])
+        make_prompts(3)
     with pytest.raises(ValueError, match="1 metadata entries for 2 prompts"):
         PromptSet(("a", "b"), ({},))

@@ -1,18 +1,22 @@
 """A remote reward is the reward itself, whatever happens on the way; what is no reward is an error with an address."""
 
 import contextlib
+import datetime
 import logging
+import math
 import re
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
 from diffusion_gym.rewards import make_reward
-from diffusion_gym.rewards.connection import RemoteRewardError
+from diffusion_gym.rewards.connection import Connection, RemoteRewardError
 from diffusion_gym.rewards.remote import RemoteReward
 from diffusion_gym.rewards.wire import TOKEN_VARIABLE, Limits, encode_request
 from tests.serving import INFO, Probe, free_port, response, scripted, serving, wait_until
@@ -154,6 +158,53 @@ def test_an_answer_without_a_length_ends_with_its_connection():
         assert RemoteReward(f"remote://127.0.0.1:{port}")(pictures(1), ["a fox"]).values.tolist() == [0.5]
 
 
+class Seen(Probe):
+    def __call__(self, images, prompts, metadata=None):
+        self.metadata = metadata
+        return super().__call__(images, prompts, metadata)
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "safetensors"])
+def test_metadata_of_numpy_dates_and_nan_goes_over_the_wire(image_format):
+    seen = Seen()
+    given = {
+        "n": np.int64(3),
+        "x": np.float32(0.5),
+        "row": np.arange(2),
+        "day": datetime.date(2026, 1, 2),
+        "no": np.nan,
+    }
+    with serving(seen) as port:
+        RemoteReward(f"remote://127.0.0.1:{port}", image_format=image_format)(pictures(1), ["a fox"], [given])
+    (said,) = seen.metadata
+    assert math.isnan(said.pop("no"))
+    assert said == {"n": 3, "x": 0.5, "row": [0, 1], "day": "2026-01-02"}
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "safetensors"])
+def test_a_picture_that_is_none_is_not_sent(image_format):
+    probe = Probe()
+    images = pictures(2)
+    images[1, 0, 0, 0] = float("nan")
+    with serving(probe) as port:
+        remote = RemoteReward(f"remote://127.0.0.1:{port}", image_format=image_format)
+        with pytest.raises(ValueError, match=r"the images \[1\] of 2 are NaN or infinite"):
+            remote(images, ["a", "b"])
+    assert probe.sizes == []
+
+
+@pytest.mark.parametrize(
+    ("url", "is_said"), [("remote://192.0.2.1", True), ("http://rewards.invalid", True), ("https://192.0.2.1", False),
+                         ("remote://127.0.0.1:8085", False), ("http://[::1]:8085", False)],
+)  # fmt: skip
+def test_a_token_that_others_can_read_on_its_way_is_said(url, is_said):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Connection(url, token="secret", timeout=1.0)
+        Connection(url, token=None, timeout=1.0)
+    assert [f"the token goes to {url} unencrypted" in str(one.message) for one in caught] == [True] * is_said
+
+
 # ---------------------------------------------------------------------- what it refuses
 GARBAGE = {
     "no HTTP": b"hello\r\n\r\n",
@@ -180,6 +231,15 @@ GARBAGE = {
 }
 
 
+def test_what_a_server_says_of_itself_does_not_bound_what_is_read():
+    """A server that takes a thousand million images may answer one with no more than others may."""
+    long = response({"name": "brightness", "values": [0.5], "extras": {}, "more": "x" * 100_000})
+    with scripted(long, info={**INFO, "max_batch": 10**9}) as port:
+        remote = RemoteReward(f"remote://127.0.0.1:{port}")
+        with pytest.raises(RemoteRewardError, match=rf":{port} answered more than 8192 bytes"):
+            remote(pictures(1), ["a fox"])
+
+
 @pytest.mark.parametrize("kind", GARBAGE)
 def test_garbage_is_an_error_that_names_the_server(kind):
     with scripted(GARBAGE[kind]) as port:
@@ -190,7 +250,17 @@ def test_garbage_is_an_error_that_names_the_server(kind):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"protocol": 2}, {"range": [0]}, {"range": 1}, {"name": 3}, {"max_batch": 0}, {"max_bytes": "x"}]
+    "wrong",
+    [
+        {"protocol": 2},
+        {"range": [0]},
+        {"range": 1},
+        {"range": [2, 1]},
+        {"name": 3},
+        {"name": ""},
+        {"max_batch": 0},
+        {"max_bytes": "x"},
+    ],
 )
 def test_a_server_of_another_kind_is_named(wrong):
     with scripted(RIGHT, info={**INFO, **wrong}) as port, pytest.raises(RemoteRewardError, match=f":{port} answered"):
@@ -202,7 +272,7 @@ def test_what_the_reward_refuses_is_not_asked_for_again():
         remote = RemoteReward(f"remote://127.0.0.1:{port}")
         with pytest.raises(RemoteRewardError, match=r"status 422: the reward '<lambda>' refused it: .*finite numbers"):
             remote(pictures(1), ["a fox"])
-    with pytest.raises(TypeError, match="JSON"):
+    with pytest.raises(TypeError, match=r"what JSON can hold, got Tensor, tensor\(\[0\.\]\): leave it out"):
         RemoteReward.__call__(remote, pictures(1), ["a fox"], [{"tensor": torch.zeros(1)}])
 
 
@@ -226,10 +296,14 @@ def test_the_token_comes_from_the_call_or_the_environment(monkeypatch):
         ({"url": "http://127.0.0.1:99999"}, "address is like"),
         ({"url": "http://user:word@host"}, "address is like"),
         ({"url": []}, "at least one server"),
-        ({"timeout": 0}, "timeout must be positive"),
-        ({"max_retry_seconds": -1}, "not negative"),
+        ({"timeout": 0}, "timeout must be a finite number in"),
+        ({"timeout": float("nan")}, "timeout must be a finite number in"),
+        ({"timeout": float("inf")}, "timeout must be a finite number in"),
+        ({"max_retry_seconds": -1}, "max_retry_seconds must be at least 0"),
+        ({"max_retry_seconds": float("nan")}, "max_retry_seconds must be at least 0"),
         ({"image_format": "gif"}, "image_format must be one of"),
         ({"jpeg_quality": 100}, "jpeg_quality must be in 1 … 95"),
+        ({"jpeg_quality": 1.5}, "jpeg_quality must be an integer"),
         ({"token": "a\nb"}, "printable ASCII"),
     ],
 )
@@ -239,11 +313,24 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 # ---------------------------------------------------------------------- what it waits for
-def test_a_server_that_is_not_there_is_waited_for_and_then_named(caplog):
-    url = f"remote://127.0.0.1:{free_port()}"
+@pytest.mark.parametrize("name", ["127.0.0.1", "no-such-host.invalid"])
+def test_a_server_that_was_never_there_is_named_at_once(name):
+    url = f"remote://{name}:{free_port()}"
     began = time.monotonic()
+    with pytest.raises(
+        RemoteRewardError, match=rf"no connection to the reward server {url}: (Conn|gai).*has to be there"
+    ):
+        gym.make_vec("DenoisingMDP-v0", num_envs=1, model="mixture", reward=url)
+    assert time.monotonic() - began < 15
+
+
+def test_a_server_that_goes_away_is_waited_for_and_then_named(caplog):
+    with serving(Probe()) as port:
+        remote = RemoteReward(f"remote://127.0.0.1:{port}", max_retry_seconds=0.5)
+    began = time.monotonic()
+    url = f"remote://127.0.0.1:{port}"
     with pytest.raises(RemoteRewardError, match=rf"max_retry_seconds=0.5.*{url}: ConnectionRefusedError"):
-        RemoteReward(url, max_retry_seconds=0.5)
+        remote(pictures(1), ["a fox"])
     assert 0.1 < time.monotonic() - began < 5
     assert f"reward server {url}: ConnectionRefusedError" in caplog.text
     assert re.search(r"asked again in 0\.1 s, and for [01] s more \(max_retry_seconds=0\.5\)", caplog.text)

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import zlib
+from http.client import HTTPException
 
 import pytest
 import torch
@@ -100,10 +101,23 @@ def test_others_cannot_reach_a_server_without_a_token(monkeypatch, capsys, tmp_p
         (["--reward", "clip_score", "--dtype", "half"], "argument --dtype: invalid choice"),
         (["--reward", "brightness", "--max-batch", "0"], "max_batch must be an integer of at least 1"),
         (["--reward", "brightness", "--token-file", str(tmp_path / "missing")], "No such file"),
+        (["--reward", "brightness", "--read-seconds", "nan"], "read_seconds must be a finite number"),
+        (["--reward", "no_such_module:redness"], "the module 'no_such_module', which Python does not find"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_the_command_line_serves_a_python_function(monkeypatch, tmp_path):
+    made = {}
+    monkeypatch.setattr("diffusion_gym.rewards.server.serve", lambda server, **where: made.update(server=server))
+    (tmp_path / "served_rewards.py").write_text(
+        "def redness(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    main(["--reward", "served_rewards:redness"])
+    assert made["server"].reward.name == "redness"
 
 
 def test_the_command_line_makes_the_server(monkeypatch, capsys, tmp_path):
@@ -147,7 +161,6 @@ WRONG = {
         413,
         "may have 32768 commas and opening brackets",
     ),
-    "NaN": (changed_request(metadata=[{"weight": float("nan")}] * 2), 400, "NaN is not JSON"),
     "a list": (b"[]", 422, "must be a JSON object with"),
     "unknown key": (changed_request(picture=1), 422, "unknown key 'picture'"),
     "no images": (b'{"prompts": ["a"]}', 422, "'images' must be a list of strings"),
@@ -211,6 +224,9 @@ WRONG_TENSORS = {
 }
 
 
+AS_JSON = b"Content-Type: application/json\r\n"
+
+
 @pytest.fixture(scope="module")
 def small_server():
     with serving(Probe(), limits=Limits(max_batch=8, max_pixels=10_000, max_bytes=200_000)) as port:
@@ -267,7 +283,7 @@ def test_an_endless_body_is_read_only_as_far_as_the_limit():
         "type": "http",
         "method": "POST",
         "path": "/score",
-        "headers": [],
+        "headers": [(b"content-type", b"application/json")],
         "query_string": b"",
         "http_version": "1.1",
     }
@@ -281,7 +297,7 @@ def test_a_body_that_drips_is_given_up():
         serving(Probe(), read_seconds=0.2) as port,
         socket.create_connection(("127.0.0.1", port), timeout=10) as opened,
     ):
-        opened.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        opened.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\n" + AS_JSON + b"Content-Length: 100\r\n\r\n{")
         assert opened.recv(1000).startswith(b"HTTP/1.1 408")
         wait_until(lambda: ask(port, "GET", "/health")[2]["requests"] == 0)
 
@@ -309,6 +325,94 @@ def test_connections_that_ask_for_nothing_are_closed_and_hinder_nobody(monkeypat
         probe.may_answer.set()
         threads[0].join(20)
         assert results[0][0] == 200
+
+
+@pytest.mark.parametrize("reads", [0, 10])
+def test_connections_that_do_not_take_their_answers_are_ended(monkeypatch, reads):
+    """Requests are piled up and their answers are not read, or a few bytes at a time: that must not last for ever."""
+    monkeypatch.setattr("diffusion_gym.rewards.server._IDLE_SECONDS", 0.2)
+    pile = b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+    with serving(Probe(), send_buffer=4096) as port, socket.socket() as opened:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        opened.settimeout(0.05)
+        opened.connect(("127.0.0.1", port))
+        wait_until(lambda: is_ended(opened, pile, reads))
+        assert ask(port, "GET", "/health")[0] == 200
+
+
+def is_ended(opened, pile, reads):
+    """Send, and read so many bytes, as far as it goes; return whether the other side has ended the connection."""
+    try:
+        with contextlib.suppress(TimeoutError):
+            opened.sendall(pile)
+        with contextlib.suppress(TimeoutError):
+            opened.recv(reads)
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_there_are_only_so_many_connections(monkeypatch):
+    monkeypatch.setattr("diffusion_gym.rewards.server._MAX_CONNECTIONS", 10)
+    with serving(Probe()) as port, contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(30)]
+        for one in opened[10:]:
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(1) == b""
+        opened[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert opened[0].recv(100).startswith(b"HTTP/1.1 503")
+        for one in opened:
+            one.close()
+        wait_until(lambda: ask_if_it_is_there(port) == 200)
+
+
+def ask_if_it_is_there(port):
+    try:
+        return ask(port, "GET", "/health")[0]
+    except (OSError, HTTPException, ValueError):
+        return None
+
+
+# ---------------------------------------------------------------------- web pages
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8085"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "[::1"},
+        {"Host": ""},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+    ],
+)
+def test_a_server_without_a_token_answers_no_web_page(headers):
+    probe = Probe()
+    with serving(probe) as port:
+        for method, path, body in (
+            ("GET", "/health", None),
+            ("GET", "/info", None),
+            ("POST", "/score", score_request()[1]),
+        ):
+            status, _, answer = ask(port, method, path, body, {**JSON_HEADERS, **headers})
+            assert (status, list(answer)) == (403, ["error"])
+            assert "programs of this machine alone" in answer["error"]
+        for host in ("localhost", "LOCALHOST:1", f"127.0.0.1:{port}", "[::1]:8085"):
+            assert ask(port, "GET", "/info", None, {"Host": host})[0] == 200
+    assert probe.sizes == []
+    with serving(probe, token="secret") as port:
+        assert ask(port, "GET", "/info", None, {"Authorization": "Bearer secret", **headers})[0] == 200
+
+
+def test_the_content_type_is_looked_at_before_the_body():
+    """What a web page may send without asking takes no place in the queue, however slowly it comes."""
+    with serving(Probe(), max_queue=1) as port, contextlib.ExitStack() as stack:
+        for kind in (b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data; boundary=x"):
+            opened = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            opened.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: " + kind)
+            opened.sendall(b"\r\nContent-Length: 100\r\n\r\n{")
+            assert opened.recv(1000).startswith(b"HTTP/1.1 415")
+            assert ask(port, "POST", "/score", score_request()[1], JSON_HEADERS)[0] == 200
 
 
 # ---------------------------------------------------------------------- many at once
@@ -348,7 +452,8 @@ def test_requests_wait_in_a_short_queue_and_the_reward_is_called_once_at_a_time(
 def test_what_nobody_waits_for_any_more_is_not_computed():
     probe = Probe()
     content_type, body = score_request()
-    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with serving(probe) as port:
         probe.may_answer.clear()
         threads, results = in_threads(lambda: ask(port, "POST", "/score", body, JSON_HEADERS))

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from diffusion_gym.rewards import (
     Cached,
     CallableReward,
     Normalised,
+    Retry,
     Reward,
     RewardOutput,
     Threshold,
@@ -17,6 +19,7 @@ from diffusion_gym.rewards import (
     make_reward,
     to_uint8,
 )
+from diffusion_gym.rewards.base import checked_output
 from diffusion_gym.rewards.jpeg import jpeg_kilobytes
 
 
@@ -165,3 +168,174 @@ def test_unknown_rewards_are_named():
         make_reward("brigthness")
     with pytest.raises(ValueError, match="unknown reward 'x'"):
         make_reward({"brightness": 1, "x": 2})
+
+
+# ---------------------------------------------------------------------- what is wrong is said when it is made
+class Nameless(Reward):
+    def __call__(self, images, prompts, metadata=None):
+        return RewardOutput(images.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({}, r"the reward Made must have a name, .* got None: name = \"made\" in the class"),
+        ({"name": ""}, "must have a name"),
+        ({"name": 3}, "must have a name, a text that is not empty, got 3"),
+        ({"name": "x", "unit": None}, "must have a unit"),
+        ({"name": "x", "range": (1, 0)}, r"the range of the reward 'x' must be \(least, greatest\), got \(1, 0\)"),
+        ({"name": "x", "range": None}, "range of the reward 'x'"),
+        ({"name": "x", "range": (0, float("nan"))}, "range of the reward 'x'"),
+    ],
+)
+def test_a_reward_that_does_not_say_what_it_is_is_named_when_it_is_made(attributes, message):
+    made = type("Made", (Nameless,), attributes)()
+    for make in (make_reward, at_least_0, Normalised, Cached, Timed, lambda reward: WeightedSum([(reward, 1.0)])):
+        with pytest.raises(TypeError, match=message):
+            make(made)
+
+
+def at_least_0(reward):
+    return Threshold(reward, 0.0)
+
+
+def test_functions_that_do_not_take_what_a_reward_is_given_are_named_when_they_are_made():
+    for wrong in (lambda images: images, lambda images, prompts: images, lambda *, images: images):
+        with pytest.raises(TypeError, match=r"a reward function takes \(images, prompts, metadata\), but .* takes \("):
+            make_reward(wrong)
+    for right in (lambda *given: given, lambda images, prompts, metadata, more=1: images, nn.Identity()):
+        assert isinstance(make_reward(right), CallableReward)
+    with pytest.raises(TypeError, match=r"must not be a class, but one that was made of it: Judge\(\.\.\.\)"):
+        make_reward(Judge)
+
+
+def test_values_on_another_device_are_named():
+    meta = torch.ones(2, device="meta")
+    for output in (RewardOutput(meta), RewardOutput(torch.ones(2), {"extra": meta})):
+        with pytest.raises(
+            ValueError, match=r"'judge' must be on the images' device, cpu, got meta: return values\.to\("
+        ):
+            checked_output(Judge(output), pictures(2), ["a"] * 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_bytes_are_made_of_a_picture_that_is_none(value):
+    images = pictures(3)
+    images[1, 0, 5, 5] = value
+    with pytest.raises(ValueError, match=r"the images \[1\] of 3 are NaN or infinite"):
+        to_uint8(images)
+    for name in ("incompressibility", "compressibility"):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            make_reward(name)(images, ["a"] * 3)
+    for name in ("brightness", "emoji_alignment"):
+        assert not make_reward(name)(images, ["a"] * 3).values[1].isfinite()
+
+
+# ---------------------------------------------------------------------- one's own by name
+@pytest.fixture
+def own_rewards(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(
+        "from diffusion_gym.rewards import Reward, RewardOutput\n"
+        "def redness(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\n"
+        "class Scaled(Reward):\n"
+        "    name = 'scaled'\n"
+        "    def __init__(self, scale=1.0):\n        self.scale = scale\n"
+        "    def __call__(self, images, prompts, metadata=None):\n"
+        "        return RewardOutput(self.scale * images.mean((1, 2, 3)))\n"
+        "ready = Scaled(2.0)\n"
+        "class Inside:\n    redness = staticmethod(redness)\n"
+        "number = 3\n"
+    )
+    (tmp_path / "broken_rewards.py").write_text("import not_there_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_python_functions_and_classes_have_names_too(own_rewards):
+    images = pictures(2)
+    for name in ("own_rewards:redness", "own_rewards:Inside.redness"):
+        assert torch.equal(make_reward(name)(images, ["a"] * 2).values, images[:, 0].mean((1, 2)))
+        assert make_reward(name).name == "redness"
+    for name, options in (("own_rewards:Scaled", {"scale": 2.0}), ("own_rewards:ready", None)):
+        values = make_reward(name, options=options)(images, ["a"] * 2).values
+        assert torch.equal(values, 2 * images.mean((1, 2, 3)))
+    both = make_reward({"own_rewards:redness": 1.0, "brightness": 1.0})
+    assert set(both(images, ["a"] * 2).extras) == {"redness", "brightness"}
+
+
+def test_what_is_not_there_is_named(own_rewards):
+    for name, message in (
+        ("own_rewards:rednes", r"unknown name in own_rewards 'rednes': .* Did you mean 'redness'\?"),
+        ("own_rewards:", "unknown name in own_rewards ''"),
+        ("nowhere_at_all:redness", "module 'nowhere_at_all', which Python does not find: .* PYTHONPATH"),
+        ("nowhere.at.all:redness", "module 'nowhere.at.all', which"),
+        ("own_rewards:number", "must be a name, a Reward, a callable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_reward(name)
+    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+        make_reward("broken_rewards:redness")
+
+
+def test_options_are_the_keywords_of_a_named_reward():
+    assert make_reward("emoji_alignment", options={"among": ["a fox", "a bear"]}).unit == "nat"
+    for reward, message in (
+        ("brightness", r"brightness does not take these options: .*'scale'.*; it is brightness\("),
+        (make_reward("brightness"), r"options are the keywords of a reward that is named, got {'scale': 2}"),
+        ({"brightness": 1.0}, "options are the keywords of a reward that is named"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_reward(reward, options={"scale": 2})
+
+
+def test_making_a_reward_makes_it_ready_and_all_that_it_is_made_of():
+    class Counted(Judge):
+        readied = 0
+
+        def make_ready(self):
+            self.readied += 1
+
+    made = Counted(None)
+    makers = (make_reward, at_least_0, Cached, Timed, Normalised, Retry, lambda it: WeightedSum([(it, 1.0)]))
+    for number, make in enumerate(makers, start=1):
+        make(made)
+        assert made.readied == number
+
+
+# ---------------------------------------------------------------------- devices and dtypes that torch does not have
+class WithoutFloat64(torch.Tensor):
+    """Stands for a tensor on a device without float64: what stays there must not become one."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+
+def test_statistics_are_in_float64_on_the_host_alone():
+    reward = Normalised(lambda images, prompts, metadata: images.mean((1, 2, 3)))
+    reward(pictures(4).as_subclass(WithoutFloat64), ["a"] * 4)
+    assert reward.count == 4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Cached(Timed("brightness")),
+        lambda: make_reward({"brightness": 1.0, "incompressibility": 2.0}),
+        lambda: Threshold(Normalised("emoji_alignment"), 0.1),
+        lambda: make_reward("emoji_alignment", options={"among": ["a"]}),
+        lambda: Retry(lambda images, prompts, metadata: np.ones(len(images))),
+    ],
+)
+def test_rewards_are_float32_whatever_torchs_default_is(make):
+    images = pictures(2)
+    expected = make()(images, ["a"] * 2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        output = make()(images, ["a"] * 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert output.values.dtype == torch.float32
+    assert all(values.dtype == torch.float32 for values in output.extras.values())
+    torch.testing.assert_close(output.values, expected.values)

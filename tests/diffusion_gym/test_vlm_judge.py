@@ -4,8 +4,10 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -14,8 +16,9 @@ import torch
 from PIL import Image
 
 from diffusion_gym.rewards import make_reward, to_uint8
+from diffusion_gym.rewards.exchange import Endpoint, Unreachable
 from diffusion_gym.rewards.vlm_judge import VLMJudge
-from tests.serving import response, scripted
+from tests.serving import free_port, response, scripted
 
 
 def completion(text):
@@ -141,7 +144,7 @@ def test_what_goes_wrong_is_tried_again_and_no_score_is_lost(server, images):
         "a bear": [
             completion("I would give it 7"),
             completion("11"),
-            completion("7/10"),
+            completion("7/9"),
             completion("nan"),
             completion(""),
         ],
@@ -151,6 +154,76 @@ def test_what_goes_wrong_is_tried_again_and_no_score_is_lost(server, images):
     torch.testing.assert_close(output.values.double(), grades(images), atol=6e-4, rtol=0)
     asked = [prompt for _, prompt, *_ in server.requests]
     assert [asked.count(prompt) for prompt in PROMPTS] == [4, 3, 5, 6, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("7", 7.0),
+        (" 7.\n", 7.0),
+        ("**7**", 7.0),
+        ("**7.5**.", 7.5),
+        ("`7`", 7.0),
+        ('"7"', 7.0),
+        ("$7$", 7.0),
+        ("8/10", 8.0),
+        ("**8** / 10", 8.0),
+        ("8.5 out of 10.", 8.5),
+        ("8/10.0", 8.0),
+        ("<think>Nice, 3 ears. 8/10?\n</think>\n\n7", 7.0),
+        ("so it is nice.</think>7", 7.0),
+        ("<thinking>9</thinking>**7**", 7.0),
+        (7, 7.0),
+        (7.5, 7.5),
+        ([{"type": "text", "text": "7"}], 7.0),
+        ([{"type": "reasoning", "text": "9"}, {"type": "text", "text": "**7**"}], 7.0),
+    ],
+)
+def test_a_number_is_read_however_it_is_dressed(server, images, content, expected):
+    server.script = {"a cat": [completion(content)]}
+    assert judge(server, max_tries=1)(images[:1], ["a cat"]).values.tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["8/5", "80/100", "7 8", "7, 8", "I give it 7", "seven", "-7", "11", "12/10", "<think>7", "7<think>", "1e1", ".",
+     "", "7" + " " * 10**6 + "x", True, None, {"text": "7"}, ["7"], [{"type": "text"}], "nan", "<think>7</think>"],
+    ids=lambda content: str(content)[:20],
+)  # fmt: skip
+def test_what_is_no_number_of_the_range_is_no_score(server, images, content):
+    server.script = {"a cat": [completion(content)]}
+    with pytest.raises(RuntimeError, match=r"gave no usable reply in 1 tries; the last: expected a (number|chat comp)"):
+        judge(server, max_tries=1)(images[:1], ["a cat"])
+
+
+def test_another_way_to_read_replies_is_the_users(server, images):
+    def parse(text):
+        return float(text.rpartition("Score: ")[2])
+
+    server.script = {"a cat": [completion("no idea"), completion("Score: nan"), completion("Colours: 3. Score: 7")]}
+    assert judge(server, parse=parse)(images[:1], ["a cat"]).values.tolist() == [7.0]
+    assert len(server.requests) == 3
+
+
+def test_a_reply_that_was_cut_off_is_said_to_be(server, images):
+    cut = json.dumps({"choices": [{"message": {"content": "<think>So"}, "finish_reason": "length"}]})
+    server.script = {"a cat": [(200, cut)]}
+    with pytest.raises(
+        RuntimeError, match=r"got '<think>So' \(it was cut off: allow more, options={'max_tokens': …}\); parse="
+    ):
+        judge(server, max_tries=1)(images[:1], ["a cat"])
+
+
+def test_a_judge_that_cannot_be_asked_is_named_when_the_reward_is_made(server, monkeypatch):
+    assert make_reward("vlm_judge", options={"base_url": server.url}).model == "tiny-vlm"
+    for url, reason in ((f"http://127.0.0.1:{free_port()}/v1", "Conn"), ("http://no-such-host.invalid/v1", "gaierror")):
+        with pytest.raises(RuntimeError, match=rf"no connection to the judge at {url}: {reason}.*base_url="):
+            make_reward("vlm_judge", options={"base_url": url, "model": "m"})
+    monkeypatch.delenv("SOME_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="SOME_TOKEN must hold the token"):
+        make_reward("vlm_judge", options={"base_url": server.url, "token_variable": "SOME_TOKEN"})
+    with pytest.warns(UserWarning, match=r"the token goes to http://192\.0\.2\.1/v1 unencrypted"):
+        VLMJudge(base_url="http://192.0.2.1/v1", token_variable="SOME_TOKEN")
 
 
 def test_waits_double(server, images):
@@ -188,6 +261,34 @@ def test_https_goes_through_the_proxy_of_the_environment(images, monkeypatch):
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
         with pytest.raises(RuntimeError, match="Tunnel connection failed: 403"):
             VLMJudge(base_url="https://judge.invalid/v1", model="m", max_tries=1)(images[:1], ["a cat"])
+
+
+def test_the_proxy_may_be_named_without_a_scheme_and_with_a_password(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        port = proxy.getsockname()[1]
+        for before in ("", "http://", "us%40r:p%3Aw@", "http://us%40r:p%3Aw@"):
+            monkeypatch.setenv("https_proxy", f"{before}127.0.0.1:{port}")
+            with ThreadPoolExecutor(1) as pool:
+                asking = pool.submit(Endpoint("https://judge.invalid", timeout=5.0).check)
+                connection, _ = proxy.accept()
+                with connection:
+                    head = connection.recv(4096).decode()
+                    connection.sendall(b"HTTP/1.1 407 Who are you?\r\n\r\n")
+                with pytest.raises(Unreachable, match="Tunnel connection failed: 407"):
+                    asking.result()
+            assert head.startswith("CONNECT judge.invalid:443 HTTP/1")
+            who = base64.b64encode(b"us@r:p:w").decode()
+            assert (f"Proxy-Authorization: Basic {who}" in head) == ("@" in before)
+
+
+@pytest.mark.parametrize("proxy", ["socks5://user:secret@host:1080", "http://host:port", "http://"])
+def test_a_proxy_that_is_none_is_named_without_its_password(monkeypatch, proxy):
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(ValueError, match="https_proxy must be like http://host:port or host:port, got") as caught:
+        Endpoint("https://judge.invalid", timeout=5.0)
+    assert "secret" not in str(caught.value)
 
 
 def test_after_the_last_try_there_is_an_error_and_no_score(server, images):
@@ -253,11 +354,15 @@ def test_question_range_and_options_are_the_users(server, images):
 
 
 def test_keywords_out_of_their_range_are_named():
-    assert isinstance(make_reward("vlm_judge"), VLMJudge)
     for keywords, message in [
         ({"score_range": (1, 1)}, r"score_range must be \(least, greatest\), got \(1, 1\)"),
         ({"base_url": "127.0.0.1:8000"}, "a server's address is like .*, got '127.0.0.1:8000'"),
-        ({"max_tries": 0}, "max_tries and max_concurrency must be at least 1"),
+        ({"score_range": (0, float("inf"))}, "score_range must be a finite number"),
+        ({"score_range": (float("nan"), 1)}, "score_range must be a finite number"),
+        ({"max_tries": 0}, "max_tries must be an integer of at least 1"),
+        ({"max_concurrency": 2.5}, "max_concurrency must be an integer"),
+        ({"timeout": float("nan")}, "timeout must be a finite number"),
+        ({"backoff": float("inf")}, "backoff must be a finite number"),
         ({"template": "Rate it from 0 to 10"}, r'template must contain "\{prompt\}"'),
         ({"template": "{prompt} {subject}"}, r"template may only contain \{prompt\}, \{low\} and \{high\}"),
     ]:

@@ -295,7 +295,7 @@ def test_environment_keeps_no_graph_of_the_action(emoji):
         ({"reward": 3}, "must be a name, a Reward, a callable"),
         ({"prompts": "simple_animal"}, r"unknown prompt set .* Did you mean 'simple_animals'\?"),
         ({"prompts": []}, "at least one prompt"),
-        ({"prompts": ["a", "a"]}, "repeated"),
+        ({"prompts": ["a", 3]}, "a prompt must be a string"),
         ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ({"num_steps": 2000}, "num_steps must be between 1 and 1000, got 2000"),
         ({"num_steps": True}, "num_steps must be an integer of at least 1, got True"),
