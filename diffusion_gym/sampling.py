@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .models.base import Conditioning, DiffusionModel
+from .models.base import Conditioning, DiffusionModel, checked_guidance_scale
 from .transitions import ddim_transition
 
 
@@ -27,9 +27,12 @@ def sample_latents(
         noise: [B, C, H, W] x_T.
         conditioning: What `model.encode_prompts` returns, [B, ...] each.
         times: [num_steps + 1] falling, such as `model.schedule.timesteps(20)` or one of `diffusion_gym.grids`.
-        guidance_scale: Classifier-free guidance; None: the model's default.
+        guidance_scale: Classifier-free guidance, at least 0 (up to 1: none); None: the model's default.
+
+    Raises:
+        ValueError: `guidance_scale` is not finite, or negative.
     """
-    scale = model.default_guidance_scale if guidance_scale is None else guidance_scale
+    scale = checked_guidance_scale(model.default_guidance_scale if guidance_scale is None else guidance_scale)
     latents = noise
     for t, s in pairwise(times.float().to(noise.device).expand(len(noise), -1).unbind(1)):
         prediction = model.denoise(latents, t, conditioning, guidance_scale=scale)

@@ -5,12 +5,14 @@ Classifier-free guidance lives here, once, for every family of models.
 
 import importlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -170,8 +172,8 @@ class DiffusionModel(ABC):
     ) -> Prediction:
         """Return what a denoiser says of x_t, with classifier-free guidance.
 
-        output = output(negative) + guidance_scale·(output(prompt) − output(negative)), and so for the features; with a
-        scale of exactly 1 the prompt's own output, at half the cost.
+        output = output(negative) + guidance_scale·(output(prompt) − output(negative)), and so for the features. A scale
+        of at most 1 is no guidance, as in diffusers' pipelines: the prompt's own output, at half the cost.
 
         Source: Ho & Salimans, 2022, eq. 6, https://arxiv.org/abs/2207.12598.
 
@@ -179,19 +181,20 @@ class DiffusionModel(ABC):
             latents: [B, C, H, W] x_t.
             t: [B] the time of each sample, in the schedule's own values.
             conditioning: What `encode_prompts` returns, [B, ...] each.
-            guidance_scale: The scale w.
+            guidance_scale: The scale w, at least 0 (see `checked_guidance_scale`).
             denoiser: The network to ask; None: the frozen one.
             with_features: Return its features and time embedding too.
         """
         network = self.denoiser if denoiser is None else denoiser
         inputs = {key: value for key, value in conditioning.items() if not key.startswith(_NEGATIVE)}
         x, times = latents, t
-        if guidance_scale != 1:
+        is_guided = guidance_scale > 1
+        if is_guided:
             inputs = {key: torch.cat([conditioning[_NEGATIVE + key], value]) for key, value in inputs.items()}
             x, times = torch.cat([latents, latents]), torch.cat([t, t])
 
         def guided(doubled: Tensor) -> Tensor:
-            if guidance_scale == 1:
+            if not is_guided:
                 return as_float(doubled)
             negative, positive = as_float(doubled).chunk(2)
             return negative + guidance_scale * (positive - negative)
@@ -222,6 +225,17 @@ class DiffusionModel(ABC):
 
 def _reload(source: str, device: str, dtype: str, image_size: int, revision: str | None) -> DiffusionModel:
     return load_model(source, device=device, dtype=dtype, image_size=image_size, revision=revision)
+
+
+def checked_guidance_scale(value: float) -> float:
+    """Return a classifier-free guidance scale as a float; every scale of at most 1 means no guidance, as in diffusers.
+
+    Raises:
+        ValueError: it is no number, not finite or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise ValueError(f"guidance_scale must be a finite number of at least 0 (up to 1: no guidance), got {value!r}")
+    return float(value)
 
 
 def to_device(device: str | torch.device) -> torch.device:

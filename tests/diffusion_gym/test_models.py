@@ -1,16 +1,19 @@
 import json
+import math
 import pickle
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from diffusion_gym.models import DiffusionModel, load_model
+from diffusion_gym.models import DiffusionModel, checked_guidance_scale, load_model
 from diffusion_gym.predictions import to_x0_and_epsilon
 from diffusion_gym.prompts import make_prompts
 from diffusion_gym.prompts.sets import NAMED
+from diffusion_gym.sampling import sample_latents
 from diffusion_gym.transitions import ddim_transition, draw_noise
 from tests.tiny import EMOJI, make_tiny_stable_diffusion
 
@@ -90,7 +93,7 @@ def test_packaged_prompts_are_seen_whole(emoji, name):
     emoji.encode_prompts(make_prompts(name).texts)  # warnings are errors
 
 
-def test_guidance_scale_one_and_zero_are_the_prompts_own_and_the_negative_prompts_output(emoji):
+def test_guidance_of_at_most_one_is_the_prompts_own_output_and_beyond_it_extrapolates(emoji):
     latents, t = (
         torch.randn(2, *emoji.latent_shape, generator=torch.Generator().manual_seed(0)),
         torch.full((2,), 500.0),
@@ -98,12 +101,28 @@ def test_guidance_scale_one_and_zero_are_the_prompts_own_and_the_negative_prompt
     conditioning = emoji.encode_prompts(PROMPTS)
     swapped = {"prompt_embeds": conditioning["negative_prompt_embeds"]}
     with torch.no_grad():
-        zero = emoji.denoise(latents, t, conditioning, guidance_scale=0.0).epsilon
-        one = emoji.denoise(latents, t, conditioning, guidance_scale=1.0).epsilon
+        below = [emoji.denoise(latents, t, conditioning, guidance_scale=scale).epsilon for scale in (0.0, 0.5, 1.0)]
         two = emoji.denoise(latents, t, conditioning, guidance_scale=2.0).epsilon
         negative = emoji.denoise(latents, t, swapped, guidance_scale=1.0).epsilon
-    torch.testing.assert_close(zero, negative, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(two, 2 * one - zero, rtol=1e-3, atol=1e-4)
+    assert torch.equal(below[0], below[2])
+    assert torch.equal(below[1], below[2])
+    torch.testing.assert_close(two, 2 * below[2] - negative, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [-1, -1e-9, math.nan, math.inf, "5", None, True, 1j])
+def test_guidance_scales_that_are_none_are_named(emoji, wrong):
+    message = rf"guidance_scale must be a finite number of at least 0 .*got {re.escape(repr(wrong))}"
+    with pytest.raises(ValueError, match=message):
+        checked_guidance_scale(wrong)
+    if wrong is not None:
+        noise = torch.zeros(1, *emoji.latent_shape)
+        with pytest.raises(ValueError, match=message):
+            sample_latents(emoji, noise, emoji.encode_prompts(["a cat"]), torch.tensor([999.0]), guidance_scale=wrong)
+
+
+@pytest.mark.parametrize("scale", [0, 1, 7.5, np.float32(3), np.int64(2)])
+def test_numbers_are_guidance_scales(scale):
+    assert checked_guidance_scale(scale) == float(scale)
 
 
 def test_decoding_does_not_depend_on_the_chunks(emoji, monkeypatch):
