@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -25,11 +25,23 @@ from ..prompts import make_prompts
 from ..rewards import RewardOutput, make_reward, to_uint8
 from ..rewards.base import checked_output
 from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
-from .options import ModelSource, PromptSource, RewardSource, keywords_of, resolve_model, to_autoreset_mode
+from .options import (
+    InvalidReward,
+    ModelSource,
+    PromptSource,
+    RewardSource,
+    keywords_of,
+    resolve_model,
+    to_autoreset_mode,
+)
 
 Observation = dict[str, Tensor]
 
 _OBSERVED_BYTES_LIMIT = 1_000_000
+_OVERFLOW = (
+    ". Weights may have diverged; in float16, numbers beyond 65504 overflow: bfloat16 and float32 do not "
+    '(dtype="float32", mixed_precision="bf16"). on_invalid_reward="nan" goes on without these lanes\' rewards'
+)
 
 
 class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
@@ -66,6 +78,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         negative_prompt: str = "",
         observe_embeds: bool | None = None,
         render_mode: str | None = None,
+        on_invalid_reward: InvalidReward = "raise",
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         **unknown: object,
     ) -> None:
@@ -75,6 +88,9 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             raise ValueError(f"num_envs must be an integer of at least 1, got {num_envs!r}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
+        if on_invalid_reward not in get_args(InvalidReward):
+            raise ValueError(f"on_invalid_reward must be one of {get_args(InvalidReward)}, got {on_invalid_reward!r}")
+        self.on_invalid_reward = on_invalid_reward
         self.num_envs = num_envs
         self.reward = make_reward(reward)
         self.model = resolve_model(model, device=device, dtype=dtype, image_size=image_size)
@@ -202,6 +218,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             ClosedEnvironmentError, ResetNeeded: the environment is closed, or no lane is in an episode.
             InvalidAction: the actions' type, shape, dtype or device is wrong; or, at an episode's end, one of its
                 actions was not finite.
+            ValueError: an image or its reward is not finite. Neither this nor the actions' not being finite raises with
+                `on_invalid_reward="nan"`.
         """
         self._require_open()
         self._require_reset()
@@ -298,22 +316,25 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
 
         This is the one place in a step that waits for the device.
         """
-        rewards = torch.zeros(self.num_envs, device=self.device)
+        rewards = torch.zeros(self.num_envs, device=self.device, dtype=torch.float32)
         self._lanes.final_images = None
         if not ended.any():
             return rewards, {}
         lanes = np.flatnonzero(ended)
         index = self._to_device(lanes)
-        if not self._read_flag(self._lanes.finite[index].all()):
-            bad = [int(i) for i in lanes if not self._lanes.finite[i]]
-            raise InvalidAction(f"the actions of lanes {bad} were NaN or infinite in the episode that has just ended")
         began = time.perf_counter()
         images = self.model.decode(self._lanes.latents[index])
         self._lanes.final_images = (index, images)
-        num_steps = self._to_device(self._lanes.step[lanes])
-        compute = partial(self._rewarded, self._judge(lanes), images, num_steps, index=index, ended=ended.copy())
-        empty = images.new_zeros((self.num_envs, *images.shape[1:]))
-        scores: dict[str, Any] = {"images": empty.index_copy(0, index, images), "_images": ended.copy()}
+        valid = self._valid(lanes, self._lanes.finite[index], torch.isfinite(images).flatten(1).all(1))
+        scores: dict[str, Any] = {"images": self._of_lanes(images, index), "_images": ended.copy()}
+        compute = partial(
+            self._rewarded,
+            self._judge(lanes[valid]),
+            images if valid.all() else images[self._to_device(np.flatnonzero(valid))],
+            lanes=lanes,
+            valid=valid,
+            num_steps=self._lanes.step[lanes],
+        )
         if self._rewarder is None:
             rewards, named = compute()
             scores |= named
@@ -322,29 +343,70 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self.reward_seconds += time.perf_counter() - began
         return rewards, scores
 
+    def _valid(self, lanes: np.ndarray, actions: Tensor, images: Tensor) -> np.ndarray:
+        """Return which of the lanes that ended had finite actions and have a finite image, [k] bool: a wait.
+
+        Raises:
+            InvalidAction, ValueError: one has not, and `on_invalid_reward` is "raise".
+        """
+        finite_actions, finite_images = self._read_flags(torch.stack([actions, images]))
+        if self.on_invalid_reward == "raise" and not finite_actions.all():
+            raise InvalidAction(
+                f"the actions of lanes {lanes[~finite_actions].tolist()} were NaN or infinite in the episode that has "
+                f"just ended{_OVERFLOW}"
+            )
+        if self.on_invalid_reward == "raise" and not finite_images.all():
+            raise ValueError(
+                f"the images of lanes {lanes[~finite_images].tolist()} are NaN or infinite, so they cannot be "
+                f"rewarded: the last latents were far outside the decoder's range, or NaN{_OVERFLOW}"
+            )
+        return finite_actions & finite_images
+
     @torch.no_grad()
     def _rewarded(
         self,
         judge: Callable[[Tensor], RewardOutput],
         images: Tensor,
-        num_steps: Tensor,
         *,
-        index: Tensor,
-        ended: np.ndarray,
+        lanes: np.ndarray,
+        valid: np.ndarray,
+        num_steps: np.ndarray,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Return the rewards of all lanes, and what to report of those that ended, whose images these are."""
-        output = judge(images)
-        if not self._read_flag(torch.isfinite(output.values).all()):
-            raise ValueError(f"the reward {self.reward.name!r} returned NaN or infinity: {output.values.tolist()}")
-        rewards = torch.zeros(self.num_envs, device=self.device)
-        named: dict[str, Any] = {}
-        for key, values in {self.reward.name: output.values, **output.extras}.items():
-            named |= {f"reward/{key}": rewards.index_copy(0, index, values.float()), f"_reward/{key}": ended}
-        return rewards.index_copy(0, index, self._shape(output.values.float(), num_steps)), named
+        """Return the rewards of all lanes, and what to report of those that ended; the valid ones' images these are."""
+        output = judge(images) if valid.any() else RewardOutput(images.new_zeros(0, dtype=torch.float32))
+        if output.values.device != images.device:
+            raise ValueError(
+                f"the values of the reward {self.reward.name!r} must be on the images' device, {images.device}; "
+                f"got {output.values.device}"
+            )
+        finite = valid.copy()
+        finite[valid] = self._read_flags(torch.isfinite(output.values)) if valid.any() else True
+        if self.on_invalid_reward == "raise" and not finite.all():
+            raise ValueError(
+                f"the reward {self.reward.name!r} returned NaN or infinity for lanes {lanes[~finite].tolist()}: "
+                f"{output.values.tolist()}"
+            )
+        asked, invalid = self._to_device(lanes[valid]), self._to_device(lanes[~finite])
+        ended = np.zeros(self.num_envs, dtype=bool)
+        ended[lanes] = True
+        failed = np.zeros_like(ended)
+        failed[lanes[~finite]] = True
+        named: dict[str, Any] = {"reward_invalid": failed, "_reward_invalid": ended}
+        steps = self._to_device(num_steps[valid])
+        rewards = self._of_lanes(self._shape(output.values.float(), steps), asked).index_fill(0, invalid, torch.nan)
+        for key, values in {**output.extras, self.reward.name: output.values}.items():
+            reported = self._of_lanes(values.float(), asked)
+            named[f"reward/{key}"] = reported.index_fill(0, invalid, torch.nan)
+            named[f"_reward/{key}"] = ended
+        return rewards, named
 
-    def _read_flag(self, flag: Tensor) -> bool:
-        """Read a boolean from the device: waits for it."""
-        return bool(flag)
+    def _of_lanes(self, values: Tensor, index: Tensor) -> Tensor:
+        """Return what some lanes have, [k, ...], as an entry per lane, [num_envs, ...]: 0 for the others."""
+        return values.new_zeros((self.num_envs, *values.shape[1:])).index_copy(0, index, values)
+
+    def _read_flags(self, flags: Tensor) -> np.ndarray:
+        """Read booleans from the device: waits for it."""
+        return flags.cpu().numpy()
 
     def _observe(self) -> Observation:
         lanes = self._lanes

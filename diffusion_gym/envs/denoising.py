@@ -101,10 +101,12 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
     | `negative_prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the negative prompt's (with `observe_embeds`) |
 
     `info` has `prompt_id`, `nfe` (steps taken), `timestep`, `next_timestep` and `ended`; on the last step also
-    `reward/<name>` and `images` [3, H, W] in [0, 1].
+    `reward/<name>`, `reward_invalid` and `images` [3, H, W] in [0, 1].
 
     ## Rewards
-    0 until the last step, then the reward of the decoded x_0: an episode's return is `reward_fn(x_0)`.
+    0 until the last step, then the reward of the decoded x_0: an episode's return is `reward_fn(x_0)`. Where an action,
+    the image or its reward is NaN or infinite, the last step raises; with `on_invalid_reward="nan"` that lane's reward
+    is NaN and its `info["reward_invalid"]` True, other lanes keep theirs, and no such image is shown to the reward.
 
     ## Starting State
     A prompt drawn uniformly, and x_T ~ N(0, I), both from the lane's own generator. `reset(options=…)` fixes them:
@@ -126,6 +128,7 @@ class DenoisingEnv(DiffusionEnv, EzPickle):
     | `negative_prompt` | `""` | what guidance moves away from |
     | `observe_embeds` | below 1 MB a lane | whether embeddings are part of the observation |
     | `render_mode` | `None` | `"rgb_array"`: the decoded x_t; x_0 once the episode has ended |
+    | `on_invalid_reward` | `"raise"` | `"nan"`: no error where an action, image or reward is NaN or infinite (below) |
 
     ## Version History
     - v0: initial version.

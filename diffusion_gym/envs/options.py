@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from inspect import getfullargspec
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from gymnasium.vector import AutoresetMode
@@ -14,6 +14,7 @@ from ..rewards import Reward
 
 ModelSource = str | os.PathLike[str] | DiffusionModel
 PromptSource = str | os.PathLike[str] | Sequence[str] | Mapping[str, float] | PromptSet | None
+InvalidReward = Literal["raise", "nan"]
 RewardSource = str | Reward | Mapping[str, float]
 
 
@@ -80,6 +81,7 @@ class EnvOptions(TypedDict, total=False):
     negative_prompt: str
     observe_embeds: bool | None
     render_mode: str | None
+    on_invalid_reward: InvalidReward
 
 
 class VectorEnvOptions(EnvOptions, total=False):

@@ -298,11 +298,12 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     | `negative_prompt_embeds` | (L, D) | float32 | −∞ | ∞ | the negative prompt's (with `observe_embeds`) |
 
     `info` has `prompt_id`, `nfe` (network calls answered so far), `timestep`, `step`, `times` [max_steps + 1] (those
-    visited, then the clean end's), `max_steps_reached` and `ended`; on the last step also the raw `reward/<name>` and
-    `images` [3, H, W] in [0, 1].
+    visited, then the clean end's), `max_steps_reached` and `ended`; on the last step also the raw `reward/<name>`,
+    `reward_invalid` and `images` [3, H, W] in [0, 1].
 
     ## Rewards
-    0 until the last step, then the reward of the decoded x_0 less the cost of the steps (see `step_cost`).
+    0 until the last step, then the reward of the decoded x_0 less the cost of the steps (see `step_cost`). What is
+    NaN or infinite is treated as in `DenoisingMDP-v0`.
 
     ## Starting State
     A prompt drawn uniformly, and x_T ~ N(0, I), both from the lane's own generator, at the noisiest time.
@@ -333,6 +334,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     | `negative_prompt` | `""` | what guidance moves away from |
     | `observe_embeds` | below 1 MB a lane | whether embeddings are part of the observation |
     | `render_mode` | `None` | `"rgb_array"`: the decoded x_t; x_0 once the episode has ended |
+    | `on_invalid_reward` | `"raise"` | `"nan"`: no error where an action, image or reward is NaN or infinite (below) |
 
     ## Version History
     - v0: initial version.

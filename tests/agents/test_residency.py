@@ -86,7 +86,12 @@ def named_places(monkeypatch):
         assert {tensor.device.type for tensor in tensors.values()} == {DEVICE}
         return {name: np.zeros(tuple(tensor.shape)) for name, tensor in tensors.items()}
 
-    monkeypatch.setattr(DiffusionVectorEnv, "_read_flag", visit("reward", True))
+    def read_flags(self, flags):
+        visits["reward"] += 1
+        assert flags.device.type == DEVICE
+        return np.ones(tuple(flags.shape), dtype=bool)
+
+    monkeypatch.setattr(DiffusionVectorEnv, "_read_flags", read_flags)
     monkeypatch.setattr(_DDPO, "_read_rewards", staticmethod(visit("reward", [0.1, 0.2, 0.3])))
     monkeypatch.setattr(GradientGuard, "_read_flags", staticmethod(visit("update", [True, True])))
     monkeypatch.setattr(reports, "read_numbers", read_numbers)
