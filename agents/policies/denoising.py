@@ -108,7 +108,9 @@ class DenoisingPolicy(Policy):
         if isinstance(prompts, str):
             raise TypeError(f"prompts must be a sequence of texts, such as env.unwrapped.prompts; got {prompts!r}")
         if isinstance(lora_targets, str):
-            raise TypeError(f"lora_targets must be a sequence of names, such as ({lora_targets!r},); got {lora_targets!r}")
+            raise TypeError(
+                f"lora_targets must be a sequence of names, such as ({lora_targets!r},); got {lora_targets!r}"
+            )
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
         if isinstance(trained, str) or (trained is not None and use_lora):
