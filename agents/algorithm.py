@@ -177,10 +177,6 @@ class Algorithm(SavedRun, ABC):
         """The policy that rollouts are collected with: the one that is trained, unless an algorithm says otherwise."""
         return self.policy
 
-    def _collecting(self) -> contextlib.AbstractContextManager[object]:
-        """Return what a rollout is collected and learnt from in; callbacks before and after it are outside."""
-        return contextlib.nullcontext()
-
     # ------------------------------------------------------------------ SB3's interface
     @property
     def device(self) -> torch.device:
@@ -314,25 +310,21 @@ class Algorithm(SavedRun, ABC):
             return callbacks.on_step()
 
         callbacks.on_rollout_start()
-        batches = self.processes.share(self.samples_per_epoch // self.env.num_envs)
-        starts = [self._starts().reset(self.iteration, batch) for batch in batches]
-        with self._collecting():
-            rollout = collect(
-                self.env,
-                self.behaviour,
-                seeds=[seed for seed, _ in starts],
-                options=[options for _, options in starts],
-                # The first batch draws from the iteration's own stream: with one batch a rollout there is no other.
-                generators=[
-                    derived_generator(self.seed, _POLICY_STREAM, self.iteration, *([batch] if batch else []))
-                    for batch in batches
-                ],
-                reduction=self.log_prob_reduction,
-                after_step=after_step,
-                max_images=_LOGGED_IMAGES,
-                storage=self.storage,
-                async_rewards=self.settings.async_rewards,
-            )
+        starts = self._starts()
+        batches = [range(first, first + self.env.num_envs) for first in self._episodes()[:: self.env.num_envs]]
+        resets = [starts.reset(self.iteration, batch) for batch in batches]
+        rollout = collect(
+            self.env,
+            self.behaviour,
+            seeds=[seeds for seeds, _ in resets],
+            options=[options for _, options in resets],
+            generators=[[self._policy_generator(episode) for episode in batch] for batch in batches],
+            reduction=self.log_prob_reduction,
+            after_step=after_step,
+            max_images=_LOGGED_IMAGES,
+            storage=self.storage,
+            async_rewards=self.settings.async_rewards,
+        )
         stopped, taken = self.processes.totals(rollout is None, taken)
         self.num_timesteps = before + taken
         if stopped:
@@ -347,27 +339,35 @@ class Algorithm(SavedRun, ABC):
     def _starts(self) -> Starts:
         """Return where the episodes begin."""
         return Starts(
-            env=self.env,
+            prompts=self.env.unwrapped.prompts,  # type: ignore[attr-defined]
             seed=self.seed,
-            num_batches=self.samples_per_epoch // self.env.num_envs,
+            num_episodes=self.samples_per_epoch,
             group_size=self.group_size,
             prompt_sampling=self.settings.prompt_sampling,
         )
+
+    def _episodes(self) -> range:
+        """Return which of a rollout's episodes this process draws."""
+        return self.processes.share(self.samples_per_epoch)
+
+    def _policy_generator(self, episode: int) -> torch.Generator:
+        """Return where the policy's draws of an episode of this iteration come from."""
+        return derived_generator(self.seed, _POLICY_STREAM, self.iteration, episode)
 
     def _update_generator(self, *key: int) -> np.random.Generator:
         """Return the generator of this iteration's shuffles, or of a part of it."""
         return np.random.default_rng(derived_seed(self.seed, _UPDATE_STREAM, self.iteration, *key))
 
     def _shuffled(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return episodes in a random order that deals them out evenly: one of each batch of lanes, and again.
+        """Return episodes in a random order that deals them out evenly over the updates of a pass.
 
-        Every update then has about as many episodes of each batch, and so of each process.
+        Each update has one of every few episodes side by side, so that it has as many of each process as of any other.
         """
         order = rng.permutation(rows)
-        batches = order // self.env.num_envs
+        blocks = order // (self.samples_per_epoch // self.batch_size)
         turns = np.empty_like(order)
-        for batch in np.unique(batches):
-            turns[batches == batch] = np.arange((batches == batch).sum())
+        for block in np.unique(blocks):
+            turns[blocks == block] = np.arange((blocks == block).sum())
         return order[np.argsort(turns, kind="stable")]
 
     def _current_learning_rate(self) -> float:

@@ -175,6 +175,7 @@ def gathered(rollout: Rollout, processes: Processes) -> Rollout:
         scored=time_major(torch.from_numpy(rollout.scored.astype(np.uint8))).numpy().astype(bool),
         lengths=on_the_host(rollout.lengths),
         returns=processes.gather(rollout.returns),
+        valid=on_the_host(rollout.valid.astype(np.uint8)).astype(bool),
         prompt_id=on_the_host(rollout.prompt_id),
         extras={name: processes.gather(values) for name, values in rollout.extras.items()},
         ends=processes.gather(rollout.ends),

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion_gym.lines import read_json_lines
 from diffusion_gym.models.base import DiffusionModel
 
-from .rollouts import Rollout
+from .rollouts import Constants, Rollout
 
 METADATA_FILE = "metadata.jsonl"
 _CHUNK = 32
@@ -29,14 +29,14 @@ class Replay:
 
     Args:
         latents: [M, C, H, W] the clean latents x_0.
-        constants: [M, ...] each: what a policy observes of the prompts (embeddings, or their indices).
+        constants: [M, ...] each: what a policy observes of the prompts (embeddings, or their indices), kept once each.
         rewards: [N] float32.
         prompts: [N] int64 on the host: equal numbers are equal prompts.
         first: The index of the first sample whose latents are here.
     """
 
     latents: Tensor
-    constants: Mapping[str, Tensor]
+    constants: Mapping[str, Constants]
     rewards: Tensor
     prompts: np.ndarray
     first: int = 0
@@ -56,14 +56,22 @@ class Replay:
     def share(self, rows: range) -> "Replay":
         """Return the replay with the latents and constants of a contiguous part of its samples."""
         part = slice(rows.start - self.first, rows.stop - self.first)
-        constants = {key: value[part] for key, value in self.constants.items()}
+        constants = {key: value.part(part) for key, value in self.constants.items()}
         return replace(self, latents=self.latents[part], constants=constants, first=rows.start)
 
     @classmethod
     def from_rollout(cls, rollout: Rollout) -> "Replay":
-        """Return the ends of a rollout of the denoising MDP, whose last action is x_0."""
-        ends = rollout.ends[rollout.first : rollout.first + rollout.actions.shape[1]].float()
-        return cls(ends, rollout.constants, rollout.returns, rollout.prompt_id, rollout.first)
+        """Return the ends of a rollout of the denoising MDP, whose last action is x_0: those with a valid reward."""
+        here = slice(rollout.first, rollout.first + rollout.actions.shape[1])
+        own, kept = (torch.from_numpy(np.flatnonzero(rows)) for rows in (rollout.valid[here], rollout.valid))
+        own, kept = own.to(rollout.ends.device), kept.to(rollout.ends.device)
+        return cls(
+            rollout.ends[here][own].float(),
+            {key: Constants(value.values, value.rows[own]) for key, value in rollout.constants.items()},
+            rollout.returns[kept],
+            rollout.prompt_id[rollout.valid],
+            int(rollout.valid[: rollout.first].sum()),
+        )
 
     @classmethod
     def from_folder(cls, folder: Path | str, model: DiffusionModel, *, negative_prompt: str = "") -> "Replay":
@@ -102,7 +110,7 @@ class Replay:
         encoded = model.encode_prompts(texts, negative_prompt)
         return cls(
             latents=torch.cat(parts),
-            constants={key: value[index.to(model.device)] for key, value in encoded.items()},
+            constants={key: Constants(value, index.to(model.device)) for key, value in encoded.items()},
             rewards=torch.tensor([float(line["reward"]) for line in lines], device=model.device),
             prompts=index.numpy(),
         )

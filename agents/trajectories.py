@@ -1,6 +1,5 @@
 """What the policy-gradient algorithms share, which learn from whole trajectories of scored actions."""
 
-import contextlib
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -226,18 +225,13 @@ class TrajectoryAlgorithm(Algorithm):
             )
         return low, high
 
-    @contextlib.contextmanager
-    def _collecting(self) -> Iterator[None]:
-        """Make the steps of this iteration's window stochastic, and no others, within the block."""
+    @property
+    def behaviour(self) -> Policy:
+        """The policy that is trained; with a window deterministic outside this iteration's."""
         if self.sde_window is None:
-            yield
-            return
+            return self.policy
         assert isinstance(self.policy, DenoisingPolicy)
-        before, self.policy.sde_window = self.policy.sde_window, self._window(self.sde_window)
-        try:
-            yield
-        finally:
-            self.policy.sde_window = before
+        return self.policy.windowed(*self._window(self.sde_window))
 
     def _window(self, size: int) -> tuple[float, float]:
         """Return the times between which this iteration's steps are stochastic."""
@@ -253,11 +247,10 @@ class TrajectoryAlgorithm(Algorithm):
     # ------------------------------------------------------------------ updates
     def train(self, rollout: Rollout) -> Metrics:
         """Update the policy from one rollout: `n_epochs` passes, one update per `batch_size` episodes."""
-        with self._collecting():
-            measured, advantages = self._advantages_of_actions(rollout)
-            if self.step_weights != "equal":
-                advantages = advantages * self.weights_of_steps(rollout)
-            updates, num_updates = self._updates(rollout, advantages)
+        measured, advantages = self._advantages_of_actions(rollout)
+        if self.step_weights != "equal":
+            advantages = advantages * self.weights_of_steps(rollout)
+        updates, num_updates = self._updates(rollout, advantages)
         found = {**mean_of(updates)}
         if self.kl.place == "loss" and "kl" in found:
             found["kl"] = found["kl"] * float(rollout.scored.sum() / rollout.num_episodes)

@@ -186,7 +186,11 @@ class Policy(nn.Module, ABC):
             deterministic: Take the mode instead of a draw.
             reduction: "sum": the log-density; "mean": divided by the number of dimensions.
             precision: In which somebody will store the actions, if it is less than the environment's.
+
+        Raises:
+            TypeError, ValueError: the observation is not of torch tensors, or not of a batch.
         """
+        self._check_batch(observation)
         distribution = self.distribution(observation)
         action = self._draw(distribution, observation, generators, deterministic, precision)
         return action, distribution.log_prob(action, reduction)
@@ -202,12 +206,29 @@ class Policy(nn.Module, ABC):
         precision: torch.dtype | None = None,
     ) -> Tensor:
         """Return actions [B, ...]; the arguments are those of `sample`."""
+        self._check_batch(observation)
         return self._draw(self.distribution(observation), observation, generators, deterministic, precision)
 
     @final
     def log_prob(self, observation: Observation, action: Tensor, reduction: Reduction = "sum") -> Tensor:
         """Return log π(action | observation), [B], with gradients; the arguments are those of `sample`."""
         return self.distribution(observation).log_prob(action, reduction)
+
+    def _check_batch(self, observation: Observation) -> None:
+        """Raise TypeError or ValueError for the observation of a single environment."""
+        cure = (
+            "an algorithm's predict takes such ones too; or give "
+            "{key: torch.as_tensor(value)[None] for key, value in observation.items()}"
+        )
+        for key, value in observation.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"observations must be of torch tensors [B, ...], {key} is a {type(value)}: {cure}")
+        for key, shape in self.needed_shapes.items():
+            if key in observation and observation[key].ndim != len(shape) + 1:
+                raise ValueError(
+                    f"observations must be of a batch, {key} of shape [B, {', '.join(str(size) for size in shape)}], got "
+                    f"{list(observation[key].shape)}: {cure}"
+                )
 
     def _draw(
         self,

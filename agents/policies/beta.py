@@ -52,18 +52,20 @@ class BetaDistribution:
     def sample(self, generators: Generators | None = None) -> Tensor:
         """Return a draw of the ratios, [B, 1].
 
-        torch's Beta takes no generator, so each one given seeds torch's own for the length of the draw.
+        Args:
+            generators: One for the batch, or one per sample: then a sample's draw does not depend on the rest of the
+                batch. None: torch's global generator.
+
+        Raises:
+            ValueError: there are several generators, but not one per sample.
         """
-        if generators is None:
-            drawn = self._torch.sample()
-        elif isinstance(generators, torch.Generator):
-            drawn = _draw(self._torch, generators)
+        if generators is None or isinstance(generators, torch.Generator):
+            drawn = _draw(self.alpha, self.beta, generators)
+        elif len(generators) != len(self.alpha):
+            raise ValueError(f"generators must be one per sample: got {len(generators)} for {len(self.alpha)}")
         else:
-            if len(generators) != len(self.alpha):
-                raise ValueError(f"generators must be one per sample: got {len(generators)} for {len(self.alpha)}")
-            drawn = torch.stack(
-                [_draw(Beta(*row), g) for *row, g in zip(self.alpha, self.beta, generators, strict=True)]
-            )
+            rows = zip(self.alpha, self.beta, generators, strict=True)
+            drawn = torch.stack([_draw(alpha, beta, generator) for alpha, beta, generator in rows])
         return drawn.clamp(MIN_RATIO, MAX_RATIO)[:, None]
 
     def log_prob(self, value: Tensor, reduction: Reduction = "sum") -> Tensor:
@@ -83,9 +85,11 @@ class BetaDistribution:
         return Beta(self.alpha, self.beta, validate_args=False)
 
 
-def _draw(distribution: Beta, generator: torch.Generator) -> Tensor:
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    device = distribution.concentration1.device
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(seed)
-        return distribution.sample()
+def _draw(alpha: Tensor, beta: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return X/(X + Y) of X ~ Gamma(α), Y ~ Gamma(β), which is Beta(α, β)."""
+    if generator is not None and generator.device != alpha.device:
+        # A generator of the device, seeded by that of the host: drawing on the host would wait for α and β.
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        generator = torch.Generator(alpha.device).manual_seed(seed)
+    first, second = (torch._standard_gamma(concentration, generator=generator) for concentration in (alpha, beta))
+    return first / (first + second)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, load_model
+from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, checked_guidance_scale, load_model
 from diffusion_gym.predictions import broadcast_to, to_x0_and_epsilon
 from diffusion_gym.transitions import GaussianTransition, ddim_scales, ddim_transition
 
@@ -31,11 +32,21 @@ def _own_copy(denoiser: nn.Module, lora: LoraConfig | None, trained: Sequence[st
             parameter.requires_grad_(trained is None or any(part in name for part in trained))
         return own
     shared = copy.deepcopy(denoiser, memo={id(tensor): tensor for tensor in denoiser.parameters()})
-    shared.add_adapter(lora)  # type: ignore[operator]
+    with torch.random.fork_rng(devices=[]):  # peft draws first weights, which `_start_lora` replaces
+        shared.add_adapter(lora)  # type: ignore[operator]
     for parameter in shared.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return shared
+
+
+@torch.no_grad()
+def _start_lora(denoiser: nn.Module, generator: torch.Generator) -> None:
+    """Draw LoRA's first weights as peft does, but from a generator of one's own."""
+    for name, parameter in denoiser.named_parameters():
+        if "lora_A" in name:
+            drawn = torch.empty(parameter.shape, dtype=torch.float32)
+            parameter.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
 
 
 class DenoisingPolicy(Policy):
@@ -67,15 +78,11 @@ class DenoisingPolicy(Policy):
         negative_prompt: The environment's negative prompt, likewise.
         seed: Seeds the policy's own generator, and LoRA's first layer.
 
-    Attributes:
-        sde_window: None, or (from, to): only steps that start at a time t with to < t ≤ from are stochastic, all others
-            are taken with η = 0. An algorithm's `sde_window` sets it for each rollout; it is not saved.
-
     Raises:
         ValueError, TypeError: an argument is out of its range or of the wrong kind.
     """
 
-    sde_window: tuple[float, float] | None = None
+    _window: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -100,6 +107,10 @@ class DenoisingPolicy(Policy):
             raise TypeError(f"model must be a DiffusionModel, such as env.unwrapped.model; got {type(model).__name__}")
         if isinstance(prompts, str):
             raise TypeError(f"prompts must be a sequence of texts, such as env.unwrapped.prompts; got {prompts!r}")
+        if isinstance(lora_targets, str):
+            raise TypeError(
+                f"lora_targets must be a sequence of names, such as ({lora_targets!r},); got {lora_targets!r}"
+            )
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {eta}")
         if isinstance(trained, str) or (trained is not None and use_lora):
@@ -111,9 +122,18 @@ class DenoisingPolicy(Policy):
             )
         if mixed_precision not in get_args(MixedPrecision):
             raise ValueError(f"mixed_precision must be one of {get_args(MixedPrecision)}, got {mixed_precision!r}")
+        if mixed_precision != "no" and model.dtype not in (torch.float32, _AUTOCAST[mixed_precision]):
+            raise ValueError(
+                f"mixed_precision={mixed_precision!r} cannot be mixed with a model of {model.dtype}: load the model with "
+                f'dtype="float32" (for LoRA {_AUTOCAST[mixed_precision]} goes too), or give mixed_precision="no"'
+            )
+        if use_lora and not (lora_alpha is None or 0 < lora_alpha < math.inf):
+            raise ValueError(f"lora_alpha must be None, or positive and finite; got {lora_alpha}")
         self.model = model
         self.eta = eta
-        self.guidance_scale = model.default_guidance_scale if guidance_scale is None else guidance_scale
+        self.guidance_scale = (
+            model.default_guidance_scale if guidance_scale is None else checked_guidance_scale(guidance_scale)
+        )
         self.use_lora = use_lora
         self.lora_rank = lora_rank
         self.lora_alpha = lora_rank if lora_alpha is None else lora_alpha
@@ -126,9 +146,9 @@ class DenoisingPolicy(Policy):
         self.negative_prompt = negative_prompt
         self.device = model.device
         config = LoraConfig(r=lora_rank, lora_alpha=self.lora_alpha, target_modules=list(self.lora_targets))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.generator.initial_seed())
-            self.denoiser = _own_copy(model.denoiser, config if use_lora else None, self.trained).eval()
+        self.denoiser = _own_copy(model.denoiser, config if use_lora else None, self.trained).eval()
+        if use_lora:
+            _start_lora(self.denoiser, torch.Generator().manual_seed(self.generator.initial_seed()))
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         self._choose_attention(self.denoiser)
@@ -187,7 +207,8 @@ class DenoisingPolicy(Policy):
             prediction_type=self.model.prediction_type,
         )
         x0_scale, epsilon_scale, std = ddim_scales(schedule, t, s, eta=self._eta_at(t))
-        return (x0_scale * pred_x0 + epsilon_scale * pred_epsilon).abs() / std
+        moved = (x0_scale * pred_x0 + epsilon_scale * pred_epsilon).abs()
+        return torch.where(std > 0, moved / std, torch.inf)
 
     def predict_noised(
         self, clean: Tensor, t: Tensor, noise: Tensor, constants: Observation, *, frozen: bool = False
@@ -234,11 +255,21 @@ class DenoisingPolicy(Policy):
         t, s = (torch.as_tensor(info[key], dtype=torch.float64) for key in ("timestep", "next_timestep"))
         return (ddim_scales(self.model.schedule, t, s, eta=self._eta_at(t))[2] > 0).numpy()
 
+    def windowed(self, noisy: float, clean: float) -> "DenoisingPolicy":
+        """Return this policy with η = 0 outside a window: only steps from a time t with clean < t ≤ noisy stay as they are.
+
+        It is another view of the same denoiser and generator; this policy itself does not change. In the window both
+        have the same distributions, to the last bit.
+        """
+        view = copy.copy(self)
+        view._window = (noisy, clean)
+        return view
+
     def _eta_at(self, t: Tensor) -> float | Tensor:
-        if self.sde_window is None:
-            return self.eta
-        noisy, clean = self.sde_window
-        return self.eta * ((t <= noisy) & (t > clean)).to(t.dtype)
+        if self.eta == 0:
+            return 0.0
+        eta = torch.full_like(t, self.eta)
+        return eta if self._window is None else eta * ((t <= self._window[0]) & (t > self._window[1]))
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.mixed_precision == "no":

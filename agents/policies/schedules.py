@@ -1,5 +1,6 @@
 """Schedules that do not look at the image: what a time predictor has to beat."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,8 @@ class ContextFreeSchedule(Policy):
         ratios = torch.as_tensor(initial_ratios, dtype=torch.float32)
         if ratios.ndim != 1 or not len(ratios) or not bool(((ratios > 0) & (ratios < 1)).all()):
             raise ValueError(f"initial_ratios must be a vector of numbers in (0, 1), got {initial_ratios}")
-        if initial_concentration <= 2:
-            raise ValueError(f"initial_concentration must be above 2, got {initial_concentration}")
+        if not 2 < initial_concentration < math.inf:
+            raise ValueError(f"initial_concentration must be above 2 and finite, got {initial_concentration}")
         self.device = torch.device(device)
         self.logits = nn.Parameter(BetaDistribution.logits_of(ratios, initial_concentration).to(self.device))
 

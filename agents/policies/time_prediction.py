@@ -1,13 +1,16 @@
 """The time predictor: a small head on the frozen denoiser's features that chooses the next diffusion time."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from gymnasium.spaces import Box, Dict, Space
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from diffusion_gym.models.base import DiffusionModel
 
@@ -15,6 +18,17 @@ from .base import Observation, Policy, Shape, read_config, write_config
 from .beta import BetaDistribution
 
 _WEIGHTS_FILE = "time_predictor.safetensors"
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def _drawn(layer: Layer, generator: torch.Generator) -> Layer:
+    """Draw a layer's first weights as torch does, but from a generator of one's own; return the layer."""
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    assert layer.bias is not None
+    bound = layer.weight[0].numel() ** -0.5
+    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    return layer
 
 
 class TimePredictor(Policy):
@@ -69,9 +83,9 @@ class TimePredictor(Policy):
                 f"got {observation_space}"
             )
         known = dict(initial_ratio) if isinstance(initial_ratio, Mapping) else {0.0: initial_ratio}
-        if not known or not all(0 < ratio < 1 for ratio in known.values()) or initial_concentration <= 2:
+        if not known or not all(0 < ratio < 1 for ratio in known.values()) or not 2 < initial_concentration < math.inf:
             raise ValueError(
-                "initial_ratio must be in (0, 1) and initial_concentration above 2, "
+                "initial_ratio must be in (0, 1) and initial_concentration above 2 and finite, "
                 f"got {initial_ratio} and {initial_concentration}"
             )
         self.device = torch.device(device)
@@ -83,17 +97,17 @@ class TimePredictor(Policy):
         channels = self._shapes["features"][0]
         width = min(128, max(32, channels // 4)) if hidden_channels is None else hidden_channels
         embedding = self._shapes["time_embedding"][0] + self._shapes.get("prompt_embeds", (0,))[-1]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.generator.initial_seed())
-            self.conv = nn.Conv2d(channels, width, 3, padding=1)
-            self.norm = nn.GroupNorm(1, width)
-            self.modulation = nn.Linear(embedding, 2 * width)
-            self.down = nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.hidden = nn.Linear(width, width)
-            self.output = nn.Linear(width, 2)
+        generator = torch.Generator().manual_seed(self.generator.initial_seed())
+        float32 = {"dtype": torch.float32}
+        self.conv = _drawn(skip_init(nn.Conv2d, channels, width, 3, padding=1, **float32), generator)
+        self.norm = nn.GroupNorm(1, width, **float32)
+        self.modulation = _drawn(skip_init(nn.Linear, embedding, 2 * width, **float32), generator)
+        self.down = _drawn(skip_init(nn.Conv2d, width, width, 3, stride=2, padding=1, **float32), generator)
+        self.hidden = _drawn(skip_init(nn.Linear, width, width, **float32), generator)
+        self.output = skip_init(nn.Linear, width, 2, **float32)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
-        times, ratios = torch.tensor(sorted(known.items())).T
+        times, ratios = torch.tensor(sorted(known.items()), dtype=torch.float32).T
         self.register_buffer("_times", times.contiguous())
         self.register_buffer("_first_logits", BetaDistribution.logits_of(ratios, initial_concentration))
         self._arguments = {

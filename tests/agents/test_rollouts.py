@@ -4,9 +4,13 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 
-from agents import DDPOIS, DenoisingPolicy, TimePredictor, collect, evaluate
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from agents import DDPOIS, DenoisingPolicy, Policy, Replay, TimePredictor, collect, evaluate
 from agents.storage import Storage
 from diffusion_gym.models import load_model
+from diffusion_gym.transitions import GaussianTransition
 from tests.tiny import make_tiny_stable_diffusion
 
 
@@ -45,18 +49,91 @@ def test_rollout_is_what_happened(emoji, make_env, mode):
     assert torch.equal(rollout.extras["reward/brightness"], rollout.returns)
 
 
-def test_latents_are_stored_once_and_embeddings_once_per_episode(emoji, make_env):
-    rollout = collect(make_env(), DenoisingPolicy(emoji, seed=0), seeds=[0])
+def test_latents_are_stored_once_and_embeddings_once_per_prompt(emoji, make_env):
+    env = make_env(prompts=["a cat", "a dog"])
+    rollout = collect(env, DenoisingPolicy(emoji, seed=0), seeds=[0, 4, 8])
     latents = rollout.changing["latents"]
-    assert latents.shape == rollout.actions.shape == (3, 4, 4, 16, 16)
+    assert latents.shape == rollout.actions.shape == (3, 12, 4, 16, 16)
     assert latents.untyped_storage().data_ptr() == rollout.actions.untyped_storage().data_ptr()
     assert torch.equal(latents[1:], rollout.actions[:-1])
-    assert rollout.constants["prompt_embeds"].shape == (4, 16, 128)
-    stored = [*rollout.changing.values(), *rollout.constants.values(), rollout.log_probs]
-    assert (
-        sum(tensor.untyped_storage().nbytes() for tensor in stored)
-        < 4 * (4 * 4 * 1024 + 2 * 3 * 4 + 4 * 2 + 2 * 4 * 2048 + 3 * 4 + 4 * 2) * 1.01
+    rows = {key: len(constant.values) for key, constant in rollout.constants.items()}
+    assert rows == {"prompt_id": 12, "prompt_embeds": 2, "negative_prompt_embeds": 1}
+    expected = emoji.encode_prompts([env.unwrapped.prompts[index] for index in rollout.prompt_id])
+    for key, value in expected.items():
+        assert torch.equal(rollout.constants[key][torch.arange(12)], value), key
+
+
+def test_prompts_outside_of_the_set_keep_their_own_embeddings(emoji, make_env):
+    texts = ["a fox", "a hen", "a fox", "a cat"]
+    rollout = collect(make_env(prompts=["a cat"]), DenoisingPolicy(emoji, seed=0), options={"prompt": texts})
+    assert rollout.prompt_id.tolist() == [-1, -1, -1, 0]
+    found = rollout.constants["prompt_embeds"][torch.arange(4)]
+    assert torch.equal(found, emoji.encode_prompts(texts)["prompt_embeds"])
+
+
+class Walk(Policy):
+    """A policy without a network."""
+
+    device = torch.device("cpu")
+
+    def distribution(self, observation):
+        latents = observation["latents"]
+        return GaussianTransition(0.99 * latents, latents.new_full((len(latents),), 0.1))
+
+    def save(self, folder):
+        raise NotImplementedError
+
+    load_weights = load = save
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made within the block take at any moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._alive = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: value for key, value in self._alive.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return made
+
+
+@pytest.mark.parametrize(("num_batches", "keep", "copies"), [(1, "steps", 1.2), (4, "steps", 1.2), (4, "ends", 0.1)])
+def test_a_rollout_takes_little_more_memory_than_its_latents(emoji, make_env, monkeypatch, num_batches, keep, copies):
+    monkeypatch.setattr(emoji, "decode", lambda latents: latents.new_zeros(len(latents), 3, 8, 8))
+    env = make_env(num_steps=100, prompts=["a cat"])
+    collect(env, Walk(seed=0))  # what is cached is not counted
+    with PeakMemory() as memory:
+        rollout = collect(env, Walk(seed=0), seeds=list(range(num_batches)), max_images=0, keep=keep)
+    assert memory.peak < copies * 101 * rollout.ends.nbytes
+    assert memory.peak > rollout.actions.nbytes
+
+
+def test_only_as_many_images_are_kept_as_are_wanted(emoji, make_env):
+    rollout = collect(make_env(num_steps=1), DenoisingPolicy(emoji, seed=0), seeds=[0, 4, 8], max_images=6)
+    everything = collect(make_env(num_steps=1), DenoisingPolicy(emoji, seed=0), seeds=[0, 4, 8], max_images=12)
+    assert torch.equal(rollout.images, everything.images[:6])
+    assert collect(make_env(num_steps=1), DenoisingPolicy(emoji), max_images=0).images.shape == (0, 3, 64, 64)
+
+
+def test_a_rollout_of_ends_has_the_same_ends_and_rewards(emoji, make_env):
+    whole, ends = (
+        collect(make_env(), DenoisingPolicy(emoji, seed=0), seeds=[0, 4], keep=keep) for keep in ("steps", "ends")
     )
+    for name in ("ends", "returns", "images"):
+        assert torch.equal(getattr(ends, name), getattr(whole, name))
+    assert (ends.changing, ends.actions.shape[0], ends.scored.any()) == ({}, 1, False)
+    assert ends.lengths.tolist() == whole.lengths.tolist()
+    one, other = (Replay.from_rollout(rollout) for rollout in (whole, ends))
+    for (latents, constants), (expected, others) in [(one.inputs(torch.arange(8)), other.inputs(torch.arange(8)))]:
+        assert torch.equal(latents, expected)
+        assert all(torch.equal(constants[key], others[key]) for key in others)
 
 
 def test_batches_lie_side_by_side(emoji, make_env):
@@ -69,7 +146,7 @@ def test_batches_lie_side_by_side(emoji, make_env):
     assert both.lengths.tolist() == [3] * 8
     assert torch.equal(both.returns[:4], first.returns)
     assert not torch.equal(both.actions[:, 4:], first.actions)
-    np.testing.assert_array_equal(both.prompt_id, both.constants["prompt_id"][:, 0].numpy())
+    np.testing.assert_array_equal(both.prompt_id, both.constants["prompt_id"][:][:, 0].numpy())
 
 
 def test_rollout_holds_no_graph(emoji, make_env):
