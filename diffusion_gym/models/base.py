@@ -313,17 +313,6 @@ def checked_guidance_scale(value: float) -> float:
     return float(value)
 
 
-def checked_guidance_scale(value: float) -> float:
-    """Return a classifier-free guidance scale as a float; every scale of at most 1 means no guidance, as in diffusers.
-
-    Raises:
-        ValueError: it is no number, not finite or negative.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-        raise ValueError(f"guidance_scale must be a finite number of at least 0 (up to 1: no guidance), got {value!r}")
-    return float(value)
-
-
 def to_device(device: str | torch.device) -> torch.device:
     """Return the torch device, once it has been tried, with its index: "cuda" is "cuda:0", and "cpu:0" is "cpu".
 
