@@ -12,19 +12,24 @@ BELOW = {
     "naming": set(),
     "lines": set(),
     "loading": set(),
+    "checks": set(),
+    "transfer": set(),
     "schedules": set(),
     "grids": {"schedules"},
     "predictions": set(),
-    "transitions": {"schedules", "predictions"},
-    "models": {"naming", "loading", "schedules", "predictions", "transitions"},
+    "transitions": {"schedules", "predictions", "transfer"},
+    "models": {"naming", "checks", "transfer", "loading", "schedules", "predictions", "transitions"},
     "sampling": {"transitions", "models"},
-    "rewards": {"naming", "loading"},
+    "rewards": {"naming", "checks", "loading"},
     "prompts": {"naming", "lines"},
-    "envs": {"naming", "transitions", "schedules", "grids", "models", "sampling", "rewards", "prompts"},
+    "envs": {
+        *("naming", "checks", "transfer", "transitions", "schedules", "grids"),
+        *("models", "sampling", "rewards", "prompts"),
+    },
     "testing": set(),
     "__init__": set(),
 }
-OF_DIFFUSION_GYM = {"lines", "schedules", "grids", "predictions", "transitions", "models"}
+OF_DIFFUSION_GYM = {"checks", "transfer", "lines", "schedules", "grids", "predictions", "transitions", "models"}
 HEAVY = {
     "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py", "agents/averaging.py"},
     "transformers": {

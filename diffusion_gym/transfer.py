@@ -1,0 +1,22 @@
+"""From the host to the device, without waiting for it."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Return a copy of host values on the device, without waiting for what is under way there.
+
+    A plain copy to a CUDA device waits until all work queued on it is done; one from pinned memory is queued behind
+    that work. (On Apple's GPUs a copy that does not wait may read memory that has been freed meanwhile.)
+
+    Args:
+        values: An array, which is copied at once so that it may change afterwards; or a tensor that nobody will change,
+            on the host or already there.
+        device: Where to.
+    """
+    tensor = torch.from_numpy(values.copy()) if isinstance(values, np.ndarray) else values
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "mps")
