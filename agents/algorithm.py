@@ -25,7 +25,7 @@ from .averaging import WeightAverage
 from .diagnostics import Metrics
 from .distributed import Processes, gathered
 from .guard import GradientGuard
-from .options import Options, Settings, require_known
+from .options import Options, Settings, require_known, require_used
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
 from .rollouts import Rollout, check_fit, collect, require_torch_env
@@ -159,6 +159,11 @@ class Algorithm(SavedRun, ABC):
             raise ValueError(
                 f"group_size must be at least 1 and divide num_envs ({num_envs}), got {self.group_size}{_SIZES}"
             )
+        require_used(
+            "samples_per_epoch above the num_envs of all processes, for it hides rewards behind the next images",
+            self.samples_per_epoch > together,
+            async_rewards=(given.async_rewards, False),
+        )
         for name in ("micro_batch_size", "n_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
