@@ -29,7 +29,7 @@ Run = TypeVar("Run", bound="SavedRun")
 STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _AVERAGE_FILE = "averaged_weights.safetensors"
-_COUNTERS = ("iteration", "num_updates")
+_COUNTERS = ("iteration", "num_updates", "evaluation_queries")
 _GIVEN_TO_LOAD = ("policy", "env", "reference", "learning_rate", "seed", "tensorboard_log", "verbose")
 # The number of lanes and where they are change no result that is more than rounding; prompts are compared as texts, and
 # models by their weights.
@@ -57,6 +57,7 @@ class SavedRun:
     iteration: int
     reward_queries: int
     num_updates: int
+    evaluation_queries: int
     _at_boundary: Mapping[str, int]
     _reward_at_boundary: Mapping[str, Any]
     callback_states: dict[str, Any]
@@ -214,7 +215,7 @@ class SavedRun:
         self.num_timesteps, self.reward_queries = state["num_timesteps"], state["reward_queries"]
         self._mark_boundary()
         for counter in _COUNTERS:
-            setattr(self, counter, state[counter])
+            setattr(self, counter, state.get(counter, 0))
         self.callback_states = state.get("callbacks", {})
         self._load_extra_state(state["extra"])
         self._load_files(folder)
