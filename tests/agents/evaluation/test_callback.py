@@ -13,7 +13,6 @@ from agents.evaluation.curves import read_curves
 from agents.evaluation.measures import Samples
 from agents.manifest import MANIFEST_FILE, write_manifest
 from diffusion_gym.models import load_model
-from diffusion_gym.prompts import PromptSet
 from diffusion_gym.rewards import CallableReward
 from diffusion_gym.rewards.normalised import Normalised
 
@@ -82,12 +81,10 @@ def test_evaluations_are_logged_against_the_pretrained_model(mixture, log_x_axis
 def test_only_some_of_many_prompts_are_asked_and_their_queries_counted(mixture, monkeypatch):
     asked = []
     reward = CallableReward(lambda images, prompts, _: asked.extend(prompts) or mixture.positions(images)[:, 0], "east")
-    env = gym.make_vec(
-        "DenoisingMDP-v0", num_envs=8, num_steps=3, model=mixture, reward=reward, autoreset_mode="DISABLED"
-    )
     texts = tuple(f"{one} and {other}" for one in mixture.names for other in mixture.names if one != other)
-    env.unwrapped.prompts = PromptSet(texts, ({},) * len(texts))
     assert len(texts) == 56
+    how = {"model": mixture, "reward": reward, "prompts": texts, "autoreset_mode": "DISABLED"}
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=8, num_steps=3, **how)
     learner = DDPOIS(DenoisingPolicy(mixture, seed=0), env, samples_per_epoch=8, batch_size=8, seed=0)
     recorder = Recorder()
     learner.set_logger(Logger(None, [recorder]))

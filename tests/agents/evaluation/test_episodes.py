@@ -40,7 +40,9 @@ def test_images_of_one_prompt_alone_are_observations():
 
 def test_an_evaluations_errors_are_over_prompts():
     rewards = np.array([1, 1.1, 5, 5.2, 9, 8.8], dtype=np.float32)
-    both = {"lengths": np.ones(6), "images": torch.zeros(0), "prompts": tuple(list("aabbcc")), "seeds": tuple(range(6))}
+    both = {"lengths": np.ones(6), "images": torch.zeros(0), "prompts": tuple("aabbcc"), "seeds": tuple(range(6))}
     after, before = Evaluation(rewards=rewards, **both), Evaluation(rewards=rewards[::-1].copy(), **both)
     assert after.standard_error == standard_error(rewards, list("aabbcc"))
-    assert after.gain_over(before) == (0.0, standard_error(rewards - rewards[::-1], list("aabbcc")))
+    assert after.gain_over(before) == pytest.approx(
+        (0, standard_error(rewards - rewards[::-1], list("aabbcc"))), abs=1e-6
+    )
