@@ -76,7 +76,8 @@ class Algorithm(SavedRun, ABC):
         settings: What it was told.
         num_timesteps: Environment steps so far, over all lanes.
         iteration: Rollouts learnt from so far.
-        reward_queries: Images rewarded so far.
+        reward_queries: Images rewarded so far, of the training.
+        evaluation_queries: Images that callbacks had rewarded, to judge the policy.
         num_updates: Optimizer steps so far.
         callback_states: What callbacks keep in checkpoints, each under a name of its own, as JSON can hold it.
         guard: Counts the updates that were left out (`guard.num_skipped`, `guard.num_overflows`).
@@ -116,7 +117,7 @@ class Algorithm(SavedRun, ABC):
         self.log_prob_reduction: Reduction = log_prob_reduction
         seed = self.settings.seed
         self.seed = self.processes.from_main(derived_seed(time.time_ns()) if seed is None else seed)
-        self.num_timesteps = self.iteration = self.reward_queries = self.num_updates = 0
+        self.num_timesteps = self.iteration = self.reward_queries = self.num_updates = self.evaluation_queries = 0
         self.callback_states: dict[str, Any] = {}
         self._mark_boundary()
         if self.processes.count > 1 and self._reward_at_boundary:
@@ -434,4 +435,6 @@ class Algorithm(SavedRun, ABC):
         self.logger.record("time/iterations", self.iteration)
         self.logger.record("time/total_timesteps", self.num_timesteps)
         self.logger.record("time/reward_queries", self.reward_queries)
+        if self.evaluation_queries:
+            self.logger.record("time/evaluation_queries", self.evaluation_queries)
         self.logger.dump(step=self.num_timesteps if self.settings.log_x_axis == "timesteps" else self.reward_queries)

@@ -10,22 +10,18 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from packaging.version import InvalidVersion, Version
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..loading import no_progress_bar
 from .base import Conditioning, DiffusionModel, outside_inference_mode
 from .folders import check_weights, empty_network, find_weights, read_config
+from .lora import load_unet_lora, save_unet_lora
 from .schedulers import discrete_schedule
 from .understood import UNET, VAE, Values, check_components, check_values, component, is_count
 
 _FEATURE_SIZE = 16
-_LORA_FILE = "pytorch_lora_weights.safetensors"
 _DTYPE = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 _COMPONENTS = {
     "unet": ("UNet2DConditionModel",),
@@ -273,17 +269,7 @@ class StableDiffusionModel(DiffusionModel):
         return posterior.mode() * self._vae.config.scaling_factor
 
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
-        adapter = next(iter(denoiser.peft_config.values())).to_dict()  # type: ignore[operator]
-        StableDiffusionLoraLoaderMixin.save_lora_weights(
-            folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser)),
-            unet_lora_adapter_metadata=adapter,
-        )
+        save_unet_lora(denoiser, folder)
 
     def load_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
-        layers = {key.removeprefix("unet."): value for key, value in load_file(folder / _LORA_FILE).items()}
-        result = set_peft_model_state_dict(denoiser, convert_unet_state_dict_to_peft(layers))
-        if result.unexpected_keys:
-            raise ValueError(
-                f"{folder / _LORA_FILE} does not fit this denoiser: unexpected {result.unexpected_keys[:3]}"
-            )
+        load_unet_lora(denoiser, folder)
