@@ -360,7 +360,9 @@ def _find_folder(source: str | os.PathLike[str], revision: str | None, variant: 
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(str(source), revision=revision, variant=variant))
+        return Path(
+            DiffusionPipeline.download(str(source), revision=revision, variant=variant, trust_remote_code=False)
+        )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no folder {str(source)!r} here, and the Hugging Face Hub did not give a model of that id ({error}). "

@@ -165,7 +165,7 @@ def keys_of(network: type) -> dict[str, Any]:
 
 
 def _may_be(value: object, parameter: inspect.Parameter) -> bool:
-    """Return whether a value may be that of a parameter whose default is a number: some fail only when they are used."""
+    """Return whether a parameter whose default is a number may have this value; some fail only when they are used."""
     if isinstance(parameter.default, bool) or not isinstance(parameter.default, Real) or isinstance(value, Real):
         return True
     words = str(parameter.annotation).lower()
