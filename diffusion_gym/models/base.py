@@ -181,10 +181,12 @@ class DiffusionModel(ABC):
         Raises:
             TypeError: the prompts are not texts.
         """
-        texts = [prompts] if isinstance(prompts, str) else [*prompts, negative_prompt]
-        wrong = [text for text in texts if isinstance(prompts, str) or not isinstance(text, str)]
-        if wrong:
-            raise TypeError(f"prompts must be a sequence of texts, and negative_prompt a text; got {wrong[0]!r}")
+        texts = [*prompts, negative_prompt]
+        if isinstance(prompts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(
+                "prompts must be a sequence of texts, and negative_prompt a text; "
+                f"got {prompts!r:.200} and {negative_prompt!r:.200}"
+            )
         with self._rows_lock, outside_inference_mode():
             rows = self._rows_of(list(dict.fromkeys(texts)))
             conditioning = {}
