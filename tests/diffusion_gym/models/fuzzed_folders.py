@@ -189,6 +189,9 @@ def reference(
     unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **unused)
     pipeline.set_progress_bar_config(disable=True)
+    # Without a length, or with one beyond the text encoder's, the pipeline itself fails.
+    limit = pipeline.text_encoder.config.max_position_embeddings
+    pipeline.tokenizer.model_max_length = min(pipeline.tokenizer.model_max_length, limit)
     own = pipeline.scheduler
     config = {key: value for key, value in own.config.items() if not key.startswith("_")} | {"clip_sample": False}
     if not hasattr(own, "final_alpha_cumprod"):
