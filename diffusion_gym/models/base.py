@@ -360,7 +360,7 @@ def _find_folder(source: str | os.PathLike[str], revision: str | None, variant: 
         raise FileNotFoundError(f"{folder} is not a diffusers folder: it has no model_index.json")
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"there is no folder {folder}, and no model named {str(source)!r}.{did_you_mean(source, _PACKAGED)} "
+            f"unknown model {str(source)!r}: there is no folder {folder}.{did_you_mean(source, _PACKAGED)} "
             f"Give {' or '.join(map(repr, _PACKAGED))}, a diffusers folder, or a Hub id owner/name."
         )
     from diffusers import DiffusionPipeline
