@@ -10,7 +10,7 @@ does.
 import torch
 from torch import Tensor
 
-from .schedules import NoiseSchedule
+from .schedules import NoiseSchedule, checked_num_steps
 
 # A step's ratio of noise ratios is kept within these, so that its density is finite.
 MIN_RATIO = 1e-3
@@ -19,9 +19,7 @@ MAX_RATIO = 1 - 1e-3
 
 def _fractions(num_steps: int) -> Tensor:
     """Return 1, …, 0 in `num_steps` equal steps."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return torch.linspace(1, 0, checked_num_steps(num_steps) + 1, dtype=torch.float64)
 
 
 def _between_start_and_end(schedule: NoiseSchedule, fractions: Tensor) -> Tensor:
@@ -53,7 +51,7 @@ def karras_grid(schedule: NoiseSchedule, num_steps: int, *, rho: float = 7.0) ->
     Source: Karras et al., 2022, eq. 5, https://arxiv.org/abs/2206.00364.
     """
     largest = schedule.noise_ratio(torch.tensor([schedule.start_time], dtype=torch.float64))
-    if num_steps == 1:
+    if checked_num_steps(num_steps) == 1:
         return torch.tensor([schedule.start_time, schedule.clean], dtype=torch.float64)
     high, low = largest ** (1 / rho), schedule.min_noise_ratio ** (1 / rho)
     ratios = (low + (high - low) * _fractions(num_steps - 1)) ** rho
@@ -64,5 +62,5 @@ def karras_grid(schedule: NoiseSchedule, num_steps: int, *, rho: float = 7.0) ->
 
 def step_ratios(schedule: NoiseSchedule, times: Tensor) -> Tensor:
     """Return the ratios r = τ(s)/τ(t) of a grid's steps, [num_steps] float64, within [MIN_RATIO, MAX_RATIO]."""
-    tau = schedule.noise_ratio(times.double())
+    tau = schedule.noise_ratio(times.cpu().double())
     return (tau[1:] / tau[:-1]).clamp(MIN_RATIO, MAX_RATIO)

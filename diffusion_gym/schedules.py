@@ -7,6 +7,7 @@ other dtype, and return tensors of the shape and on the device of `t`.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -20,10 +21,18 @@ def as_float(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _check_num_steps(num_steps: int, *, maximum: int | None = None) -> None:
-    if not isinstance(num_steps, int) or num_steps < 1 or (maximum is not None and num_steps > maximum):
+def checked_num_steps(num_steps: int, *, maximum: int | None = None) -> int:
+    """Return a number of steps as an int, NumPy's too.
+
+    Raises:
+        ValueError: it is no whole number of at least 1, or above `maximum`.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral):
+        raise ValueError(f"num_steps must be a whole number, got {num_steps!r}")
+    if num_steps < 1 or (maximum is not None and num_steps > maximum):
         allowed = "at least 1" if maximum is None else f"between 1 and {maximum}"
         raise ValueError(f"num_steps must be {allowed}, got {num_steps!r}")
+    return int(num_steps)
 
 
 class NoiseSchedule(ABC):
@@ -108,6 +117,9 @@ class DiscreteVPSchedule(NoiseSchedule):
     clean: float = field(default=-1.0, init=False)
     _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    def __reduce__(self) -> tuple[object, ...]:  # without the tables, which may be on a device that is not there
+        return DiscreteVPSchedule, (self.alphas_cumprod, self.spacing, self.steps_offset, self.ends_clean)
+
     def __post_init__(self) -> None:
         bar = self.alphas_cumprod
         if bar.ndim != 1 or len(bar) < 2 or not bool((bar.diff() < 0).all()) or bar[-1] < 0 or bar[0] >= 1:
@@ -135,7 +147,7 @@ class DiscreteVPSchedule(NoiseSchedule):
         """Return log α of the indices −1 … T−1 on the device and in the precision of `t`; computed once for each."""
         key = (t.device, t.dtype)
         if key not in self._tables:
-            log_alpha = self.alphas_cumprod.double().log() / 2
+            log_alpha = self.alphas_cumprod.cpu().double().log() / 2  # Apple's GPUs have no float64
             self._tables[key] = torch.cat([log_alpha.new_zeros(1), log_alpha]).to(t.device, t.dtype)
         return self._tables[key]
 
@@ -174,7 +186,7 @@ class DiscreteVPSchedule(NoiseSchedule):
 
     def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
         total = self.num_train_timesteps
-        _check_num_steps(num_steps, maximum=total)
+        num_steps = checked_num_steps(num_steps, maximum=total)
         if self.spacing == "leading":
             grid = torch.arange(num_steps - 1, -1, -1, dtype=torch.float64) * (total // num_steps) + self.steps_offset
         elif self.spacing == "trailing":
@@ -220,7 +232,7 @@ class FlowSchedule(NoiseSchedule):
         return as_float(noise_ratio).clone()
 
     def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
-        _check_num_steps(num_steps)
+        num_steps = checked_num_steps(num_steps)
         smallest = self._shifted(torch.tensor(1 / self.num_train_timesteps, dtype=torch.float64))
         grid = self._shifted(torch.linspace(1.0, float(smallest), num_steps, dtype=torch.float64))
         return torch.cat([grid, grid.new_zeros(1)])
@@ -263,7 +275,7 @@ class KarrasSchedule(NoiseSchedule):
         return as_float(noise_ratio).clone()
 
     def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
-        _check_num_steps(num_steps)
+        num_steps = checked_num_steps(num_steps)
         inverse = 1 / self.rho
         ramp = torch.linspace(self.sigma_max**inverse, self.sigma_min**inverse, num_steps, dtype=torch.float64)
         return torch.cat([ramp**self.rho, ramp.new_zeros(1)])

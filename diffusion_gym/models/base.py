@@ -186,10 +186,14 @@ class DiffusionModel(ABC):
         Raises:
             TypeError: the prompts are not texts.
         """
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in (*prompts, negative_prompt)):
-            raise TypeError(f"prompts must be a sequence of texts, and negative_prompt a text; got {prompts!r}")
+        texts = [*prompts, negative_prompt]
+        if isinstance(prompts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(
+                "prompts must be a sequence of texts, and negative_prompt a text; "
+                f"got {prompts!r:.200} and {negative_prompt!r:.200}"
+            )
         with self._rows_lock, outside_inference_mode():
-            rows = self._rows_of(list(dict.fromkeys((*prompts, negative_prompt))))
+            rows = self._rows_of(list(dict.fromkeys(texts)))
             conditioning = {}
             for key, negative in rows[negative_prompt].items():
                 positive = [rows[prompt][key] for prompt in prompts]
@@ -301,7 +305,9 @@ class DiffusionModel(ABC):
 
 
 def _reload(arguments: dict[str, Any], settings: dict[str, Any]) -> DiffusionModel:
-    model = _open(**{**arguments, "path": Path(arguments["path"])})
+    source = arguments["source"]  # what comes with the package may lie elsewhere in this process
+    path = _find_folder(source, None, None) if source in _PACKAGED else Path(arguments["path"])
+    model = _open(**{**arguments, "path": path})
     for name, value in settings.items():
         setattr(model, name, value)
     return model
@@ -359,13 +365,15 @@ def _find_folder(source: str | os.PathLike[str], revision: str | None, variant: 
         raise FileNotFoundError(f"{folder} is not a diffusers folder: it has no model_index.json")
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"there is no folder {folder}, and no model named {str(source)!r}.{did_you_mean(source, _PACKAGED)} "
+            f"unknown model {str(source)!r}: there is no folder {folder}.{did_you_mean(source, _PACKAGED)} "
             f"Give {' or '.join(map(repr, _PACKAGED))}, a diffusers folder, or a Hub id owner/name."
         )
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(str(source), revision=revision, variant=variant))
+        return Path(
+            DiffusionPipeline.download(str(source), revision=revision, variant=variant, trust_remote_code=False)
+        )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no folder {str(source)!r} here, and the Hugging Face Hub did not give a model of that id ({error}). "
@@ -407,9 +415,11 @@ def load_model(
         raise TypeError(f"the model must be a name, a diffusers folder or a Hub id, got {source!r}")
     if variant is not None and (not isinstance(variant, str) or not variant):
         raise ValueError(f'variant must be None or a name such as "fp16", got {variant!r}')
+    path = _find_folder(source, revision, variant)
+    is_folder = source not in _PACKAGED and Path(source).expanduser().absolute() == path
     return _open(
-        os.fspath(source),
-        _find_folder(source, revision, variant),
+        str(path) if is_folder else os.fspath(source),
+        path,
         device=device,
         dtype=dtype,
         image_size=image_size,
@@ -436,7 +446,7 @@ def _open(
     family = getattr(importlib.import_module(f".{module}", __package__), name)
     with outside_inference_mode():
         model = family(
-            source if source in _PACKAGED or not Path(source).expanduser().exists() else str(path),
+            source,
             path,
             device=to_device(device),
             dtype=to_dtype(dtype),

@@ -56,6 +56,7 @@ def discrete_schedule(
     except (ValueError, NotImplementedError, ImportError) as error:
         raise ValueError(f"{file} describes no noise process ({error})") from error
     warn_of_other_times(str(name), schedule.spacing, file)
-    if values["prediction_type"] == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+    no_signal = schedule.alphas_cumprod[-1] <= 2**-24  # which some of diffusers' schedulers write for 0
+    if values["prediction_type"] == "epsilon" and no_signal:
         raise ValueError(f"{file}: a zero-SNR schedule needs v_prediction or sample prediction, not epsilon")
     return schedule, values["prediction_type"]

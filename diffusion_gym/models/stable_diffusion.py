@@ -181,7 +181,7 @@ class StableDiffusionModel(DiffusionModel):
     # ------------------------------------------------------------------ what is loaded on first use
     def _loaded(self, network: Any, name: str, dtype: torch.dtype) -> Any:
         file, variant = self._files[name]
-        options = {_DTYPE: torch.float32} if name == "text_encoder" else {}
+        options = {_DTYPE: torch.float32, "trust_remote_code": False} if name == "text_encoder" else {}
         with outside_inference_mode(), no_progress_bar():
             loaded = network.from_pretrained(
                 self.path, subfolder=name, variant=variant, use_safetensors=".safetensors" in file.name, **options
@@ -200,7 +200,7 @@ class StableDiffusionModel(DiffusionModel):
     @cached_property
     def _tokenizer(self) -> CLIPTokenizer:
         try:
-            return CLIPTokenizer.from_pretrained(self.path, subfolder="tokenizer")
+            return CLIPTokenizer.from_pretrained(self.path, subfolder="tokenizer", trust_remote_code=False)
         except Exception as error:  # whatever the library stumbles over: the folder is the only input
             raise ValueError(
                 f"{self.path / 'tokenizer'} holds no tokenizer that can be read ({type(error).__name__}: {error}): "

@@ -164,6 +164,14 @@ def keys_of(network: type) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 
+def _may_be(value: object, parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter whose default is a number may have this value; some fail only when they are used."""
+    if isinstance(parameter.default, bool) or not isinstance(parameter.default, Real) or isinstance(value, Real):
+        return True
+    words = str(parameter.annotation).lower()
+    return ("none" in words or "optional" in words) if value is None else (isinstance(value, list) and "tuple" in words)
+
+
 def check_values(config: Mapping[str, Any], network: type, understood: Mapping[str, Values], file: Path) -> None:
     """Do nothing where all that a configuration says is understood.
 
@@ -183,6 +191,9 @@ def check_values(config: Mapping[str, Any], network: type, understood: Mapping[s
             if values.is_refused:
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)
+    for key, parameter in inspect.signature(network.__init__).parameters.items():  # type: ignore[misc]
+        if key in config and key not in understood and not _may_be(config[key], parameter):
+            raise ValueError(f"{file}: {key} must be {parameter.annotation}, got {config[key]!r}: {Values.cure}")
     others = {key for name in (*_SAME_TIMES, *_OTHER_TIMES) for key in keys_of(getattr(diffusers, name))}
     known = {*own, *others, "quantization_config"} if understood is SCHEDULER else {*own, "quantization_config"}
     for key in config:

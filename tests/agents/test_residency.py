@@ -58,7 +58,7 @@ def on_device(monkeypatch):
             model = env.unwrapped.model
             networks = [model._vae, model._text_encoder, policy.denoiser if policy else model.denoiser]
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            model._encode_cached.cache_clear()
+            model._rows.clear()
             model.schedule._tables.clear()
             for network in networks:
                 move(network)

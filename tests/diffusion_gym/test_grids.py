@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -55,3 +56,29 @@ def test_step_ratios_walk_the_grid():
 def test_wrong_numbers_of_steps_are_refused():
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         uniform_grid(EMOJI, 0)
+    for wrong in (2.0, "2", True, None):
+        with pytest.raises(ValueError, match="num_steps must be a whole number"):
+            karras_grid(EMOJI, wrong)
+        with pytest.raises(ValueError, match="num_steps must be a whole number"):
+            EMOJI.timesteps(wrong)
+
+
+@pytest.mark.parametrize("schedule", [EMOJI, FlowSchedule(), KarrasSchedule()], ids=["vp", "flow", "karras"])
+def test_numpy_integers_are_numbers_of_steps(schedule):
+    assert torch.equal(schedule.timesteps(np.int64(4)), schedule.timesteps(4))
+    assert torch.equal(uniform_grid(EMOJI, np.int32(4)), uniform_grid(EMOJI, 4))
+    assert torch.equal(karras_grid(EMOJI, np.int64(1)), karras_grid(EMOJI, 1))
+
+
+def test_step_ratios_need_no_float64_on_the_device():
+    class OnDevice(torch.Tensor):
+        """Stands for a tensor on one of Apple's GPUs."""
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    times = uniform_grid(EMOJI, 6).float()
+    assert torch.equal(step_ratios(EMOJI, times.as_subclass(OnDevice)), step_ratios(EMOJI, times))

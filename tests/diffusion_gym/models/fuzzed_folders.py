@@ -187,8 +187,11 @@ def reference(
 ) -> tuple[torch.Tensor, list[float], list[float]]:
     """Return the images of diffusers' pipeline with DDIM's steps, its times, and those of the folder's scheduler."""
     unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, **unused)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **unused)
     pipeline.set_progress_bar_config(disable=True)
+    # Without a length, or with one beyond the text encoder's, the pipeline itself fails.
+    limit = pipeline.text_encoder.config.max_position_embeddings
+    pipeline.tokenizer.model_max_length = min(pipeline.tokenizer.model_max_length, limit)
     own = pipeline.scheduler
     config = {key: value for key, value in own.config.items() if not key.startswith("_")} | {"clip_sample": False}
     if not hasattr(own, "final_alpha_cumprod"):
@@ -221,9 +224,11 @@ def judge(folder: Path, change: str) -> Outcome:
     num_steps = max(1, min(4, model.schedule.num_train_timesteps // 2))
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     times = model.schedule.timesteps(num_steps)
-    with torch.no_grad():
+    try:
         conditioning = model.encode_prompts(PROMPTS)
         images = model.decode(sample_latents(model, noise, conditioning, times, guidance_scale=GUIDANCE_SCALE))
+    except Exception as error:
+        return Outcome("late", change, f"{type(error).__name__}: {error}")
     if said:
         return Outcome("warned", change, said[0])
     with warnings.catch_warnings():

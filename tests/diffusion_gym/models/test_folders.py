@@ -183,6 +183,8 @@ def test_old_folders_are_corrected_as_the_pipeline_corrects_them(folder):
         ("unet", {"sample_size": [8, 16]}, r"sample_size must be .* got \[8, 16\]: give .* image_size"),
         ("unet", {"sample_size": None}, "sample_size must be .* got None: give .* image_size"),
         ("unet", {"sample_size": ...}, "sample_size must be .* got None: give .* image_size"),
+        ("unet", {"freq_shift": "1"}, "freq_shift must be .*int.*, got .1."),
+        ("unet", {"norm_eps": None}, "norm_eps must be .*float.*, got None"),
         ("unet", {"act_fn": 3}, "does not describe a network that can be built"),
         ("unet", {"block_out_channels": "nonsense"}, "does not describe a network that can be built"),
         ("vae", {"scaling_factor": 0}, "scaling_factor must be a number above 0"),
