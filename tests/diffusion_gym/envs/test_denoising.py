@@ -315,8 +315,16 @@ def test_wrong_arguments_are_named_with_what_is_allowed(arguments, message):
 @pytest.mark.parametrize(
     ("env_id", "name", "message"),
     [
-        ("DenoisingMDP-v0", "nmu_steps", r"unexpected keyword argument 'nmu_steps': allowed are .*. Did you mean 'num_steps'\?"),
-        ("TimePredictionMDP-v0", "num_steps", r"TimePredictionVectorEnv\(\) got an unexpected keyword argument 'num_steps': .* Did you mean 'max_steps'\?"),
+        (
+            "DenoisingMDP-v0",
+            "nmu_steps",
+            r"unexpected keyword argument 'nmu_steps': allowed are .*. Did you mean 'num_steps'\?",
+        ),
+        (
+            "TimePredictionMDP-v0",
+            "num_steps",
+            r"VectorEnv\(\) got an unexpected keyword argument 'num_steps': .* Did you mean 'max_steps'\?",
+        ),
         ("TimePredictionMDP-v0", "promts", r"unexpected keyword argument 'promts'.* Did you mean 'prompts'\?"),
     ],
 )

@@ -302,14 +302,20 @@ def test_a_ratio_that_is_not_a_number_is_named(tiny):
         ({"last_step": "noisy"}, "last_step must be one of .*clean.*got 'noisy'"),
         ({"step_cost": "square"}, "step_cost must be one of .*got 'square'"),
         ({"step_cost": "discount", "gamma": 1.5}, r"gamma must be a finite number in \(0, 1\], got 1.5"),
-        ({"step_cost": "linear", "step_cost_weight": -1}, r"step_cost_weight must be a finite number in \[0, inf\), got -1"),
+        (
+            {"step_cost": "linear", "step_cost_weight": -1},
+            r"step_cost_weight must be a finite number in \[0, inf\), got -1",
+        ),
         ({"step_cost_weight": 10.0}, "step_cost_weight=10.0 needs step_cost=\"linear\", got 'none'"),
         ({"step_cost": "discount", "step_cost_weight": 1}, "needs step_cost=\"linear\", got 'discount'"),
         ({"gamma": 0.9}, "gamma=0.9 needs step_cost=\"discount\", got 'none'"),
         ({"step_cost": "linear", "gamma": 1.0}, "needs step_cost=\"discount\", got 'linear'"),
         ({"t_min": 100.0}, r"t_min must be a finite number in \(0, [\d.]+\), got 100.0"),
         ({"reward": {"reference_distance": 1, "brightness": 1}}, "by itself, not as a part of another reward"),
-        ({"reward": "reference_distance", "reference_steps": 0}, "reference_steps must be an integer of at least 1, got 0"),
+        (
+            {"reward": "reference_distance", "reference_steps": 0},
+            "reference_steps must be an integer of at least 1, got 0",
+        ),
     ],
 )
 def test_wrong_arguments_are_named_with_what_is_allowed(tiny, arguments, message):
