@@ -4,6 +4,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def did_you_mean(name: object, allowed: Iterable[str]) -> str:
+    """Return " Did you mean …?" of the allowed name that is most like this one, or nothing."""
+    closest = difflib.get_close_matches(str(name), sorted(allowed), n=1)
+    return f" Did you mean {closest[0]!r}?" if closest else ""
+
+
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> str:
     """Return "unknown <kind> <name>: allowed are … Did you mean …?", the message of every such error."""
     return f"unknown {kind} {_with_allowed(name, allowed)}"
@@ -16,6 +22,4 @@ def unexpected_argument(function: str, name: str, allowed: Iterable[str]) -> str
 
 def _with_allowed(name: object, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
-    message = f"{name!r}: allowed are {', '.join(repr(n) for n in names)}."
-    closest = difflib.get_close_matches(str(name), names, n=1)
-    return f"{message} Did you mean {closest[0]!r}?" if closest else message
+    return f"{name!r}: allowed are {', '.join(repr(n) for n in names)}." + did_you_mean(name, names)

@@ -51,6 +51,9 @@ def make_tiny_stable_diffusion(folder: Path, **scheduler_config) -> Path:
         **scheduler_config,
     }
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

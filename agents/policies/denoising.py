@@ -275,6 +275,7 @@ class DenoisingPolicy(Policy):
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "image_size": self.model.image_shape[1],
                 "revision": self.model.revision,
+                "variant": self.model.variant,
             },
             eta=self.eta,
             guidance_scale=self.guidance_scale,

@@ -89,6 +89,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         image_size: int | None = None,
+        variant: str | None = None,
         negative_prompt: str = "",
         observe_embeds: bool | None = None,
         render_mode: str | None = None,
@@ -105,7 +106,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self.on_invalid_reward = on_invalid_reward
         self.num_envs = checked_integer("num_envs", num_envs, at_least=1)
         self.reward = make_reward(reward)
-        self.model = resolve_model(model, device=device, dtype=dtype, image_size=image_size)
+        self.model = resolve_model(model, device=device, dtype=dtype, image_size=image_size, variant=variant)
         self.prompts = make_prompts(self.model.default_prompts if prompts is None else prompts)
         self.device, self.dtype = self.model.device, self._dtype()
         self.negative_prompt = negative_prompt

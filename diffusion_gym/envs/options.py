@@ -11,7 +11,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 
-from ..models.base import DiffusionModel, load_model, to_dtype
+from ..models.base import DiffusionModel, load_model, to_device, to_dtype
 from ..prompts import PromptSet
 from ..rewards import Reward
 
@@ -34,7 +34,12 @@ def to_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
 
 
 def resolve_model(
-    model: ModelSource, *, device: str | torch.device | None, dtype: str | torch.dtype | None, image_size: int | None
+    model: ModelSource,
+    *,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    image_size: int | None,
+    variant: str | None,
 ) -> DiffusionModel:
     """Return the model, loaded; or, checked, a loaded one.
 
@@ -42,11 +47,14 @@ def resolve_model(
         ValueError: the loaded one is not what the other arguments ask for.
     """
     if not isinstance(model, DiffusionModel):
-        return load_model(model, device=device or "cpu", dtype=dtype or "float32", image_size=image_size)
+        return load_model(
+            model, device=device or "cpu", dtype=dtype or "float32", image_size=image_size, variant=variant
+        )
     wanted = {
-        "device": (None if device is None else torch.device(device), model.device),
+        "device": (None if device is None else to_device(device), model.device),
         "dtype": (None if dtype is None else to_dtype(dtype), model.dtype),
         "image_size": (image_size, model.image_shape[1]),
+        "variant": (variant, model.variant),
     }
     for name, (asked, loaded) in wanted.items():
         if asked is not None and asked != loaded:
@@ -100,6 +108,7 @@ class EnvOptions(TypedDict, total=False):
     device: str | torch.device | None
     dtype: str | torch.dtype | None
     image_size: int | None
+    variant: str | None
     negative_prompt: str
     observe_embeds: bool | None
     render_mode: str | None

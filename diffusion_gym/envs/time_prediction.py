@@ -347,6 +347,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle):
     | `device` | `"cpu"` | where the model runs |
     | `dtype` | `"float32"` | the denoiser's precision; latents and actions are float32 |
     | `image_size` | the model's | height and width in pixels |
+    | `variant` | none | which of the files of weights to read, such as "fp16" |
     | `negative_prompt` | `""` | what guidance moves away from |
     | `observe_embeds` | below 1 MB a lane | whether embeddings are part of the observation |
     | `render_mode` | `None` | `"rgb_array"`: the decoded x_t; x_0 once the episode has ended |

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from ..naming import unknown_name
 from ..schedules import as_float
-from .base import Conditioning, DiffusionModel
+from ..transitions import draw_noise
+from .base import Conditioning, DiffusionModel, outside_inference_mode
+from .folders import check_weights, empty_network, find_weights, read_config
 from .schedulers import discrete_schedule
 
 ANYTHING = "anything"
@@ -28,6 +31,23 @@ _LORA_FILE = "pytorch_lora_weights.safetensors"
 _DDPM = {"beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing", "clip_sample": False}
 _FREQUENCIES = 8
 _IMAGE_CHANNELS = 3
+
+
+def _check_components(means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float]) -> None:
+    """Do nothing where these are the components of a mixture.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not len(means) == len(stds) == len(weights) > 0 or len({len(row) for row in means}) != 1:
+        raise ValueError(
+            "means must be K rows of one length, and stds and weights K each; got "
+            f"{[len(row) for row in means]}, {len(stds)} and {len(weights)}"
+        )
+    if not all(isinstance(value, Real) and math.isfinite(value) for row in (*means, stds, weights) for value in row):
+        raise ValueError(f"means, stds and weights must be finite numbers, got {means}, {stds} and {weights}")
+    if min(stds) <= 0 or min(weights) <= 0:
+        raise ValueError(f"stds and weights must be positive, got {list(stds)} and {list(weights)}")
 
 
 class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -52,6 +72,7 @@ class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float], width: int = 64
     ) -> None:
         super().__init__()
+        _check_components(means, stds, weights)
         self.register_buffer("centres", torch.tensor(means, dtype=torch.float32), persistent=False)
         self.register_buffer("variances", torch.tensor(stds, dtype=torch.float32).square(), persistent=False)
         self.register_buffer("log_weights", torch.tensor(weights, dtype=torch.float32).log(), persistent=False)
@@ -118,7 +139,6 @@ class MixtureModel(DiffusionModel):
     default_guidance_scale = 1.0
     denoiser_folder = "denoiser"
     lora_targets = ("first", "second", "last")
-    prediction_type = "epsilon"
 
     def __init__(
         self,
@@ -129,10 +149,24 @@ class MixtureModel(DiffusionModel):
         dtype: torch.dtype,
         image_size: int | None,
         default_guidance_scale: float,
+        variant: str | None,
     ) -> None:
         super().__init__(source, path, device=device, dtype=dtype, default_guidance_scale=default_guidance_scale)
-        config = json.loads((path / self.denoiser_folder / "config.json").read_text())
-        self.names: tuple[str, ...] = tuple(json.loads((path / "model_index.json").read_text())["names"])
+        file = path / self.denoiser_folder / "config.json"
+        config = read_config(file)
+        empty = empty_network(lambda: MixtureDenoiser.from_config(config), file)
+        check_weights(empty, find_weights(file.parent, "diffusion_pytorch_model", variant)[0])
+        names = read_config(path / "model_index.json").get("names")
+        if (
+            not isinstance(names, list)
+            or len(names) != len(config["means"])
+            or not all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(
+                f"{path / 'model_index.json'}: names must be {len(config['means'])} texts, one for each of the means "
+                f"in {file}, got {names!r}"
+            )
+        self.names: tuple[str, ...] = tuple(names)
         self.dimension = len(config["means"][0])
         self.extent = max(abs(value) for row in config["means"] for value in row) + 8 * max(config["stds"])
         self.latent_shape = (self.dimension, 1, 1)
@@ -142,13 +176,17 @@ class MixtureModel(DiffusionModel):
         self.default_prompts = (ANYTHING, *self.names)
         if image_size not in (None, self.image_shape[1]):
             raise ValueError(f"a mixture's images are 1 pixel high, got image_size={image_size}")
-        self.schedule = discrete_schedule(path / "scheduler")
+        self.schedule, self.prediction_type = discrete_schedule(path / "scheduler")
+        if self.prediction_type != "epsilon":
+            raise ValueError(f"{path / 'scheduler'}: a mixture predicts epsilon, got {self.prediction_type!r}")
 
     @cached_property
     def denoiser(self) -> MixtureDenoiser:
         """The frozen denoiser: exact."""
-        denoiser = MixtureDenoiser.from_pretrained(self.path, subfolder=self.denoiser_folder)
-        return nn.Module.to(denoiser, self.device, self.dtype).eval().requires_grad_(False)
+        _, variant = find_weights(self.path / self.denoiser_folder, "diffusion_pytorch_model", self.variant)
+        with outside_inference_mode():
+            denoiser = MixtureDenoiser.from_pretrained(self.path, subfolder=self.denoiser_folder, variant=variant)
+            return self._frozen(denoiser, self.dtype)
 
     # ------------------------------------------------------------------ what is known of it
     def log_prob(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -167,8 +205,9 @@ class MixtureModel(DiffusionModel):
     def draw(self, conditioning: Conditioning, generator: torch.Generator | None = None) -> Tensor:
         """Return x_0 [B, d, 1, 1] from the mixture itself, one for each row of the conditioning."""
         weights = conditioning["prompt_embeds"][:, 0] * as_float(self.denoiser.log_weights).exp()
-        component = torch.multinomial(weights, 1, generator=generator)[:, 0]
-        noise = torch.randn(len(component), self.dimension, generator=generator, device=self.device)
+        source = weights if generator is None else weights.to(generator.device)
+        component = torch.multinomial(source, 1, generator=generator)[:, 0].to(self.device)
+        noise = draw_noise(weights.new_empty(len(component), self.dimension), generator)
         spread = as_float(self.denoiser.variances).sqrt()[component, None]
         return (as_float(self.denoiser.centres)[component] + spread * noise)[:, :, None, None]
 
@@ -188,7 +227,7 @@ class MixtureModel(DiffusionModel):
                         'several are joined by " and ".'
                     )
             rows.append([float(name in named) for name in self.names])
-        return {"prompt_embeds": torch.tensor(rows, device=self.device)[:, None]}
+        return {"prompt_embeds": torch.tensor(rows, device=self.device, dtype=torch.float32)[:, None]}
 
     def _model_features(
         self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning
@@ -249,8 +288,6 @@ def write_mixture(
             "means must be K rows of one length, and stds, names and weights K each; got "
             f"{[len(row) for row in means]}, {len(stds)}, {len(names)} and {len(weights)}"
         )
-    if min(stds) <= 0 or min(weights) <= 0:
-        raise ValueError(f"stds and weights must be positive, got {list(stds)} and {weights}")
     if len(set(names)) != len(names) or any(name in (ANYTHING, "") or " and " in name for name in names):
         raise ValueError(f'names must differ, not be "{ANYTHING}", and not contain " and "; got {list(names)}')
     folder = Path(folder)
@@ -258,7 +295,9 @@ def write_mixture(
         torch.manual_seed(seed)
         denoiser = MixtureDenoiser([list(map(float, row)) for row in means], list(stds), weights, width)
     denoiser.save_pretrained(folder / MixtureModel.denoiser_folder)
-    DDIMScheduler(**scheduler).save_pretrained(folder / "scheduler")
+    betas = scheduler.get("trained_betas")
+    steps = {} if betas is None else {"num_train_timesteps": len(betas)}
+    DDIMScheduler(**{**steps, **scheduler}).save_pretrained(folder / "scheduler")
     index = {"_class_name": "MixturePipeline", "names": list(names)}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder

@@ -1,30 +1,61 @@
 """diffusers' scheduler folders as noise schedules."""
 
-import json
+import warnings
 from pathlib import Path
+from typing import Any
 
-import diffusers
-
+from ..predictions import PredictionType
 from ..schedules import DiscreteVPSchedule
+from .folders import read_config
+from .understood import SCHEDULER, check_values, keys_of, scheduler_class, warn_of_other_times
 
 
-def discrete_schedule(folder: Path) -> DiscreteVPSchedule:
-    """Return the noise process that a diffusers scheduler folder describes.
+def discrete_schedule(
+    folder: Path, *, class_name: object = None, steps_offset: int | None = None
+) -> tuple[DiscreteVPSchedule, PredictionType]:
+    """Return the noise process that a diffusers scheduler folder describes, and what the denoiser predicts.
 
-    Only its numbers are used (betas, spacing, offset, the last ᾱ), completed by the defaults of the scheduler class
-    that it names; the class's own stepping is not (Stable Diffusion ships PNDM).
+    Only its numbers are used (betas, spacing, offset, the last ᾱ), completed by the defaults of the scheduler's class;
+    the class's own stepping is not (Stable Diffusion ships PNDM). Whether the grid ends at the clean end is the class's
+    own affair: a `set_alpha_to_one` beside a class that does not read it says nothing.
+
+    Args:
+        folder: The folder of `scheduler_config.json`.
+        class_name: The scheduler's class; None: what the file says.
+        steps_offset: In the place of the file's.
 
     Raises:
-        ValueError: the scheduler is not a discrete variance-preserving one.
+        FileNotFoundError, ValueError: the scheduler is not there, or none that is understood.
     """
-    class_name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
-    scheduler = getattr(diffusers, class_name).from_pretrained(folder)
-    config = scheduler.config
-    if "beta_schedule" not in config:
-        raise ValueError(f"{folder}: {class_name} does not describe a discrete variance-preserving process")
-    return DiscreteVPSchedule(
-        scheduler.alphas_cumprod,
-        spacing=config.timestep_spacing,
-        steps_offset=config.get("steps_offset", 0),
-        ends_clean=config.get("set_alpha_to_one", True),
-    )
+    file = folder / "scheduler_config.json"
+    config = read_config(file)
+    written = config.get("_class_name", "DDIMScheduler" if class_name is None else class_name)
+    name = written if class_name is None else class_name
+    scheduler_type = scheduler_class(name, file)
+    if written != name:
+        warnings.warn(
+            f"{file}: _class_name is {written!r}, model_index.json beside it says {name!r}, which is what diffusers' "
+            "pipeline takes, and this package: make them one",
+            stacklevel=2,
+        )
+    check_values(config, scheduler_type, SCHEDULER, file)
+    own = keys_of(scheduler_type)
+    values: dict[str, Any] = {**own, **{key: value for key, value in config.items() if key in own}}
+    if steps_offset is not None and "steps_offset" in own:
+        values["steps_offset"] = steps_offset
+    try:
+        schedule = DiscreteVPSchedule(
+            scheduler_type(**values).alphas_cumprod,
+            spacing=values.get("timestep_spacing", "linspace"),
+            steps_offset=values.get("steps_offset", 0),
+            ends_clean=values.get("set_alpha_to_one", True),
+        )
+        total, expected = schedule.num_train_timesteps, values["num_train_timesteps"]
+        if total != expected:
+            raise ValueError(f"trained_betas holds {total} numbers, num_train_timesteps is {expected}")
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"{file} describes no noise process ({error})") from error
+    warn_of_other_times(str(name), schedule.spacing, file)
+    if values["prediction_type"] == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+        raise ValueError(f"{file}: a zero-SNR schedule needs v_prediction or sample prediction, not epsilon")
+    return schedule, values["prediction_type"]
