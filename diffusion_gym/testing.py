@@ -110,7 +110,7 @@ def _play(
         resetting = ended & (mode is AutoresetMode.NEXT_STEP)
         if mode is AutoresetMode.DISABLED and ended.any():
             after, _ = env.reset(options={"reset_mask": ended})
-            for lane in np.flatnonzero(ended):
+            for lane in np.flatnonzero(ended).tolist():
                 running[lane] = _Episode([_row(after, lane)], [])
         before = after
     return played
@@ -223,7 +223,7 @@ def _final_observation(
     _check_observation(env, final)
     missing = {key for key in reset_info if not key.startswith("_")} - set(final_info)
     assert not missing, f"final_info must have what info has, but {sorted(missing)} are missing"
-    for lane in np.flatnonzero(ended):
+    for lane in np.flatnonzero(ended).tolist():
         fresh = not _equal(_row(final, lane), _row(after, lane))
         assert fresh, "SAME_STEP must return the next episode's observation"
     return final
@@ -314,7 +314,7 @@ def _check_rest(env: VectorEnv, *, max_steps: int) -> None:
     if ended.all():
         return
     rested, reward, still, _, _ = env.step(_actions(env, observation, [(1, 0)] * env.num_envs))
-    for lane in np.flatnonzero(ended):
+    for lane in np.flatnonzero(ended).tolist():
         assert still[lane], "a lane that ended must stay ended until it is reset"
         assert reward[lane] == 0, "a lane that ended must earn nothing"
         assert _equal(_row(rested, lane), _row(observation, lane)), "a lane that ended must rest"

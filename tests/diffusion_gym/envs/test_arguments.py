@@ -16,6 +16,7 @@ from diffusion_gym.envs.reference import ReferenceDistance
 from diffusion_gym.envs.step_cost import StepCost
 from diffusion_gym.envs.time_prediction import TimePredictionVectorEnv
 from diffusion_gym.models import load_model
+from diffusion_gym.rewards import Reward, RewardOutput
 from diffusion_gym.schedules import KarrasSchedule
 
 CLASSES = {"DenoisingMDP-v0": DenoisingVectorEnv, "TimePredictionMDP-v0": TimePredictionVectorEnv}
@@ -213,3 +214,26 @@ def test_spec_survives_json_with_what_is_no_json(env_id, tmp_path):
     assert again.unwrapped.autoreset_mode is AutoresetMode.NEXT_STEP
     single = gym.make(env_id, **arguments)
     assert gym.make(EnvSpec.from_json(single.spec.to_json())).unwrapped.prompts.texts == ("north", "south")
+
+
+def test_time_prediction_takes_any_prompt_without_showing_its_embedding(emoji):
+    """The denoiser is the environment's, so an embedding that nobody observes is used all the same."""
+    images = []
+    for prompt in ("a red car", "a blue house"):
+        env = make("TimePredictionMDP-v0", emoji, num_envs=1, max_steps=1, observe_embeds=False)
+        env.reset(seed=0, options={"prompt": prompt})
+        images.append(env.step(torch.full((1, 1), 0.5))[4]["final_info"]["images"])
+    assert not torch.equal(*images)
+
+
+def test_an_extra_that_is_named_as_the_reward_does_not_replace_it(mixture):
+    class Named(Reward):
+        name = "named"
+
+        def __call__(self, images, prompts, metadata=None):
+            return RewardOutput(torch.ones(len(images)), {"named": torch.zeros(len(images))})
+
+    env = make("DenoisingMDP-v0", mixture, num_steps=1, reward=Named())
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step(torch.zeros(2, *env.single_action_space.shape))
+    assert reward.tolist() == info["final_info"]["reward/named"].tolist() == [1, 1]
