@@ -76,6 +76,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
     single_action_space: Box
+    _uses_embeds = False  # whether the prompts' embeddings steer the environment itself
     _spec: EnvSpec | None = None
     closed = True  # until it is made: there is nothing to close before
 
@@ -220,7 +221,11 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         super().reset(seed=int(seed) if isinstance(seed, int | np.integer) else None)
         parsed = ResetOptions.parse(options, num_envs=self.num_envs, prompts=self.prompts, model=self.model)
         mask = lanes_to_reset(options, num_envs=self.num_envs)
-        if not self.observe_embeds and parsed.prompt_id is not None and (parsed.prompt_id < 0).any():
+        if (
+            not (self.observe_embeds or self._uses_embeds)
+            and parsed.prompt_id is not None
+            and (parsed.prompt_id < 0).any()
+        ):
             raise ValueError(
                 "a prompt outside the prompt set can only be given where its embedding is observed: "
                 "make the environment with observe_embeds=True, or with the prompt in prompts="

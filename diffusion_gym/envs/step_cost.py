@@ -58,9 +58,9 @@ class StepCost:
 
     def __call__(self, rewards: Tensor, nfe: Tensor) -> Tensor:
         """Return the returns [B] of rewards [B] that took `nfe` [B] network calls."""
+        calls = nfe.to(rewards.dtype)
         if self.name == "linear":
-            return rewards - self.weight * nfe
+            return rewards - self.weight * calls
         if self.name == "none" or self.gamma == 1:
             return rewards
-        calls = nfe.to(rewards.dtype)
         return rewards * (1 - self.gamma**calls) / (calls * (1 - self.gamma))

@@ -58,6 +58,8 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         autoreset_mode: An `AutoresetMode`, its name or its value.
     """
 
+    _uses_embeds = True
+
     def __init__(
         self,
         num_envs: int = 1,

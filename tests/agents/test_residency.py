@@ -5,6 +5,7 @@ mixes it with CPU tensors or reads a value from it raises.
 """
 
 import contextlib
+import traceback
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, DenoisingPolicy, reports
@@ -20,6 +22,7 @@ from agents.guard import GradientGuard
 from diffusion_gym.envs.core import DiffusionVectorEnv
 from diffusion_gym.envs.lanes import Lanes
 from diffusion_gym.envs.time_prediction import TimePredictionVectorEnv
+from diffusion_gym.transfer import to_device
 
 DEVICE = "lazy"
 
@@ -98,6 +101,28 @@ def named_places(monkeypatch):
     return visits
 
 
+class BlockingCopies(TorchDispatchMode):
+    """Notes the copies from the host to the device that wait until all work queued there is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default:
+            source, target, waits = args[0], result, not kwargs.get("non_blocking", False)
+        elif func is torch.ops.aten.copy_.default:
+            target, source = args[:2]
+            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+        else:
+            return result
+        if waits and source.device.type == "cpu" and target.device.type == DEVICE:
+            self.found.append("".join(traceback.format_stack()[-40:]))
+        return result
+
+
 def make(reward="brightness", **arguments):
     return gym.make_vec("DenoisingMDP-v0", num_envs=3, num_steps=2, reward=reward, **arguments)
 
@@ -110,6 +135,57 @@ def test_fake_device_catches_what_it_should(on_device):
         _ = values + torch.empty(3)
     with pytest.raises(DataDependentOutputException):
         bool(values.sum() > 0)
+
+
+def test_blocking_copies_are_seen(on_device):
+    on_device(make())
+    with BlockingCopies() as copies:
+        torch.zeros(3).to(DEVICE, non_blocking=True)
+        assert not copies.found
+        torch.zeros(3).to(DEVICE)
+        torch.empty(3, device=DEVICE).copy_(torch.zeros(3))
+    assert len(copies.found) == 2
+
+
+def test_no_blocking_copy_in_a_middle_step_of_denoising(on_device, named_places):
+    """Neither in the environment nor in a policy that draws its noise on the host."""
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=3, num_steps=4, reward="brightness")
+    policy = DenoisingPolicy(env.unwrapped.model, seed=0)
+    on_device(env, policy)
+    observation, _ = env.reset(seed=0)
+    with torch.no_grad():
+        observation, *_ = env.step(policy.act(observation))  # the schedule's tables are sent once
+    with BlockingCopies() as copies, torch.no_grad():
+        for draws in (None, [torch.Generator().manual_seed(lane) for lane in range(3)]):
+            observation, *_ = env.step(policy.act(observation, generators=draws))
+    assert copies.found == []
+
+
+def test_no_blocking_copy_in_a_middle_step_of_time_prediction(on_device, named_places, monkeypatch):
+    monkeypatch.setattr(TimePredictionVectorEnv, "_read_ratios", lambda self, actions: np.full(3, 0.5))
+    on_the_host(monkeypatch, TimePredictionVectorEnv, "_time_of")
+    env = gym.make_vec("TimePredictionMDP-v0", num_envs=3, reward="brightness")
+    on_device(env)
+    env.reset(seed=0)
+    env.step(torch.empty(3, 1, device=DEVICE))
+    with BlockingCopies() as copies:
+        env.step(torch.empty(3, 1, device=DEVICE))
+    assert copies.found == []
+
+
+def test_to_cuda_the_copies_are_pinned(monkeypatch):
+    """Without pinned memory a copy to CUDA waits, whatever it is told; there is none here, so the calls are noted."""
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, *, non_blocking: calls.append((device, non_blocking)))
+    for device in ("cuda:0", "mps", "xpu"):
+        to_device(np.zeros(3), torch.device(device))
+    assert calls == [
+        "pinned",
+        (torch.device("cuda:0"), True),
+        (torch.device("mps"), False),
+        (torch.device("xpu"), True),
+    ]
 
 
 @pytest.mark.parametrize("mode", ["SAME_STEP", "NEXT_STEP", "DISABLED"])

@@ -3,6 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.spaces import Box, Dict
 from gymnasium.vector import AutoresetMode, VectorWrapper
 
@@ -65,25 +66,146 @@ class SaysBytesAreInPlaceOfNumbers(VectorWrapper):
         )
 
 
+class FinalsAreOfTheStepBefore(VectorWrapper):
+    def reset(self, **options):
+        self.before, info = super().reset(**options)
+        return self.before, info
+
+    def step(self, actions):
+        observation, *rest, info = super().step(actions)
+        if "final_obs" in info:
+            info = info | {"final_obs": self.before}
+        self.before = observation
+        return observation, *rest, info
+
+
+class ForgetsToResetTheSteps(VectorWrapper):
+    """The second episode of a lane has one step less."""
+
+    def step(self, actions):
+        *result, info = super().step(actions)
+        if info["ended"].any():
+            self.unwrapped._lanes.step[info["ended"]] = 1
+        return *result, info
+
+
+class SaysNothingInTheEnd(VectorWrapper):
+    def step(self, actions):
+        *result, info = super().step(actions)
+        return *result, info | ({"final_info": {}} if "final_info" in info else {})
+
+
+class AddsNoiseToTheAction(VectorWrapper):
+    def step(self, actions):
+        return super().step(actions + torch.randn_like(actions) / 10)
+
+
+class AddsNoiseToTheReward(VectorWrapper):
+    def step(self, actions):
+        observation, reward, *rest = super().step(actions)
+        return observation, reward + torch.rand_like(reward), *rest
+
+
+class ReusesTheRewards(VectorWrapper):
+    def step(self, actions):
+        observation, reward, *rest = super().step(actions)
+        self.__dict__.setdefault("rewards", torch.zeros_like(reward)).copy_(reward)
+        return observation, self.rewards, *rest
+
+
+class PaysNothingThatIsANumber(VectorWrapper):
+    def step(self, actions):
+        observation, reward, *rest = super().step(actions)
+        return observation, torch.where(reward == 0, reward, torch.nan), *rest
+
+
+class PaysWithAGradient(VectorWrapper):
+    def step(self, actions):
+        observation, reward, *rest = super().step(actions)
+        return observation, reward.clone().requires_grad_(), *rest
+
+
+class RepeatsItself(VectorWrapper):
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=11 if seed is None else seed, options=options)
+
+
+class SeedsEveryLane(VectorWrapper):
+    """A masked reset with a seed seeds the lanes outside the mask too."""
+
+    def reset(self, *, seed=None, options=None):
+        result = super().reset(seed=seed, options=options)
+        if options and seed is not None:
+            for lane, generator in enumerate(self.unwrapped._lanes._generators):
+                generator.manual_seed(seed + lane)
+        return result
+
+
+class GoesOnAfterItsEnd(VectorWrapper):
+    def close(self, **options):
+        pass
+
+
+class DropsTheFirstAction(VectorWrapper):
+    """The first action of the second episode is ignored too, not only that of the step which resets."""
+
+    def reset(self, **options):
+        self.last, info = super().reset(**options)
+        self.dropped = np.zeros(self.num_envs, dtype=int)
+        return self.last, info
+
+    def step(self, actions):
+        dropping = torch.from_numpy(self.dropped == 1)[:, None, None, None]
+        self.dropped[self.dropped > 0] -= 1
+        observation, *rest, info = super().step(torch.where(dropping, self.last["latents"], actions))
+        self.dropped[info["ended"]] = 2
+        self.last = observation
+        return observation, *rest, info
+
+
+SAME_STEP, NEXT_STEP, DISABLED = AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED
+ALL = (SAME_STEP, NEXT_STEP, DISABLED)
+TWINS = "two runs with one seed and the same actions must give equal"
 BROKEN = {
-    ReusesABuffer: "'latents' was changed after it was returned",
-    ChangesTheAction: "must not change the caller's action",
-    ReturnsTheAction: "'latents' shares memory with the action",
-    IgnoresTheSeed: "seed=s must seed lane i with s \\+ i|another seed must give another observation",
-    ForgetsTheMask: "of a lane outside the mask was changed",
-    LiesAboutTheEnd: "must say which lanes ended",
-    PaysInFloat64: "the reward must be float32, got torch.float64",
-    SaysBytesAreInPlaceOfNumbers: "'latents' must be of kind 'u', got torch.float32",
+    ReusesABuffer: (ALL, "'latents' was changed after it was returned"),
+    ChangesTheAction: (ALL, "must not change the caller's action"),
+    ReturnsTheAction: (ALL, "'latents' shares memory with the action"),
+    IgnoresTheSeed: (ALL, "a reset without a seed must draw another episode"),
+    ForgetsTheMask: (ALL, "of a lane outside the mask was changed"),
+    LiesAboutTheEnd: (ALL, "must say which lanes ended"),
+    PaysInFloat64: (ALL, "the reward must be float32, got torch.float64"),
+    SaysBytesAreInPlaceOfNumbers: (ALL, "'latents' must be of kind 'u', got torch.float32"),
+    FinalsAreOfTheStepBefore: ((SAME_STEP,), "the last one be in final_obs"),
+    ForgetsToResetTheSteps: ((SAME_STEP,), "an episode after autoreset took 1 steps, but 2 after a reset"),
+    SaysNothingInTheEnd: ((SAME_STEP,), r"final_info must have what info has, but \['ended'.*'nfe'"),
+    AddsNoiseToTheAction: (ALL, "the latents that are observed must be the action"),
+    AddsNoiseToTheReward: ((SAME_STEP, DISABLED), f"{TWINS} rewards"),
+    ReusesTheRewards: (ALL, "the reward (was changed after it was returned|shares memory with the last one)"),
+    PaysNothingThatIsANumber: (ALL, "the reward must be finite"),
+    PaysWithAGradient: (ALL, "the reward must not carry a gradient"),
+    RepeatsItself: (ALL, "a reset without a seed must draw another episode"),
+    SeedsEveryLane: (ALL, "a masked reset must not seed lanes outside the mask"),
+    GoesOnAfterItsEnd: (ALL, r"reset after close\(\) must raise ClosedEnvironmentError"),
+    DropsTheFirstAction: ((NEXT_STEP,), "a step must change what a lane observes|must be the action"),
 }
+CASES = [(broken, mode) for broken, (modes, _) in BROKEN.items() for mode in modes]
 
 
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)
-def test_broken_environments_are_refused(broken):
-    env = gym.make_vec(
-        "DenoisingMDP-v0", num_envs=3, model="mixture", num_steps=2, autoreset_mode=AutoresetMode.DISABLED
-    )
-    with pytest.raises(AssertionError, match=BROKEN[broken]):
+@pytest.mark.parametrize(
+    ("broken", "mode"), CASES, ids=lambda part: getattr(part, "__name__", getattr(part, "name", ""))
+)
+def test_broken_environments_are_refused(broken, mode):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=3, model="mixture", num_steps=2, autoreset_mode=mode)
+    with pytest.raises(AssertionError, match=BROKEN[broken][1]):
         check_vector_env(broken(env), max_steps=5)
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_twins_must_be_equal_to_the_last_bit(mode):
+    """Where nothing says what an action does, only the twin shows that it is changed on its way."""
+    ratios = gym.make_vec("TimePredictionMDP-v0", num_envs=3, model="mixture", max_steps=3, autoreset_mode=mode)
+    with pytest.raises(AssertionError, match=f"{TWINS} observations"):
+        check_vector_env(AddsNoiseToTheAction(ratios), max_steps=5)
 
 
 def test_episodes_have_to_end():
@@ -94,3 +216,11 @@ def test_episodes_have_to_end():
 
 def test_the_environment_behind_an_idle_wrapper_passes():
     check_vector_env(VectorWrapper(gym.make_vec("DenoisingMDP-v0", num_envs=3, model="mixture", num_steps=2)))
+
+
+@pytest.mark.parametrize("mode", ALL)
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_short_episodes_pass(mode, num_steps):
+    check_vector_env(
+        gym.make_vec("DenoisingMDP-v0", num_envs=2, model="mixture", num_steps=num_steps, autoreset_mode=mode)
+    )

@@ -214,3 +214,16 @@ def test_eta_outside_its_range_is_refused(eta):
         cps_transition(one, one, schedule=FlowSchedule(), s=one[0], nu=eta)
     with pytest.raises(ValueError, match='"sum" or "mean"'):
         GaussianTransition(one, one[0]).log_prob(one, reduction="max")
+
+
+def test_steps_that_are_certain_on_both_sides_diverge_by_nothing_and_give_no_gradient():
+    mean = seeded(2, 4).requires_grad_()
+    one = GaussianTransition(mean, torch.tensor([0.0, 0.5]).double())
+    other = GaussianTransition(seeded(2, 4, seed=1), torch.tensor([0.0, 0.5]).double())
+    divergence = one.kl(other)
+    assert divergence[0] == 0
+    assert divergence[1] > 0
+    divergence.sum().backward()
+    assert (mean.grad[0] == 0).all()
+    assert torch.isfinite(mean.grad).all()
+    assert (mean.grad[1] != 0).all()

@@ -323,7 +323,7 @@ def test_wrong_arguments_are_named_with_what_is_allowed(arguments, message):
         (
             "TimePredictionMDP-v0",
             "num_steps",
-            r"TimePredictionVectorEnv\(\) got an unexpected keyword argument 'num_steps': .* Did you mean 'max_steps'\?",
+            r"VectorEnv\(\) got an unexpected keyword argument 'num_steps': .* Did you mean 'max_steps'\?",
         ),
         ("TimePredictionMDP-v0", "promts", r"unexpected keyword argument 'promts'.* Did you mean 'prompts'\?"),
     ],
@@ -341,7 +341,7 @@ def test_arguments_of_vector_environments_are_not_for_single_ones(env_id, option
 
 
 def test_unknown_model_is_named():
-    with pytest.raises(FileNotFoundError, match="unknown model 'stable'"):
+    with pytest.raises(FileNotFoundError, match="no model named 'stable'"):
         make_vec(model="stable")
 
 
