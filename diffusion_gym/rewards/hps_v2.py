@@ -114,7 +114,8 @@ class HPSv2(ClipReward):
 
     def make_ready(self) -> None:  # noqa: D102
         fetch_file(self.weights, what=CHECKPOINT, keyword="weights")
-        self._config, self.load_rest()
+        self._config  # noqa: B018
+        self.load_rest()
 
     @cached_property
     def _config(self) -> CLIPConfig:
