@@ -18,6 +18,7 @@ SMALLER = {
     "group_size=8": "group_size=2",
     "total_timesteps=20_000": "total_timesteps=6",
     "102_400": "6",
+    'device="cuda:1",': 'device="cpu",',
 }
 
 

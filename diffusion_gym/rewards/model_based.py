@@ -36,7 +36,7 @@ class ModelReward(Reward, Generic[Network]):
         batch_size: The most images per call of the network.
 
     Raises:
-        ValueError: `batch_size` is not positive.
+        ValueError: `batch_size` is not positive, or there is no such device.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ModelReward(Reward, Generic[Network]):
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
     ) -> None:
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else checked_device(device)
         self.dtype = dtype
         self.batch_size = checked_integer("batch_size", batch_size, at_least=1)
 
@@ -93,6 +93,18 @@ class ModelReward(Reward, Generic[Network]):
         values = torch.cat([output.values.float() for output in outputs])
         extras = {name: torch.cat([output.extras[name].float() for output in outputs]) for name in outputs[0].extras}
         return RewardOutput(values.to(images.device), {name: one.to(images.device) for name, one in extras.items()})
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """Return a device, without using it.
+
+    Raises:
+        ValueError: it is a CUDA device that is not there.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {str(device)!r}: {torch.cuda.device_count()} CUDA devices are here")
+    return device
 
 
 def pretrained(load: Callable[..., T], source: str | Path, *, what: str, keyword: str) -> T:

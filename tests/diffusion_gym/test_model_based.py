@@ -74,6 +74,12 @@ def test_rewards_are_float32_on_the_images_device_without_gradients():
     assert not values.requires_grad
 
 
+def test_a_device_that_is_not_there_is_named():
+    for make in (lambda: Recorder(device="cuda:99"), lambda: make_reward("clip_score", options={"device": "cuda:99"})):
+        with pytest.raises(ValueError, match=r"there is no device 'cuda:99': \d+ CUDA devices are here"):
+            make()
+
+
 def test_an_empty_chunk_is_an_error():
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         Recorder(batch_size=0)
