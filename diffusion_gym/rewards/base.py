@@ -176,7 +176,7 @@ def check_output(reward: Reward, output: object, images: Tensor) -> RewardOutput
         _check_values(what, values, len(images))
         if values.device != images.device:
             raise ValueError(
-                f"{what} must be on the images' device, {images.device}, got {values.device}: "
+                f"{what} must be on the images' device, {images.device}; got {values.device}: "
                 "return values.to(images.device)"
             )
     return output
