@@ -1,9 +1,33 @@
-"""Quietness while small networks load."""
+"""Quietness while small networks load, and whether there is a Hub to load from."""
 
 import contextlib
+import socket
 from collections.abc import Iterator
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
+from huggingface_hub import constants
 from transformers.utils import logging
+
+_HUB_SECONDS = 5.0
+
+
+def hub_answers() -> bool:
+    """Return whether the Hugging Face Hub takes connections: where it does not, its library tries for most of a minute.
+
+    Behind a proxy nothing is tried, for only the proxy knows.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    hub = urlsplit(constants.ENDPOINT)
+    host, port = hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)
+    if hub.scheme in getproxies() and not proxy_bypass(host):
+        return True
+    try:
+        socket.create_connection((host, port), timeout=_HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -74,6 +74,12 @@ def free_port():
         return opened.getsockname()[1]
 
 
+def is_there(port):
+    """Return whether something listens there."""
+    with socket.socket() as opened:
+        return opened.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextlib.contextmanager
 def serving(reward, *, port=0, send_buffer=None, **options):
     """Serve a reward from a thread; yield the port. The system keeps about `send_buffer` bytes that nobody reads."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import make_tiny_clip
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -16,6 +18,7 @@ SMALLER = {
     "group_size=8": "group_size=2",
     "total_timesteps=20_000": "total_timesteps=6",
     "102_400": "6",
+    'device="cuda:1",': 'device="cpu",',
 }
 
 
@@ -30,6 +33,9 @@ def test_block_runs(index, tmp_path, monkeypatch):
     code = BLOCKS[index]
     for large, small in SMALLER.items():
         code = code.replace(large, small)
+    if "weights/clip" in code:
+        make_tiny_clip(tmp_path / "weights" / "clip-vit-large-patch14")
+        (tmp_path / "weights" / "sac+logos+ava1-l14-linearMSE.pth").touch()
     namespace = {}
     exec(compile(code, f"README.md block {index}", "exec"), namespace)
     if index == 0:

@@ -68,7 +68,7 @@ class PromptSet:
         if repeated:
             raise ValueError(f"prompts must differ from each other, but these are repeated: {repeated[:5]}")
         if not self.metadata:
-            object.__setattr__(self, "metadata", ({},) * len(self.texts))
+            object.__setattr__(self, "metadata", tuple({} for _ in self.texts))
         if len(self.metadata) != len(self.texts):
             raise ValueError(f"got {len(self.metadata)} metadata entries for {len(self.texts)} prompts")
         if self.weights and len(self.weights) != len(self.texts):

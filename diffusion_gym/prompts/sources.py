@@ -237,5 +237,5 @@ def make_prompts(
     if not isinstance(prompts, Sequence | Mapping):
         raise ValueError(f"prompts must be a name, a file or a sequence of strings, got {prompts!r:.80}")
     weights = tuple(prompts.values()) if isinstance(prompts, Mapping) else ()
-    rows = ((f"prompt {number}", text, {}) for number, text in enumerate(prompts, start=1))
-    return _prompt_set(rows, "prompts", weights)
+    numbered = enumerate(prompts, start=1)
+    return _prompt_set(((f"prompt {number}", text, {}) for number, text in numbered), "prompts", weights)

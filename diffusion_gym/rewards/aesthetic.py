@@ -12,8 +12,9 @@ from transformers import CLIPModel
 from .affine_head import AffineHead
 from .base import Metadata, RewardOutput
 from .image_preparation import ImagePreparation
-from .model_based import ModelReward, fill, pretrained, read_weights
+from .model_based import ModelReward, fetch_file, fetch_model, fill, pretrained, read_weights
 
+HEAD, CLIP = "the head of LAION's aesthetic predictor", "CLIP ViT-L/14"
 PUBLISHED = "sac+logos+ava1-l14-linearMSE.pth"
 PUBLISHED_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
@@ -77,12 +78,16 @@ class Aesthetic(ModelReward[AestheticPredictor]):
         self.head_sha256 = head_sha256 or (PUBLISHED_SHA256 if Path(head).name == PUBLISHED else None)
 
     def load(self) -> AestheticPredictor:  # noqa: D102
-        what = "the head of LAION's aesthetic predictor"
-        weights = read_weights(self.head, what=what, keyword="head", sha256=self.head_sha256)
-        clip = pretrained(CLIPModel.from_pretrained, self.clip, what="CLIP ViT-L/14", keyword="clip")
+        weights = read_weights(self.head, what=HEAD, keyword="head", sha256=self.head_sha256)
+        clip = pretrained(CLIPModel.from_pretrained, self.clip, what=CLIP, keyword="clip")
         head = AffineHead(clip.config.projection_dim)
         fill(head, weights, self.head)
         return AestheticPredictor(clip, head)
+
+    def make_ready(self) -> None:  # noqa: D102
+        fetch_file(self.head, what=HEAD, keyword="head")
+        fetch_model(self.clip, what=CLIP, keyword="clip")
+        self.load_rest()
 
     @cached_property
     def _prepare(self) -> ImagePreparation:

@@ -22,14 +22,14 @@ class AffineHead(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(width, 1024),
+            nn.Linear(width, 1024, dtype=torch.float32),
             nn.Dropout(0.2),
-            nn.Linear(1024, 128),
+            nn.Linear(1024, 128, dtype=torch.float32),
             nn.Dropout(0.2),
-            nn.Linear(128, 64),
+            nn.Linear(128, 64, dtype=torch.float32),
             nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
+            nn.Linear(64, 16, dtype=torch.float32),
+            nn.Linear(16, 1, dtype=torch.float32),
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AffineHead":

@@ -94,10 +94,10 @@ def check_reward(reward: Reward) -> None:
             raise TypeError(
                 f"the reward {kind} must have a {attribute}, a text that is not empty, got {value!r}: {cure}"
             )
-    match reward.range:
-        case (Real() as low, Real() as high) if low <= high:
-            return
-    raise TypeError(f"the range of the reward {reward.name!r} must be (least, greatest), got {reward.range!r}")
+    bounds: object = reward.range
+    are_two = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(isinstance(bound, Real) for bound in bounds)
+    if not are_two or not reward.range[0] <= reward.range[1]:
+        raise TypeError(f"the range of the reward {reward.name!r} must be (least, greatest), got {bounds!r}")
 
 
 def check_finite(images: Tensor) -> None:
@@ -176,7 +176,7 @@ def check_output(reward: Reward, output: object, images: Tensor) -> RewardOutput
         _check_values(what, values, len(images))
         if values.device != images.device:
             raise ValueError(
-                f"{what} must be on the images' device, {images.device}, got {values.device}: "
+                f"{what} must be on the images' device, {images.device}; got {values.device}: "
                 "return values.to(images.device)"
             )
     return output

@@ -1,15 +1,16 @@
 """How alike two sentences are by the contextual embeddings of their words: BERTScore, by the bert-score package."""
 
-from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from bert_score.utils import bert_cos_score_idf, model2layers
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from .model_based import pretrained
+from .model_based import fetch_model, pretrained
 
+MODEL = "BERTScore's model"
 DEBERTA = "microsoft/deberta-xlarge-mnli"
 MAX_TOKENS = 512  # some tokenizers (DeBERTa's) name no limit, and bert-score cannot do without
 
@@ -25,6 +26,48 @@ class _UpToLayer(nn.Module):
     def forward(self, ids: Tensor, attention_mask: Tensor, output_hidden_states: bool) -> tuple[Tensor]:
         states = self.encoder(ids, attention_mask=attention_mask, output_hidden_states=True).hidden_states
         return (states[self.num_layers],)
+
+
+class _Weights(dict[int, float]):
+    """What tokens count: 1, but for those that are named."""
+
+    def __missing__(self, token: int) -> float:
+        return 1.0
+
+
+def layer_of(source: str, num_layers: int | None) -> int:
+    """Return the layer that embeds, counted from 1: the one asked for, or the best that bert-score's authors found.
+
+    Raises:
+        ValueError: none is asked for, and bert-score knows none.
+    """
+    if num_layers is None and source not in model2layers:
+        raise ValueError(
+            f"bert-score knows no best layer for {source!r}: say which layer embeds, num_layers=... "
+            f"(for a folder of {DEBERTA}: {model2layers[DEBERTA]})"
+        )
+    return model2layers[source] if num_layers is None else num_layers
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or a Hub id.
+
+    Raises:
+        ValueError: there is none.
+    """
+    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    return pretrained(load, source, what="BERTScore's tokenizer", keyword="bert_score")
+
+
+def fetch(source: str, num_layers: int | None) -> None:
+    """Have the files of a folder or a Hub id here.
+
+    Raises:
+        ValueError: they cannot be had, or there is no layer to take.
+    """
+    layer_of(source, num_layers)
+    fetch_model(source, what=MODEL, keyword="bert_score")
+    load_tokenizer(source)
 
 
 class BertScore:
@@ -51,25 +94,19 @@ class BertScore:
     """
 
     def __init__(self, source: str = DEBERTA, *, num_layers: int | None = None, device: torch.device) -> None:
-        if num_layers is None and source not in model2layers:
-            raise ValueError(
-                f"bert-score knows no best layer for {source!r}: say which layer embeds, num_layers=... "
-                f"(for a folder of {DEBERTA}: {model2layers[DEBERTA]})"
-            )
-        num_layers = num_layers or model2layers[source]
-        encoder = pretrained(AutoModel.from_pretrained, source, what="BERTScore's model", keyword="bert_score")
+        num_layers = layer_of(source, num_layers)
+        load = partial(AutoModel.from_pretrained, trust_remote_code=False)
+        encoder = pretrained(load, source, what=MODEL, keyword="bert_score")
         if encoder.config.is_encoder_decoder or not 1 <= num_layers <= encoder.config.num_hidden_layers:
             raise ValueError(
                 f"BERTScore takes an encoder and one of its layers; {source!r} is a {encoder.config.model_type} with "
                 f"{encoder.config.num_hidden_layers} layers, and num_layers={num_layers}"
             )
-        self.tokenizer = pretrained(
-            AutoTokenizer.from_pretrained, source, what="BERTScore's tokenizer", keyword="bert_score"
-        )
+        self.tokenizer = load_tokenizer(source)
         self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, MAX_TOKENS)
         self.device = device
         self.network = _UpToLayer(encoder.to(device, torch.float32).requires_grad_(False), num_layers).eval()
-        self.weights = defaultdict(lambda: 1.0, {self.tokenizer.cls_token_id: 0.0, self.tokenizer.sep_token_id: 0.0})
+        self.weights = _Weights({self.tokenizer.cls_token_id: 0.0, self.tokenizer.sep_token_id: 0.0})
 
     def __call__(self, candidates: Sequence[str], references: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Return precision, recall and F1, [B] float32 on the host each; an empty candidate has 0.

@@ -1,8 +1,9 @@
 """What the rewards share that compare an image with its prompt by CLIP, and the two that are no more than that."""
 
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from .base import Metadata, RewardOutput
 from .image_preparation import ImagePreparation
-from .model_based import ModelReward, pretrained
+from .model_based import ModelReward, fetch_model, pretrained
+
+_CACHED_PROMPTS = 4096
 
 
 def embed_images(clip: CLIPModel, pixel_values: Tensor) -> Tensor:
@@ -57,13 +60,19 @@ class ClipReward(ModelReward[CLIPModel]):
         super().__init__(device=device, dtype=dtype, batch_size=batch_size)
         self.clip = clip
         self.processor = processor
+        self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
     def load(self) -> CLIPModel:  # noqa: D102
         return pretrained(CLIPModel.from_pretrained, self.clip, what=f"the CLIP of {self.name}", keyword="clip")
 
+    def make_ready(self) -> None:  # noqa: D102
+        fetch_model(self.clip, what=f"the CLIP of {self.name}", keyword="clip")
+        self.load_rest()
+
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return pretrained(AutoTokenizer.from_pretrained, self.processor, what="CLIP's tokenizer", keyword="processor")
+        load = partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+        return pretrained(load, self.processor, what="CLIP's tokenizer", keyword="processor")
 
     @cached_property
     def _prepare(self) -> ImagePreparation:
@@ -79,9 +88,17 @@ class ClipReward(ModelReward[CLIPModel]):
 
     def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the cosine similarity of each image and its prompt, [B] float32."""
-        texts = list(dict.fromkeys(prompts))
-        text_embeds = embed_texts(self.network, self._tokenizer, texts)[[texts.index(prompt) for prompt in prompts]]
+        text_embeds = torch.stack([self._embedding(prompt) for prompt in prompts])
         return (embed_images(self.network, self.prepare(images)) * text_embeds).sum(-1)
+
+    def _embedding(self, prompt: str) -> Tensor:
+        """Return a prompt's embedding [E]: computed once, and by itself, so that the batch's others change nothing."""
+        if prompt not in self._embeddings:
+            self._embeddings[prompt] = embed_texts(self.network, self._tokenizer, [prompt])[0]
+        self._embeddings.move_to_end(prompt)
+        if len(self._embeddings) > _CACHED_PROMPTS:
+            self._embeddings.popitem(last=False)
+        return self._embeddings[prompt]
 
     @abstractmethod
     def score(  # noqa: D102

@@ -125,7 +125,8 @@ class EmojiAlignment(Reward):
 
     @cached_property
     def _scorer(self) -> EmojiScorer:
-        return load_packaged_scorer()
+        with torch.inference_mode(False):  # gradients are taken through it, whoever asks first
+            return load_packaged_scorer()
 
     def __call__(  # noqa: D102
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None

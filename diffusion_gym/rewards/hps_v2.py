@@ -1,6 +1,7 @@
 """Human Preference Score v2.1, and how OpenCLIP's tensors are called in transformers."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from transformers import CLIPConfig, CLIPModel
 from .base import Metadata, RewardOutput
 from .clip import ClipReward
 from .image_preparation import resize, to_levels
-from .model_based import fill, pretrained, read_weights
+from .model_based import fetch_file, fill, pretrained, read_weights
+
+CHECKPOINT = "the checkpoint of HPSv2"
 
 _TOP = {
     "logit_scale": "logit_scale",
@@ -104,11 +107,19 @@ class HPSv2(ClipReward):
         self.weights = weights
 
     def load(self) -> CLIPModel:  # noqa: D102
-        weights = read_weights(self.weights, what="the checkpoint of HPSv2", keyword="weights")
-        config = pretrained(CLIPConfig.from_pretrained, self.clip, what="CLIP-H's config.json", keyword="clip")
-        clip = CLIPModel(config)
+        weights = read_weights(self.weights, what=CHECKPOINT, keyword="weights")
+        clip = CLIPModel(self._config)
         fill(clip, from_open_clip(weights), self.weights)
         return clip
+
+    def make_ready(self) -> None:  # noqa: D102
+        fetch_file(self.weights, what=CHECKPOINT, keyword="weights")
+        self._config  # noqa: B018
+        self.load_rest()
+
+    @cached_property
+    def _config(self) -> CLIPConfig:
+        return pretrained(CLIPConfig.from_pretrained, self.clip, what="CLIP-H's config.json", keyword="clip")
 
     def prepare(self, images: Tensor) -> Tensor:
         """Return images [B, 3, H, W] in [0, 1] as HPSv2 wants them: whole, on a black square."""

@@ -60,9 +60,10 @@ class ImagePreparation:
             raise ValueError(f"the centre crop {self.crop} must not be larger than the shorter side, {self.size}")
 
     @classmethod
-    def load(cls, source: str) -> "ImagePreparation":
-        """Return what `preprocessor_config.json` of a folder, or of an id on the Hub, asks for."""
-        config = json.loads(Path(cached_file(source, "preprocessor_config.json")).read_text())
+    def load(cls, source: str, *, local_files_only: bool = False) -> "ImagePreparation":
+        """Return what `preprocessor_config.json` of a folder or an id on the Hub (its cache alone) asks for."""
+        file = cached_file(source, "preprocessor_config.json", local_files_only=local_files_only)
+        config = json.loads(Path(file).read_text())
         size, crop = config["size"], config["crop_size"]
         return cls(
             size if isinstance(size, int) else size["shortest_edge"],
@@ -86,5 +87,8 @@ class ImagePreparation:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return (x − mean)/std."""
-        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
         return (images - mean) / std

@@ -11,8 +11,9 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from .affine_head import AffineHead
 from .base import Metadata, RewardOutput
 from .image_preparation import ImagePreparation
-from .model_based import ModelReward, fill, pretrained, read_weights
+from .model_based import ModelReward, fetch_file, fill, pretrained, read_weights
 
+CHECKPOINT = "ImageReward's checkpoint"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 HEAD_WIDTH = 64
@@ -143,13 +144,17 @@ class ImageReward(ModelReward[BlipRewardModel]):
         self.tokenizer = tokenizer
 
     def load(self) -> BlipRewardModel:  # noqa: D102
-        weights = from_published(read_weights(self.weights, what="ImageReward's checkpoint", keyword="weights"))
+        weights = from_published(read_weights(self.weights, what=CHECKPOINT, keyword="weights"))
         try:
             network = BlipRewardModel(vision_config(weights), text_config(weights))
         except KeyError as error:
             raise ValueError(f"{self.weights} is not a checkpoint of ImageReward: it has no tensor {error}") from error
         fill(network, weights, self.weights)
         return network
+
+    def make_ready(self) -> None:  # noqa: D102
+        fetch_file(self.weights, what=CHECKPOINT, keyword="weights")
+        self.load_rest()
 
     @cached_property
     def _tokenizer(self) -> BertTokenizer:

@@ -9,9 +9,29 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .base import to_uint8
-from .model_based import pretrained
+from .model_based import fetch_model, pretrained
 
 LLAVA_13B = "llava-hf/llava-1.5-13b-hf"
+
+
+def fetch(source: str) -> None:
+    """Have the files of a folder or a Hub id here.
+
+    Raises:
+        ValueError: they cannot be had.
+    """
+    fetch_model(source, what="LLaVA", keyword="llava")
+    load_processor(source)
+
+
+def load_processor(source: str) -> ProcessorMixin:
+    """Return what makes a LLaVA's inputs of images and questions.
+
+    Raises:
+        ValueError: there is none.
+    """
+    load = partial(AutoProcessor.from_pretrained, trust_remote_code=False)
+    return pretrained(load, source, what="LLaVA's processor", keyword="llava")
 
 
 class Llava(nn.Module):
@@ -48,10 +68,13 @@ class Llava(nn.Module):
         Raises:
             ValueError: there is none.
         """
-        load = partial(AutoModelForImageTextToText.from_pretrained, torch_dtype=dtype)  # `dtype` from 4.56 on only
+        load = partial(
+            AutoModelForImageTextToText.from_pretrained,
+            torch_dtype=dtype,  # `dtype` from 4.56 on only
+            trust_remote_code=False,
+        )
         model = pretrained(load, source, what="LLaVA", keyword="llava")
-        processor = pretrained(AutoProcessor.from_pretrained, source, what="LLaVA's processor", keyword="llava")
-        return cls(model, processor, max_new_tokens=max_new_tokens)
+        return cls(model, load_processor(source), max_new_tokens=max_new_tokens)
 
     def chat(self, question: str) -> str:
         """Return a question about an image in the model's own format, and if it names none, in LLaVA-1.5's."""

@@ -1,6 +1,7 @@
 """What the rewards have in common that a pretrained network gives."""
 
 import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -8,18 +9,26 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors.torch import load_file
 from torch import nn
-from transformers.utils import cached_file
 
+from ..checks import checked_integer
+from ..loading import hub_answers
 from .base import Metadata, Reward, RewardOutput, check_prompts
 
 T = TypeVar("T")
 Network = TypeVar("Network", bound=nn.Module)
 
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
 
 class ModelReward(Reward, Generic[Network]):
-    """A reward that a frozen network gives: loaded when it is first asked, called in chunks, without gradients.
+    """A reward that a frozen network gives: called in chunks, without gradients.
+
+    Its files are fetched when `make_reward` makes it, and with it an environment (`make_ready`); they are read when it
+    is first asked.
 
     Args:
         device: Where the network lives, "cuda:1" for example; None: where the first images are.
@@ -27,7 +36,7 @@ class ModelReward(Reward, Generic[Network]):
         batch_size: The most images per call of the network.
 
     Raises:
-        ValueError: `batch_size` is not positive.
+        ValueError: `batch_size` is not positive, or there is no such device.
     """
 
     def __init__(
@@ -37,11 +46,9 @@ class ModelReward(Reward, Generic[Network]):
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else checked_device(device)
         self.dtype = dtype
-        self.batch_size = batch_size
+        self.batch_size = checked_integer("batch_size", batch_size, at_least=1)
 
     @abstractmethod
     def load(self) -> Network:
@@ -54,7 +61,8 @@ class ModelReward(Reward, Generic[Network]):
     @cached_property
     def network(self) -> Network:
         """The frozen network."""
-        return self.load().to(self.device, self.dtype).eval().requires_grad_(False)
+        with torch.inference_mode(False), torch.no_grad():
+            return self.load().to(self.device, self.dtype).eval().requires_grad_(False)
 
     def load_all(self) -> None:
         """Load now what the first call would load.
@@ -83,15 +91,27 @@ class ModelReward(Reward, Generic[Network]):
             chunk = images[part].to(self.device)
             outputs.append(self.score(chunk, prompts[part], None if metadata is None else metadata[part]))
         values = torch.cat([output.values.float() for output in outputs])
-        extras = {name: torch.cat([output.extras[name] for output in outputs]) for name in outputs[0].extras}
+        extras = {name: torch.cat([output.extras[name].float() for output in outputs]) for name in outputs[0].extras}
         return RewardOutput(values.to(images.device), {name: one.to(images.device) for name, one in extras.items()})
 
 
-def pretrained(load: Callable[[str], T], source: str | Path, *, what: str, keyword: str) -> T:
-    """Return `load(source)`, a folder's or the Hub's.
+def checked_device(device: torch.device | str) -> torch.device:
+    """Return a device, without using it.
+
+    Raises:
+        ValueError: it is a CUDA device that is not there.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {str(device)!r}: {torch.cuda.device_count()} CUDA devices are here")
+    return device
+
+
+def pretrained(load: Callable[..., T], source: str | Path, *, what: str, keyword: str) -> T:
+    """Return `load(source)`, a folder's or the Hub's; where the Hub does not answer, that of the Hub's cache.
 
     Args:
-        load: A `from_pretrained`, or what else opens the source.
+        load: A `from_pretrained`, or what else opens the source; it gets `local_files_only=True` without the Hub.
         source: A folder, a file or an id on the Hugging Face Hub ("owner/name", or "owner/name/file" for a file).
         what: What it is, for the error: "CLIP ViT-L/14".
         keyword: The reward's keyword that names the source.
@@ -100,11 +120,14 @@ def pretrained(load: Callable[[str], T], source: str | Path, *, what: str, keywo
         ValueError: it could not be had; says what is needed and how to name a local copy.
     """
     source = str(source)
+    without_hub = not Path(source).exists() and not hub_answers()
     try:
-        return load(source)
+        return load(source, local_files_only=True) if without_hub else load(source)
     except OSError as error:
         owner, _, rest = source.partition("/")
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if without_hub:
+            reason += "; it does not answer, or HF_HUB_OFFLINE says not to ask"
         fetch = f", for example with `hf download {owner}/{rest.replace('/', ' ', 1)}`," if owner and rest else ""
         raise ValueError(
             f"{what} could not be loaded from {source!r}: there is no such file or folder here, and the Hugging Face "
@@ -140,14 +163,64 @@ def read_weights(source: str | Path, *, what: str, keyword: str, sha256: str | N
     return weights.get("state_dict", weights)
 
 
-def _find_file(source: str) -> Path:
+def fetch_file(source: str | Path, *, what: str, keyword: str) -> None:
+    """Have a checkpoint's file here, as `read_weights` reads it.
+
+    Raises:
+        ValueError: it could not be had.
+    """
+    pretrained(_find_file, source, what=what, keyword=keyword)
+
+
+def fetch_model(source: str | Path, *, what: str, keyword: str) -> None:
+    """Have the weights of a model of transformers here, as its `from_pretrained` reads them.
+
+    Raises:
+        ValueError: they could not be had.
+    """
+    pretrained(_find_weights, source, what=what, keyword=keyword)
+
+
+def _find_weights(source: str, *, local_files_only: bool = False) -> None:
+    for name in _WEIGHTS:
+        path = _find_in(source, name, local_files_only=local_files_only)
+        if path is None:
+            continue
+        parts = set(json.loads(path.read_text())["weight_map"].values()) if name.endswith(".json") else ()
+        for part in sorted(parts):
+            if _find_in(source, part, local_files_only=local_files_only) is None:
+                raise FileNotFoundError(f"{source} has no {part}, which its {name} names")
+        return
+    raise FileNotFoundError(f"{source} has none of {', '.join(_WEIGHTS)}")
+
+
+def _find_in(source: str, name: str, *, local_files_only: bool) -> Path | None:
+    """Return the path of a file of a folder, or of an id on the Hub in its cache; None: there is none."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    try:
+        known = try_to_load_from_cache(source, name)
+        return Path(
+            known if isinstance(known, str) else hf_hub_download(source, name, local_files_only=local_files_only)
+        )
+    except EntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{source} is neither a folder nor an id on the Hub") from error
+
+
+def _find_file(source: str, *, local_files_only: bool = False) -> Path:
     """Return the file's path: a local one's, or the Hub's in its cache."""
     if Path(source).is_file():
         return Path(source)
     owner, name, file = [*source.split("/", 2), "", ""][:3]
     if not (owner and name and file):
         raise FileNotFoundError(f"{source!r} is neither a file nor owner/name/file on the Hub")
-    return Path(cached_file(f"{owner}/{name}", file))
+    path = _find_in(f"{owner}/{name}", file, local_files_only=local_files_only)
+    if path is None:
+        raise FileNotFoundError(f"there is no file {file!r} of {owner}/{name} that could be had")
+    return path
 
 
 def fill(network: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:

@@ -12,6 +12,7 @@ from .base import Metadata, Reward, RewardFunction, RewardOutput, checked_output
 from .compositions import RewardWrapper
 
 _LEAST_STD = 1e-8
+_ROUNDING = 16 * torch.finfo(torch.float32).eps
 
 
 @final
@@ -19,7 +20,8 @@ class Normalised(RewardWrapper):
     """(r − mean) / std: rewards of different units on one scale, to be weighted in a `WeightedSum`.
 
     With `mean` and `std` given it is a function of image and prompt like any other reward. Without them they are those
-    of all values seen so far, the present batch's included; std is the population's, at least 1e-8. Such a reward
+    of all values seen so far, the present batch's included; std is the population's, at least 1e-8; values that differ
+    by no more than the rounding of float32 (std ≤ 16 units in the last place of the mean) are all 0. Such a reward
     drifts while it learns them: an image's reward depends on those before it, so evaluate with another one, and give
     `learn_from` to end it. Its statistics are saved in checkpoints, and a resumed training goes on with them. Where
     many processes train together each would learn its own, which is refused: give mean and std there.
@@ -83,7 +85,8 @@ class Normalised(RewardWrapper):
         output = checked_output(self.reward, images, prompts, metadata)
         if not self.is_fixed and (self.learn_from is None or self.count < self.learn_from):
             self._learn(output.values)
-        normalised = (output.values - self.mean) / self.std
+        is_rounding = not self.is_fixed and self.std <= _ROUNDING * abs(self.mean)
+        normalised = (output.values - self.mean) / (math.inf if is_rounding else self.std)
         return RewardOutput(normalised, {**output.extras, self.reward.name: output.values})
 
     def _learn(self, values: Tensor) -> None:

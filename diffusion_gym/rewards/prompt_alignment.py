@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..checks import checked_integer
+from . import bertscore, llava
 from .base import Metadata, RewardOutput
 from .bertscore import DEBERTA, BertScore
 from .llava import LLAVA_13B, Llava
@@ -68,13 +70,17 @@ class PromptAlignment(ModelReward[Llava]):
             raise ValueError(f'reference must contain "{{prompt}}", got {reference!r}')
         self.llava = llava
         self.bert_score = bert_score
-        self.num_layers = num_layers
+        self.num_layers = None if num_layers is None else checked_integer("num_layers", num_layers, at_least=1)
         self.question = question
         self.reference = reference
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, at_least=1)
 
     def load(self) -> Llava:  # noqa: D102
         return Llava.load(self.llava, dtype=self.dtype, max_new_tokens=self.max_new_tokens)
+
+    def make_ready(self) -> None:  # noqa: D102
+        bertscore.fetch(self.bert_score, self.num_layers)
+        llava.fetch(self.llava)
 
     @cached_property
     def compare(self) -> BertScore:

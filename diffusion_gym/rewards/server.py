@@ -38,7 +38,7 @@ from ..checks import checked_integer, checked_number
 from .base import Reward, RewardOutput, check_reward, checked_output
 from .connection import RemoteRewardError
 from .exchange import is_loopback
-from .model_based import ModelReward
+from .model_based import ModelReward, checked_device
 from .names import make_reward, named_class
 from .wire import PROTOCOL, TOKEN_VARIABLE, BadRequest, Limits, check_content_type, checked_token, decode_request
 
@@ -62,7 +62,8 @@ class RewardServer:
         read_seconds: The longest that reading a request may take.
 
     Raises:
-        ValueError: the reward remembers, the token is empty or not ASCII, or a number is not positive.
+        ValueError: the reward remembers, the token is empty or not ASCII, there is no such device, or a number is not
+            positive.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class RewardServer:
             raise ValueError(f"{reward.name} remembers what it saw, and would lose it: apply it where the training is")
         check_reward(reward)
         self.reward = reward
-        self.device = torch.device(device or "cpu")
+        self.device = checked_device(device or "cpu")
         self.limits = limits or Limits()
         self.max_queue = checked_integer("max_queue", max_queue, at_least=1)
         self.read_seconds = checked_number("read_seconds", read_seconds, "(0, inf)")

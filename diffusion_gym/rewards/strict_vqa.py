@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import checked_integer
 from .base import Metadata, RewardOutput
-from .llava import LLAVA_13B, Llava
+from .llava import LLAVA_13B, Llava, fetch
 from .model_based import ModelReward
 
 
@@ -49,7 +50,10 @@ class StrictVQA(ModelReward[Llava]):
     ) -> None:
         super().__init__(device=device, dtype=dtype, batch_size=batch_size)
         self.llava = llava
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, at_least=1)
+
+    def make_ready(self) -> None:  # noqa: D102
+        fetch(self.llava)
 
     def load(self) -> Llava:  # noqa: D102
         return Llava.load(self.llava, dtype=self.dtype, max_new_tokens=self.max_new_tokens)

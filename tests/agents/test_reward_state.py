@@ -17,7 +17,7 @@ import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DenoisingPolicy, Processes
 from diffusion_gym.rewards import Normalised
 from diffusion_gym.rewards.remote import RemoteReward
-from tests.serving import free_port
+from tests.serving import free_port, is_there, wait_until
 
 ROOT = Path(__file__).parents[2]
 LANES, STEPS, ITERATIONS = 4, 3, 5
@@ -102,6 +102,7 @@ def test_a_training_loses_nothing_when_its_reward_server_is_killed(tmp_path, cap
     """The server is killed between two requests, and again while it works on one; each time it is away for seconds."""
     expected, expected_weights = train("incompressibility")
     with Supervisor("incompressibility", tmp_path) as server, caplog.at_level(logging.WARNING):
+        wait_until(lambda: is_there(server.port), seconds=120)
         reward = RemoteReward(f"remote://127.0.0.1:{server.port}")
         reward.num_retries = 0
         returns, weights = train(reward, {1: lambda: server.process.kill(), 3: server.poison.touch})

@@ -59,6 +59,15 @@ def test_statistics_of_values_far_from_0_are_precise():
     assert reward.std == pytest.approx(np.concatenate(values).std(), rel=1e-9)
 
 
+def test_rounding_is_not_made_a_signal():
+    values = torch.tensor([21.3, 21.3 + 2e-6, 21.3, 21.3 - 2e-6])
+    reward = Normalised(lambda images, prompts, metadata: values)
+    assert 0 < values.std() < 1e-5
+    assert reward(pictures(4), ["a"] * 4).values.tolist() == [0.0] * 4
+    values = torch.tensor([21.3, 21.4, 21.2, 21.3])
+    assert reward(pictures(4), ["a"] * 4).values.abs().max() > 1
+
+
 def test_given_statistics_make_it_a_function():
     reward = Normalised("incompressibility", mean=2.0, std=0.5)
     images = pictures(4)

@@ -1,15 +1,24 @@
 """What rewards by networks share: loading late, chunks, devices and honest errors."""
 
+import json
 import pickle
 import shutil
+import socket
+import time
 
+import gymnasium as gym
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 
+from diffusion_gym.loading import hub_answers
 from diffusion_gym.rewards import RewardOutput, make_reward
-from diffusion_gym.rewards.clip import ClipScore
+from diffusion_gym.rewards.aesthetic import Aesthetic
+from diffusion_gym.rewards.affine_head import AffineHead
+from diffusion_gym.rewards.clip import ClipScore, embed_texts
 from diffusion_gym.rewards.model_based import ModelReward, fill, pretrained, read_weights
+from diffusion_gym.rewards.names import reward_class
 from tests.tiny import make_tiny_clip
 
 
@@ -65,8 +74,14 @@ def test_rewards_are_float32_on_the_images_device_without_gradients():
     assert not values.requires_grad
 
 
+def test_a_device_that_is_not_there_is_named():
+    for make in (lambda: Recorder(device="cuda:99"), lambda: make_reward("clip_score", options={"device": "cuda:99"})):
+        with pytest.raises(ValueError, match=r"there is no device 'cuda:99': \d+ CUDA devices are here"):
+            make()
+
+
 def test_an_empty_chunk_is_an_error():
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         Recorder(batch_size=0)
 
 
@@ -108,12 +123,16 @@ def test_a_file_that_cannot_be_had_says_how_to_name_a_local_one(source):
         ("image_reward", "ImageReward's checkpoint", "weights"),
     ],
 )
-def test_every_pretrained_reward_is_made_by_name_and_says_what_it_needs(name, what, keyword):
-    reward = make_reward(name)
+def test_every_pretrained_reward_says_what_it_needs_when_it_is_made(name, what, keyword):
+    reward = reward_class(name)()
     assert reward.name == name
     assert len(reward.range) == 2
-    with pytest.raises(ValueError, match=f"{what} could not be loaded from .*`hf download .*`.* {keyword}=\\.\\.\\."):
+    message = f"{what} could not be loaded from .*HF_HUB_OFFLINE.*`hf download .*`.* {keyword}=\\.\\.\\."
+    with pytest.raises(ValueError, match=message):
         reward(torch.rand(1, 3, 64, 64), ["a fox"])
+    for make in (make_reward, lambda name: gym.make_vec("DenoisingMDP-v0", num_envs=1, model="mixture", reward=name)):
+        with pytest.raises(ValueError, match=message):
+            make(name)
 
 
 def test_all_is_loaded_before_the_first_image_when_it_is_asked_for(tmp_path):
@@ -126,21 +145,137 @@ def test_all_is_loaded_before_the_first_image_when_it_is_asked_for(tmp_path):
         ClipScore(clip=clip).load_all()
 
 
+def test_a_reward_is_made_ready_without_reading_its_weights(tmp_path):
+    clip = make_tiny_clip(tmp_path / "clip")
+    reward = make_reward("clip_score", options={"clip": clip})
+    assert "network" not in vars(reward)
+    assert {"_tokenizer", "_prepare"} <= vars(reward).keys()
+    (clip / "model.safetensors").rename(clip / "pytorch_model.bin")
+    make_reward("clip_score", options={"clip": clip})
+    (clip / "pytorch_model.bin").rename(clip / "part-1")
+    with pytest.raises(
+        ValueError, match=r"the CLIP of clip_score could not be loaded from .* has none of model.safetensors"
+    ):
+        make_reward("clip_score", options={"clip": clip})
+    index = clip / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "part-1", "b": "part-2"}}))
+    with pytest.raises(ValueError, match=r"has no part-2, which its model\.safetensors\.index\.json names"):
+        make_reward("clip_score", options={"clip": clip})
+    (clip / "part-2").touch()
+    make_reward("clip_score", options={"clip": clip})
+
+
+def in_the_hubs_cache(folder, cache, repo):
+    """Put a folder into a cache as the Hub's library does."""
+    snapshot = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / "abc"
+    shutil.copytree(folder, snapshot)
+    (refs := snapshot.parents[1] / "refs").mkdir()
+    (refs / "main").write_text("abc")
+
+
+@pytest.fixture
+def without_network(monkeypatch):
+    """The Hub is to be asked, and there is no such host."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://no-such-host.invalid")
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_network_the_hub_is_not_tried_again_and_again(without_network):
+    began = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"the CLIP of clip_score could not be loaded from 'owner/clip'.*does not answer"
+    ):
+        make_reward("clip_score", options={"clip": "owner/clip"})
+    assert time.monotonic() - began < 10
+
+
+def test_without_a_network_the_cache_is_enough(without_network, tmp_path, monkeypatch):
+    clip, cache = make_tiny_clip(tmp_path / "clip"), tmp_path / "cache"
+    in_the_hubs_cache(clip, cache, "owner/clip")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    began = time.monotonic()
+    reward = make_reward("clip_score", options={"clip": "owner/clip"})
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(reward(images, ["a", "b"]).values, ClipScore(clip=clip)(images, ["a", "b"]).values)
+    assert time.monotonic() - began < 20
+
+
+def test_behind_a_proxy_the_hub_is_asked(without_network, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert not hub_answers()
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert hub_answers()
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        assert hub_answers()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert not hub_answers()
+
+
+def test_a_prompt_is_read_once_and_the_batch_does_not_change_it(tmp_path, monkeypatch):
+    clip = make_tiny_clip(tmp_path / "clip")
+    read = []
+    monkeypatch.setattr("diffusion_gym.rewards.clip._CACHED_PROMPTS", 3)
+    embed = embed_texts
+    monkeypatch.setattr("diffusion_gym.rewards.clip.embed_texts", lambda *given: read.extend(given[2]) or embed(*given))
+    reward, images = ClipScore(clip=clip), torch.rand(4, 3, 32, 32)
+    values = reward(images, ["a fox", "a long prompt of a bear", "a fox", "b"]).values
+    assert torch.equal(reward(images[:1], ["a fox"]).values, ClipScore(clip=clip)(images[:1], ["a fox"]).values)
+    assert torch.equal(reward(images, ["a fox", "a long prompt of a bear", "a fox", "b"]).values, values)
+    assert sorted(read) == ["a fox", "a fox", "a long prompt of a bear", "b"]
+    reward(images[:2], ["c", "a fox"])
+    assert len(reward._embeddings) == 3
+
+
+def test_weights_that_are_first_read_in_inference_mode_can_be_used_outside(tmp_path):
+    reward = make_reward("emoji_alignment")
+    images = torch.rand(1, 3, 64, 64)
+    clip = ClipScore(clip=make_tiny_clip(tmp_path / "clip"))
+    with torch.inference_mode():
+        reward(images, ["a fox"])
+        clip(images, ["a fox"])
+    reward(images.requires_grad_(), ["a fox"]).values.sum().backward()
+    assert images.grad.isfinite().all()
+    assert not any(parameter.is_inference() for parameter in clip.network.parameters())
+
+
+@pytest.mark.parametrize("name", ["clip", "head"])
+def test_networks_are_float32_whatever_torchs_default_is(name, tmp_path):
+    clip = make_tiny_clip(tmp_path / "clip")
+    torch.save(AffineHead(24).state_dict(), tmp_path / "head.pth")
+
+    def make():
+        return Aesthetic(clip=clip, head=tmp_path / "head.pth") if name == "head" else ClipScore(clip=clip)
+
+    images = torch.rand(2, 3, 32, 32)
+    expected = make()(images, ["a", "b"]).values
+    torch.set_default_dtype(torch.float64)
+    try:
+        values = make()(images, ["a", "b"]).values
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, expected)
+
+
 def test_there_must_be_a_prompt_per_image():
     with pytest.raises(ValueError, match="there must be a prompt per image, got 4 images and 1 prompts"):
         Recorder()(torch.rand(4, 3, 4, 4), ["a"])
 
 
 def test_an_error_without_text_is_named():
-    def away(source):
+    def away(source, **_):
         raise TimeoutError
 
-    with pytest.raises(ValueError, match=r"the Hugging Face Hub did not give it \(TimeoutError\)"):
+    with pytest.raises(ValueError, match=r"the Hugging Face Hub did not give it \(TimeoutError; it does not answer"):
         pretrained(away, "owner/name", what="it", keyword="weights")
 
 
 def test_other_errors_are_not_dressed_up():
-    def broken(source):
+    def broken(source, **_):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):

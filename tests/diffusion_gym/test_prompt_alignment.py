@@ -1,5 +1,6 @@
 """LLaVA and BERTScore of real classes with random weights, against plain references; BERTScore of a real model too."""
 
+import pickle
 from importlib.resources import files
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer, LlavaForConditionalGeneration
 from diffusion_gym.rewards import make_reward, to_uint8
 from diffusion_gym.rewards.bertscore import BertScore
 from diffusion_gym.rewards.llava import Llava
+from diffusion_gym.rewards.names import reward_class
 from diffusion_gym.rewards.prompt_alignment import QUESTION, PromptAlignment
 from tests.tiny_language import SIZE, make_tiny_bert, make_tiny_deberta, make_tiny_llava
 
@@ -216,8 +218,33 @@ def test_what_is_missing_is_said(llava, bert, images, tmp_path):
         BertScore(bert, num_layers=4, device=CPU)
 
 
+def test_what_is_missing_is_said_when_it_is_made(llava, bert, tmp_path):
+    right = {"llava": llava, "bert_score": bert, "num_layers": 2}
+    assert make_reward("prompt_alignment", options=right).llava == llava
+    (empty := tmp_path / "empty").mkdir()
+    for wrong, message in (
+        ({"num_layers": None}, "bert-score knows no best layer"),
+        ({"num_layers": 0}, "num_layers must be an integer of at least 1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer"),
+        (
+            {"bert_score": str(empty)},
+            "BERTScore's model could not be loaded from .*has none of model.safetensors, .*bert_score=",
+        ),
+        ({"llava": str(empty)}, r"LLaVA could not be loaded from .* llava=\.\.\."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_reward("prompt_alignment", options={**right, **wrong})
+
+
+def test_what_compares_can_be_copied(bert):
+    compare = pickle.loads(pickle.dumps(BertScore(bert, num_layers=2, device=CPU)))
+    torch.testing.assert_close(
+        compare(["a fox"], ["a bear"]), BertScore(bert, num_layers=2, device=CPU)(["a fox"], ["a bear"])
+    )
+
+
 def test_by_name_it_is_the_papers():
-    reward = make_reward("prompt_alignment")
+    reward = reward_class("prompt_alignment")()
     assert isinstance(reward, PromptAlignment)
     assert (reward.llava, reward.bert_score) == ("llava-hf/llava-1.5-13b-hf", "microsoft/deberta-xlarge-mnli")
     assert (reward.name, reward.unit, reward.range, reward.dtype) == ("prompt_alignment", "1", (-1, 1), torch.float16)

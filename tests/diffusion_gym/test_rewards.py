@@ -213,7 +213,7 @@ def test_values_on_another_device_are_named():
     meta = torch.ones(2, device="meta")
     for output in (RewardOutput(meta), RewardOutput(torch.ones(2), {"extra": meta})):
         with pytest.raises(
-            ValueError, match=r"'judge' must be on the images' device, cpu, got meta: return values\.to\("
+            ValueError, match=r"'judge' must be on the images' device, cpu; got meta: return values\.to\("
         ):
             checked_output(Judge(output), pictures(2), ["a"] * 2)
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from diffusion_gym.prompts import make_prompts
-from diffusion_gym.rewards import make_reward
 from diffusion_gym.rewards.llava import Llava
+from diffusion_gym.rewards.names import reward_class
 from diffusion_gym.rewards.strict_vqa import StrictVQA
 from tests.tiny_language import make_tiny_llava
 
@@ -70,4 +70,4 @@ def test_a_prompt_without_questions_and_answers_is_named(metadata, llava, images
 
 
 def test_by_name_it_is_the_papers():
-    assert isinstance(make_reward("strict_vqa"), StrictVQA)
+    assert reward_class("strict_vqa") is StrictVQA
