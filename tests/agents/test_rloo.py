@@ -161,7 +161,8 @@ def test_two_pass_trajectory_gradient_is_that_of_the_whole_surrogate(
     assert ((ratio - 1).abs() > 1e-3).all()
     expected = torch.autograd.grad(loss, trained(learner))
     found, metrics = gradients_of(learner, rollout, monkeypatch)
-    assert float(metrics["loss"]) == pytest.approx(float(loss.detach()), rel=2e-3)
+    terms = float((advantages * ratio).abs().mean())  # the loss is a small difference of these
+    assert float(metrics["loss"]) == pytest.approx(float(loss.detach()), abs=5e-3 * terms)
     largest = max(float(gradient.abs().max()) for gradient in expected)
     assert largest > 0
     for ours, reference in zip(found, expected, strict=True):
