@@ -1,4 +1,4 @@
-"""Prints the lowest version that pyproject.toml allows of each dependency, as constraints for pip: `make test-lowest`."""
+"""Prints the lowest version that pyproject.toml allows of each dependency: pip's constraints in `make test-lowest`."""
 
 import sys
 from collections.abc import Iterable, Iterator
