@@ -82,7 +82,8 @@ def test_state_survives_a_file(network, tmp_path):
 
 
 def test_a_loaded_run_with_muon_goes_on_exactly_where_it_was(make_env, tmp_path):
-    model = load_model(make_tiny_stable_diffusion(tmp_path / "model"))  # small: some processors have no bfloat16 products
+    # a small one: Muon's matrix products are in bfloat16, which some processors have no instructions for
+    model = load_model(make_tiny_stable_diffusion(tmp_path / "model"))
     options = {"optimizer": "muon", "samples_per_epoch": 4, "batch_size": 4, "learning_rate": 1e-4, "seed": 3}
     first = DDPOSF(DenoisingPolicy(model, seed=0), make_env(model=model), **options)
     before = [parameter.detach().clone() for parameter in first.policy.parameters()]
