@@ -10,7 +10,14 @@ BIN := $(VENV)/bin
 # training of the embedded model 1.2 to 1.9 times as fast on 2 cores.
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test check format clean emoji-quick
+# The tests that compare numbers within a bound.
+NUMERICS = $(shell grep -lrE --include='test_*.py' 'assert_close|allclose|approx|[<>] [0-9.]*e-' tests)
+# As on a processor without AVX-512, and one that is not of the maker of MKL.
+OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
+# `make test-lowest` needs the oldest Python that pyproject.toml allows.
+LOWEST_PYTHON ?= python3.10
+
+.PHONY: demo test test-numerics test-lowest check format clean emoji-quick
 
 demo: $(VENV)/.installed  ## train the embedded model with DDPO-IS and show before and after
 	$(MALLOC) $(BIN)/python examples/ddpo_incompressibility.py
@@ -18,11 +25,19 @@ demo: $(VENV)/.installed  ## train the embedded model with DDPO-IS and show befo
 test: $(VENV)/.installed  ## run all tests, a process on each core
 	$(MALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
+test-numerics: $(VENV)/.installed  ## run the numerical tests as on other processors, and with two threads
+	$(OTHER_CPU) $(MALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(NUMERICS)
+	$(MALLOC) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow" $(NUMERICS)
+
+test-lowest: $(VENV)/.lowest  ## run all tests with the lowest versions that pyproject.toml allows
+	$(MALLOC) OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -n auto --dist loadfile
+
 check: $(VENV)/.installed  ## run all that CI runs: formatting, linting, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+	$(MAKE) test-numerics
 
 emoji-quick: $(VENV)/.installed  ## run the whole chain that makes the embedded model, for moments only
 	$(MALLOC) $(BIN)/python -m tools.emoji.chain --quick --work build/emoji-quick
@@ -38,4 +53,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.lowest: pyproject.toml tools/lowest.py | $(VENV)/.installed
+	$(LOWEST_PYTHON) -m venv $(VENV)/lowest
+	$(BIN)/python tools/lowest.py > $(VENV)/lowest/constraints.txt
+	$(VENV)/lowest/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/lowest/constraints.txt -e '.[dev]'
 	touch $@

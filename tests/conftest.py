@@ -10,7 +10,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from diffusion_gym.models import load_model
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 diffusers_logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 

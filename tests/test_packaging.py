@@ -1,7 +1,13 @@
 """What a user gets when the package is installed."""
 
+import re
 import sys
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tools.lowest import lowest, requirements
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,3 +39,11 @@ def test_embedded_model_is_small():
         path.stat().st_size for path in (ROOT / "diffusion_gym" / "models" / "emoji").rglob("*") if path.is_file()
     )
     assert model < 30e6
+
+
+def test_every_dependency_has_one_lower_bound_which_the_tested_versions_meet():
+    tested = dict(re.findall(r"^([^=;#\s]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    tested = {canonicalize_name(name): Version(version) for name, version in tested.items()}
+    for name, version in lowest(requirements(PROJECT["project"])).items():
+        if name != "tomli":  # Python 3.10 alone needs it
+            assert Version(version) <= tested[canonicalize_name(name)], name

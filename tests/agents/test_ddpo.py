@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, collect
 from agents.advantages import texts_of
 from agents.files import replaced_folder
+from tests.gradients import assert_gradients_close
 
 ALGORITHMS = [DDPOSF, DDPOIS]
 SMALL = {"samples_per_epoch": 4, "batch_size": 2, "learning_rate": 1e-4, "seed": 3}
@@ -53,8 +54,7 @@ def test_first_gradient_is_the_policy_gradient(emoji, make_env, algorithm, micro
     step = learner._optimizer_step
     monkeypatch.setattr(learner, "_optimizer_step", lambda: found.extend(p.grad.clone() for p in parameters) or step())
     learner.train(rollout)
-    for ours, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=2e-3, atol=1e-6)
+    assert_gradients_close(found, expected)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -13,6 +13,7 @@ from agents.advantages import group_advantages, normalise
 from agents.losses import clipped_surrogate_coefficients, clipped_surrogate_loss
 from agents.rollouts import Rollout
 from diffusion_gym.models import load_model
+from tests.gradients import assert_gradients_close
 from tests.tiny import make_tiny_stable_diffusion
 
 MAX_STEPS = 8
@@ -138,9 +139,7 @@ def test_first_gradient_is_reinforce_with_the_leave_one_out_baseline(
                 total -= advantages[lane] * gradient / terms
     found, metrics = gradients_of(learner, rollout, monkeypatch)
     assert float(metrics["approx_kl"]) == pytest.approx(0, abs=1e-6)
-    largest = max(float(gradient.abs().max()) for gradient in expected)
-    for ours, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=2e-3, atol=1e-3 * largest)
+    assert_gradients_close(found, expected)
 
 
 @pytest.mark.parametrize(("kind", "clip_range"), [("times", 0.2), ("latents", 0.5)])
@@ -163,11 +162,9 @@ def test_two_pass_trajectory_gradient_is_that_of_the_whole_surrogate(
     assert ((ratio - 1).abs() > 1e-3).all()
     expected = torch.autograd.grad(loss, trained(learner))
     found, metrics = gradients_of(learner, rollout, monkeypatch)
-    assert float(metrics["loss"]) == pytest.approx(float(loss.detach()), rel=2e-3)
-    largest = max(float(gradient.abs().max()) for gradient in expected)
-    assert largest > 0
-    for ours, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=2e-3, atol=1e-3 * largest)
+    terms = float((advantages * ratio.detach()).abs().mean())  # the loss is a small difference of these
+    assert float(metrics["loss"]) == pytest.approx(float(loss.detach()), abs=5e-3 * terms)
+    assert_gradients_close(found, expected)
 
 
 def test_differences_of_log_probs_are_summed_not_their_sums_subtracted(time_env, latent_env, monkeypatch):
@@ -270,9 +267,7 @@ def test_kl_to_the_reference_is_in_closed_form(time_env, latent_env, monkeypatch
         loss = loss + 0.3 * kl.sum() / 4
     expected = torch.autograd.grad(loss, trained(learner))
     found, metrics = gradients_of(learner, rollout, monkeypatch)
-    largest = max(float(gradient.abs().max()) for gradient in expected)
-    for ours, reference_gradient in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, reference_gradient, rtol=2e-3, atol=1e-3 * largest)
+    assert_gradients_close(found, expected)
     assert float(metrics["kl"]) == pytest.approx(float(kl.detach().sum() / 4), rel=1e-4)
 
 

@@ -16,6 +16,7 @@ from agents.rwr import best_weights, softmax_weights
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import write_mixture
 from diffusion_gym.rewards import to_uint8
+from tests.gradients import assert_gradients_close
 from tests.tiny import make_tiny_stable_diffusion
 
 
@@ -146,9 +147,7 @@ def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch, n
     assert len(set(torch.cat([t for _, t, *_ in drawn]).tolist())) == 4 * noise_draws
     assert float(metrics["loss"]) == pytest.approx(float(total.detach()), rel=1e-4)
     assert float(metrics["effective_sample_size"]) == pytest.approx(float(effective_sample_size(weights)), rel=1e-4)
-    largest = max(float(parameter.grad.abs().max()) for parameter in policy.parameters())
-    for ours, parameter in zip(gradients[0], policy.parameters(), strict=True):
-        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-4 * largest)
+    assert_gradients_close(gradients[0], [parameter.grad for parameter in policy.parameters()])
 
 
 @pytest.mark.parametrize("common_noise", [False, True])
