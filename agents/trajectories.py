@@ -83,6 +83,8 @@ class TrajectoryAlgorithm(Algorithm):
         reference: What the divergence is to, a policy of the same environment; it is frozen, not saved, and to be given
             to `load` again. None: the untrained policy, `policy.reference()`: of a `DenoisingPolicy` the model that it
             was made from (with LoRA: its adapter off), without a copy; of others a copy made now, part of a checkpoint.
+            Where it is needed more than once (kl_place="exact", n_epochs above 1) what it says of a rollout is kept
+            beside it: as much memory as its actions take.
         target_kl: Adapt β after each rollout, so that Σ_t KL_t (the log's `train/kl`) becomes this, in nats.
         kl_horizon: β ← β·(1 + e/kl_horizon), e = clip(KL/target_kl − 1, ±0.2): 10, as published, is 2 % a rollout at
             the most.
