@@ -74,7 +74,7 @@ def test_equally_good_samples_are_kept_evenly():
     """Not the first ones: these are of the first prompts of a rollout."""
     for share in (1 / 4, 1 / 8):
         kept = best_weights(torch.full((64,), 2.5), share=share).reshape(4, 16).sum(1)
-        assert kept.tolist() == [16 * share] * 4
+        assert ((kept - 16 * share).abs() <= 1).all()
 
 
 def test_rewards_that_differ_by_rounding_alone_weigh_alike(line):
