@@ -6,6 +6,7 @@ callbacks, its logger and its scalar names are used as they are.
 
 import contextlib
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,13 +20,14 @@ from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 from typing_extensions import Unpack
 
+from diffusion_gym.checks import checked_number
 from diffusion_gym.transitions import Reduction
 
 from .averaging import WeightAverage
 from .diagnostics import Metrics
 from .distributed import Processes, gathered
 from .guard import GradientGuard
-from .options import Options, Settings, require_known, require_used
+from .options import Options, Settings, require_known
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
 from .rollouts import Rollout, check_fit, collect, require_torch_env
@@ -160,11 +162,12 @@ class Algorithm(SavedRun, ABC):
             raise ValueError(
                 f"group_size must be at least 1 and divide num_envs ({num_envs}), got {self.group_size}{_SIZES}"
             )
-        require_used(
-            "samples_per_epoch above the num_envs of all processes, for it hides rewards behind the next images",
-            self.samples_per_epoch > together,
-            async_rewards=(given.async_rewards, False),
-        )
+        if given.async_rewards and self.samples_per_epoch == together:
+            warnings.warn(
+                "async_rewards has no effect: it hides rewards behind the next images of a rollout, and all of these "
+                f"({together}) are drawn at once; give a larger samples_per_epoch, or fewer num_envs",
+                stacklevel=4,
+            )
         for name in ("micro_batch_size", "n_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -379,7 +382,9 @@ class Algorithm(SavedRun, ABC):
     def _current_learning_rate(self) -> float:
         rate = self._learning_rate
         warm = min(1.0, (self.num_updates + 1) / max(1, self.settings.warmup_updates))
-        return warm * float(rate(self._progress_remaining) if callable(rate) else rate)
+        return warm * checked_number(
+            "learning_rate", float(rate(self._progress_remaining) if callable(rate) else rate), "[0, inf)"
+        )
 
     def _backward(self, loss: Tensor) -> None:
         """Accumulate a loss's gradient: every backward pass of every algorithm."""

@@ -75,7 +75,7 @@ def test_equally_good_samples_are_kept_evenly():
     """Not the first ones: these are of the first prompts of a rollout."""
     for share in (1 / 4, 1 / 8):
         kept = best_weights(torch.full((64,), 2.5), share=share).reshape(4, 16).sum(1)
-        assert kept.tolist() == [16 * share] * 4
+        assert ((kept - 16 * share).abs() <= 1).all()
 
 
 def test_rewards_that_differ_by_rounding_alone_weigh_alike(line):
@@ -304,6 +304,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(line, tmp_path):
         ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
         ({"noise_draws": 0}, "noise_draws must be an integer of at least 1, got 0"),
         ({"time_range": (0.5, 0.5)}, r"time_range must be \(low, high\) with 0 ≤ low < high ≤ 1, got \(0\.5, 0\.5\)"),
+        ({"time_range": (float("nan"), 1.0)}, r"time_range must be a finite number in \[0, 1\], got nan"),
         ({"time_range": (0.5,)}, r"time_range must be \(low, high\)"),
         ({"inverse_temperature": 0.0}, r"inverse_temperature must be .*, got 0\.0"),
         ({"best_share": 1.5}, r"best_share must be a finite number in \(0, 1\], got 1\.5"),
