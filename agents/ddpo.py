@@ -111,7 +111,7 @@ class _DDPO(TrajectoryAlgorithm):
                 kl = self.kl.divergence(distribution, observation).sum()
                 shares["kl"] = kl.detach()
                 loss = loss + self._kl_weight * kl
-            self._backward(loss / len(steps))
+            self.backward(loss / len(steps))
             log_ratios.append(log_prob.detach() - old_log_prob)
             for name, share in shares.items():
                 totals[name] += share

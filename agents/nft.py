@@ -159,10 +159,10 @@ class DiffusionNFT(ForwardProcessAlgorithm):
             away = (x0 - reference) / broadcast_to(self.policy.model.schedule.sigma(t), x0)
             kl = away.square().flatten(1).mean(1)
             total = (self.advantage_clip * loss + self.kl_coefficient * kl).sum() / len(rows)
-            self._backward(total)
+            self.backward(total)
             totals["loss"] += total.detach()
             totals["kl"] += kl.detach().sum() / len(rows)
-        return self.processes.sums(totals) | {"grad_norm": self._optimizer_step()}
+        return self.processes.sums(totals) | {"grad_norm": self.optimizer_step()}
 
     @torch.no_grad()
     def _follow(self) -> None:

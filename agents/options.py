@@ -8,6 +8,8 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
+from diffusion_gym.checks import checked_integer
+
 from .optimizers import MuonWithAdamW, adamw_class
 from .storage import Storage
 
@@ -50,6 +52,7 @@ class Options(TypedDict, total=False):
     on_nonfinite: OnNonfinite
     tensorboard_log: str | None
     log_x_axis: LogXAxis
+    log_images: int
     verbose: int
     seed: int | None
 
@@ -110,6 +113,7 @@ class Settings:
         tensorboard_log: Folder for TensorBoard; None: no such log.
         log_x_axis: What TensorBoard draws over: environment steps, as in SB3, or images rewarded so far, by which
             algorithms of different step counts compare.
+        log_images: Images of each logged rollout in TensorBoard, at most 256 pixels wide each; 0: none.
         verbose: 1 prints the log's table.
         seed: Of everything that is drawn in training; None: one is drawn.
 
@@ -138,6 +142,7 @@ class Settings:
     on_nonfinite: OnNonfinite = "raise"
     tensorboard_log: str | None = None
     log_x_axis: LogXAxis = "timesteps"
+    log_images: int = 16
     verbose: int = 0
     seed: int | None = None
 
@@ -156,6 +161,7 @@ class Settings:
             raise ValueError(f'use_8bit_adam goes with optimizer="adamw", got {self.optimizer!r}')
         if self.warmup_updates < 0:
             raise ValueError(f"warmup_updates must be at least 0, got {self.warmup_updates}")
+        checked_integer("log_images", self.log_images, at_least=0)
         require_positive(max_grad_norm=self.max_grad_norm)
 
     def hyperparameters(self) -> dict[str, Any]:

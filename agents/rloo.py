@@ -185,7 +185,7 @@ class RLOO(TrajectoryAlgorithm):
                 kl = self.kl.divergence(distribution, observation).sum()
                 sums["kl"] += kl.detach()
                 loss = loss + self._kl_weight * kl
-            self._backward(loss / num_terms)
+            self.backward(loss / num_terms)
         means = {name: total / num_terms for name, total in self.processes.sums(sums).items()}
         kl_mean = means.pop("kl") * (num_terms / len(steps))
         means |= ratio_metrics([self.processes.concatenate(torch.cat(log_ratios))])

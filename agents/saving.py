@@ -23,7 +23,7 @@ Run = TypeVar("Run", bound="SavedRun")
 STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _AVERAGE_FILE = "averaged_weights.safetensors"
-_COUNTERS = ("iteration", "num_updates")
+_COUNTERS = ("iteration", "num_updates", "evaluation_queries")
 
 
 class SavedRun:
@@ -40,6 +40,8 @@ class SavedRun:
     iteration: int
     reward_queries: int
     num_updates: int
+    evaluation_queries: int
+    log_identity: str
     _at_boundary: Mapping[str, int]
     _reward_at_boundary: Mapping[str, Any]
     callback_states: dict[str, Any]
@@ -92,6 +94,7 @@ class SavedRun:
                 "environment": environment_settings(self.env.unwrapped),  # type: ignore[arg-type]
                 "learning_rate": None if callable(self._learning_rate) else self._learning_rate,
                 "seed": self.seed,
+                "log_identity": self.log_identity,
                 **self._at_boundary,
                 **{counter: getattr(self, counter) for counter in _COUNTERS},
                 "guard": self.guard.state_dict(),
@@ -111,6 +114,10 @@ class SavedRun:
         policy: Policy | None = None,
         reference: Policy | None = None,
         learning_rate: float | Schedule | None = None,
+        samples_per_epoch: int | None = None,
+        batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        group_size: int | None = None,
         tensorboard_log: str | None = None,
         verbose: int = 0,
     ) -> Run:
@@ -123,6 +130,10 @@ class SavedRun:
             policy: A policy of the saved one's shape, to read the weights into; None: one on `env.unwrapped.model`.
             reference: The policy that the run's KL divergence is to, if one was given to it: such a one is not saved.
             learning_rate: None: the saved one. A schedule (a callable) cannot be saved and is to be given again.
+            samples_per_epoch: None: the saved one, as of the following; others where the environment has other lanes.
+            batch_size: Likewise.
+            micro_batch_size: Likewise.
+            group_size: Likewise.
             tensorboard_log: As in the constructor.
             verbose: As in the constructor.
 
@@ -145,6 +156,13 @@ class SavedRun:
         else:
             policy.load_weights(folder)
         given = {} if reference is None else {"reference": reference}
+        sizes = {
+            "samples_per_epoch": samples_per_epoch,
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "group_size": group_size,
+        }
+        given_sizes = {name: size for name, size in sizes.items() if size is not None}
         run = cls(
             policy,
             env,
@@ -153,7 +171,7 @@ class SavedRun:
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             **given,
-            **state["hyperparameters"],
+            **{**state["hyperparameters"], **given_sizes},
         )  # type: ignore[call-arg]
         run._restore(folder, state)
         return run
@@ -168,7 +186,8 @@ class SavedRun:
         self.num_timesteps, self.reward_queries = state["num_timesteps"], state["reward_queries"]
         self._mark_boundary()
         for counter in _COUNTERS:
-            setattr(self, counter, state[counter])
+            setattr(self, counter, state.get(counter, 0))
+        self.log_identity = state.get("log_identity", self.log_identity)
         self.callback_states = state.get("callbacks", {})
         self._load_extra_state(state["extra"])
         self._load_files(folder)

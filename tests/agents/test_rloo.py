@@ -64,9 +64,9 @@ def trained(learner):
 def gradients_of(learner, rollout, monkeypatch):
     """Return the gradients of the learner's single update from a rollout."""
     found = []
-    step = learner._optimizer_step
+    step = learner.optimizer_step
     monkeypatch.setattr(
-        learner, "_optimizer_step", lambda: found.extend(p.grad.clone() for p in trained(learner)) or step()
+        learner, "optimizer_step", lambda: found.extend(p.grad.clone() for p in trained(learner)) or step()
     )
     metrics = learner.train(rollout)
     return found, metrics

@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -78,7 +78,7 @@ def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch, n
     gradients = []
     monkeypatch.setattr(
         learner,
-        "_optimizer_step",
+        "optimizer_step",
         lambda: gradients.append([p.grad.clone() for p in policy.parameters()]) or drawn[0][1].sum(),
     )
     metrics = learner.train(rollout)

@@ -71,9 +71,8 @@ def test_a_deterministic_step_is_infinitely_loud(mixture):
 @pytest.mark.parametrize("window", [None, 2])
 def test_weights_undo_the_sensitivity_where_there_is_a_density(mixture, window):
     learner = make(RLOO, mixture, sde_window=window)
-    with learner._collecting():
-        rollout = collect(learner.env, learner.policy, seeds=[0])
-        weights = learner.weights_of_steps(rollout)
+    rollout = collect(learner.env, learner.behaviour, seeds=[0])
+    weights = learner.weights_of_steps(rollout)
     scored = torch.from_numpy(rollout.scored)
     assert int(scored.sum()) == 8 * (window or STEPS - 1)  # the last step goes to the clean end
     assert (weights[~scored] == 0).all()
@@ -102,8 +101,8 @@ def test_the_gradient_is_the_weighted_sum_of_the_steps_own(mixture, algorithm, m
         ):
             total -= weight / sum(inverse) * gradient / 8
     found = []
-    step = learner._optimizer_step
-    monkeypatch.setattr(learner, "_optimizer_step", lambda: found.extend(p.grad.clone() for p in parameters) or step())
+    step = learner.optimizer_step
+    monkeypatch.setattr(learner, "optimizer_step", lambda: found.extend(p.grad.clone() for p in parameters) or step())
     learner.train(rollout)
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-7)
