@@ -26,7 +26,7 @@ from .averaging import WeightAverage
 from .diagnostics import Metrics
 from .distributed import Processes, gathered
 from .guard import GradientGuard
-from .options import Options, Settings, require_known
+from .options import Options, Settings, require_known, require_used
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
 from .rollouts import Keep, Rollout, check_fit, collect, require_torch_env
@@ -183,6 +183,11 @@ class Algorithm(SavedRun, ABC):
             )
         if num_envs % self.group_size:
             raise ValueError(f"group_size must divide num_envs ({num_envs}), got {self.group_size}{_SIZES}")
+        require_used(
+            "samples_per_epoch above the num_envs of all processes, for it hides rewards behind the next images",
+            self.samples_per_epoch > together,
+            async_rewards=(self.settings.async_rewards, False),
+        )
 
     def _check_fit(self) -> None:
         """Raise TypeError or ValueError if the policy cannot act in the environment, or be trained there."""

@@ -15,10 +15,10 @@ from typing_extensions import Unpack
 
 from diffusion_gym.transitions import Reduction
 
-from .advantages import PerPromptStats, clip_advantages, normalise
+from .advantages import PerPromptStats, clip_advantages, normalise, texts_of
 from .diagnostics import ratio_metrics
 from .losses import approximate_kl, clipped_surrogate_loss, score_function_loss
-from .options import require_positive
+from .options import require_number, require_used
 from .policies import Policy
 from .rollouts import Rollout
 from .trajectories import TrajectoryAlgorithm, TrajectoryOptions
@@ -63,7 +63,13 @@ class _DDPO(TrajectoryAlgorithm):
         super().__init__(
             policy, env, log_prob_reduction=log_prob_reduction, n_epochs=n_epochs, own={**shared, **own}, **options
         )
-        require_positive(advantage_clip=advantage_clip)
+        require_number("(0, inf)", none=True, advantage_clip=advantage_clip)
+        require_used(
+            "the statistics of prompts: give per_prompt_buffer_size",
+            per_prompt_buffer_size is not None,
+            center_advantages=(center_advantages, False),
+            per_prompt_min_count=(per_prompt_min_count, 16),
+        )
         self.advantage_clip = advantage_clip
         self.center_advantages = center_advantages
         self.per_prompt_stats = (
@@ -81,7 +87,8 @@ class _DDPO(TrajectoryAlgorithm):
     def _normalised(self, rollout: Rollout) -> Tensor:
         if self.per_prompt_stats is None:
             return normalise(rollout.returns)
-        advantages = self.per_prompt_stats.update(rollout.prompt_id.tolist(), self._read_rewards(rollout.returns))
+        prompts = texts_of(rollout.prompt_id, self.env.unwrapped.prompts)  # type: ignore[attr-defined]
+        advantages = self.per_prompt_stats.update(prompts, self._read_rewards(rollout.returns))
         if self.center_advantages:
             advantages -= advantages.mean()
         return torch.from_numpy(advantages).to(rollout.returns.device)
@@ -149,10 +156,11 @@ class DDPOSF(_DDPO):
             behind a reward that moves; the common offset that this leaves adds variance and nothing else. Off by
             default: no published code does it.
         per_prompt_buffer_size: Rewards remembered per prompt for its own mean and standard deviation; None: normalise
-            over the batch. ddpo-pytorch: 16 (32 for aesthetics and alignment).
+            over the batch, which centres the advantages already. ddpo-pytorch: 16 (32 for aesthetics and alignment).
         per_prompt_min_count: Rewards from which on a prompt is compared to itself.
         log_prob_reduction: "mean" over a latent's dimensions, as the published codes do, or "sum", as the paper
-            writes: their authors report that it diverges at once at 16,384 dimensions.
+            writes: their authors report that it diverges at once at 16,384 dimensions. For times, which are one
+            number, both are the same.
 
     With a `batch_size` below `samples_per_epoch` the later updates from a rollout are off-policy, which this estimator
     does not correct.
@@ -196,8 +204,7 @@ class DDPOIS(_DDPO):
         clip_range: float = 1e-4,
         **options: Unpack[DDPOOptions],
     ) -> None:
-        if clip_range <= 0:
-            raise ValueError(f"clip_range must be positive, got {clip_range}")
+        require_number("(0, inf)", clip_range=clip_range)
         options.setdefault("batch_size", 64)
         super().__init__(policy, env, n_epochs=n_epochs, own={"clip_range": clip_range}, **options)
         self.clip_range = clip_range

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .algorithm import Algorithm
-from .options import Options
+from .options import Options, require_number, require_whole
 from .policies import DenoisingPolicy, Policy
 from .replay import Replay
 
@@ -58,9 +58,10 @@ class ForwardProcessAlgorithm(Algorithm):
     ) -> None:
         own = {**own, "noise_draws": noise_draws, "time_range": list(time_range), "common_noise": common_noise}
         super().__init__(policy, env, log_prob_reduction="mean", n_epochs=n_epochs, own=own, **options)
-        if noise_draws < 1:
-            raise ValueError(f"noise_draws must be at least 1, got {noise_draws}")
-        if len(time_range) != 2 or not 0 <= time_range[0] < time_range[1] <= 1:
+        require_whole(1, noise_draws=noise_draws)
+        for time in time_range:
+            require_number("[0, 1]", time_range=time)
+        if len(time_range) != 2 or not time_range[0] < time_range[1]:
             raise ValueError(f"time_range must be (low, high) with 0 ≤ low < high ≤ 1, got {time_range}")
         self.noise_draws = noise_draws
         self.time_range = (time_range[0], time_range[1])
@@ -75,11 +76,15 @@ class ForwardProcessAlgorithm(Algorithm):
         super()._check_fit()
 
     def _batches(self, rows: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """Yield the rows of each update, `noise_draws` times each: shuffled passes, `batch_size` at a time."""
+        """Yield the rows of each update, `noise_draws` times each: shuffled passes, about `batch_size` at a time.
+
+        Where that does not divide the rows, all updates are of about one size: a last one of a few rows would move the
+        weights as far as the others do.
+        """
         for _ in range(self.n_epochs):
             order = self._shuffled(rows, rng)
-            for start in range(0, len(order), self.batch_size):
-                yield np.tile(order[start : start + self.batch_size], self.noise_draws)
+            for batch in np.array_split(order, max(1, round(len(order) / self.batch_size))):
+                yield np.tile(batch, self.noise_draws)
 
     def _noised_alike(self, replay: Replay, rows: np.ndarray) -> Tensor:
         """Return for each row of an update which time and noise it gets: rows with equal numbers get the same."""

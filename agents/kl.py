@@ -11,6 +11,7 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor
 
+from .options import require_number, require_used
 from .policies import DenoisingPolicy, Policy
 from .policies.base import Observation
 
@@ -95,15 +96,15 @@ class KLPenalty:
     ) -> None:
         if kl_place not in get_args(KLPlace):
             raise ValueError(f"kl_place must be one of {get_args(KLPlace)}, got {kl_place!r}")
-        if kl_coefficient < 0 or kl_horizon < 1:
+        require_number("[0, inf)", kl_coefficient=kl_coefficient)
+        require_number("[1, inf)", kl_horizon=kl_horizon)
+        require_number("(0, inf)", none=True, target_kl=target_kl)
+        if target_kl is not None and kl_coefficient == 0:
             raise ValueError(
-                f"kl_coefficient must be at least 0 and kl_horizon at least 1, got {kl_coefficient} and {kl_horizon}"
+                f"target_kl scales kl_coefficient, which has to start above 0; got {target_kl} and {kl_coefficient}"
             )
-        if target_kl is not None and (target_kl <= 0 or kl_coefficient == 0):
-            raise ValueError(
-                "target_kl must be positive and scales kl_coefficient, which has to start above 0; "
-                f"got {target_kl} and {kl_coefficient}"
-            )
+        require_used("a kl_coefficient above 0", kl_coefficient > 0, kl_place=(kl_place, "loss"))
+        require_used("target_kl", target_kl is not None, kl_horizon=(kl_horizon, 10.0))
         if reference is not None and not kl_coefficient:
             raise ValueError(
                 f"reference needs a kl_coefficient above 0, got {kl_coefficient}: without it there is no KL"

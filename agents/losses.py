@@ -3,11 +3,22 @@
 import torch
 from torch import Tensor
 
+_MAX_LOG_RATIO = 20.0
+
 
 def _check_same_shape(**tensors: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         raise ValueError(f"all arguments must be vectors of one length, got {shapes}")
+
+
+def bounded_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
+    """Return ρ = π/π_old of each row, [B], within e^±20, beyond which it has no gradient.
+
+    A ratio that overflows would make NaN of an advantage of 0; and where PPO does not clip (A < 0, ρ > 1) a row of 1e9
+    would be all of an update.
+    """
+    return torch.exp((log_prob - old_log_prob).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
 
 
 def score_function_loss(log_prob: Tensor, advantages: Tensor) -> Tensor:
@@ -26,6 +37,8 @@ def score_function_loss(log_prob: Tensor, advantages: Tensor) -> Tensor:
 def clipped_surrogate_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, *, clip_range: float) -> Tensor:
     """Return PPO's clipped loss of each transition, [B]: max(−A·ρ, −A·clip(ρ, 1 − c, 1 + c)), ρ = π / π_old.
 
+    ρ is bounded, see `bounded_ratio`.
+
     Source: Schulman et al., 2017, eq. 7, https://arxiv.org/abs/1707.06347; DDPO-IS, Black et al., 2023, eq. 5,
     https://arxiv.org/abs/2305.13301.
 
@@ -36,7 +49,7 @@ def clipped_surrogate_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: T
         clip_range: c. 1e-4 goes with log-probs averaged over dimensions, 0.2 with summed ones of few dimensions.
     """
     _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
-    ratio = torch.exp(log_prob - old_log_prob)
+    ratio = bounded_ratio(log_prob, old_log_prob)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
@@ -51,9 +64,9 @@ def clipped_surrogate_coefficients(
     Args are those of `clipped_surrogate_loss`, without gradients.
     """
     _check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
-    ratio = torch.exp(log_prob - old_log_prob)
+    ratio = bounded_ratio(log_prob, old_log_prob)
     held = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
-    return torch.where(held, 0.0, -advantages * ratio)
+    return torch.where(held | ((log_prob - old_log_prob).abs() > _MAX_LOG_RATIO), 0.0, -advantages * ratio)
 
 
 def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:

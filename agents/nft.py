@@ -16,9 +16,10 @@ from typing_extensions import Unpack
 
 from diffusion_gym.predictions import broadcast_to
 
-from .advantages import PerPromptStats
+from .advantages import PerPromptStats, grouped_by_prompt, texts_of, warn_of_lonely
 from .diagnostics import Metrics, mean_of
 from .forward import ForwardOptions, ForwardProcessAlgorithm
+from .options import require_number, require_used
 from .policies import DenoisingPolicy, Policy
 from .replay import Replay
 from .rollouts import Rollout
@@ -69,16 +70,25 @@ class DiffusionNFT(ForwardProcessAlgorithm):
     Source: Zheng et al., 2025, https://arxiv.org/abs/2509.16117; NVlabs/DiffusionNFT train_nft_sd3.py. The pull to the
     reference is in the code alone; without it runs are reported to collapse.
 
-    Args are those of `ForwardProcessAlgorithm`, and:
+    Note:
+        What is published trains and samples without guidance, `DenoisingPolicy(model, guidance_scale=1)`; with another
+        scale it is the guided prediction that is contrasted. It has groups of 24 (here 4 unless told otherwise, so that
+        a few lanes will do), noises each sample as often as the sampler has steps (`noise_draws`), and evaluates an
+        average of the weights (`ema_decay=0.9`).
+
+    Args are those of `ForwardProcessAlgorithm` (learning_rate=3e-4, as published), and:
         policy: A `DenoisingPolicy`.
         env: A vector environment whose action is the next latents.
         n_epochs: Passes over a rollout, each with fresh noise.
         beta: β.
-        advantage_clip: Advantages (per prompt, of mean 0 and standard deviation 1) beyond ± this count as this.
-        kl_coefficient: The weight of the pull to the model's frozen denoiser (published: 1e-4).
+        group_size: Images of a prompt side by side (4; published: 24).
+        advantage_clip: Advantages beyond ± this count as this. They are the rewards less the mean of their prompt's in
+            the rollout, divided by the standard deviation of all, as published (`grouped_by_prompt`).
+        kl_coefficient: The weight of the pull to the untrained policy, `policy.reference()` (published: 1e-4); 0: none.
         max_decay: The largest η.
-        per_prompt_buffer_size: Rewards remembered per prompt, see `PerPromptStats`.
-        per_prompt_min_count: Rewards from which on a prompt is compared to itself.
+        per_prompt_buffer_size: Remember so many rewards per prompt, and compare with these, as DDPO does (see
+            `PerPromptStats`); None: as published.
+        per_prompt_min_count: Rewards from which on a prompt is then compared to itself.
 
     Raises:
         TypeError, ValueError: as `Algorithm`; or the policy is no `DenoisingPolicy`, or the environment's action is not
@@ -95,7 +105,7 @@ class DiffusionNFT(ForwardProcessAlgorithm):
         advantage_clip: float = 5.0,
         kl_coefficient: float = 1e-4,
         max_decay: float = 0.5,
-        per_prompt_buffer_size: int = 16,
+        per_prompt_buffer_size: int | None = None,
         per_prompt_min_count: int = 4,
         **options: Unpack[ForwardOptions],
     ) -> None:
@@ -108,17 +118,22 @@ class DiffusionNFT(ForwardProcessAlgorithm):
             "per_prompt_buffer_size": per_prompt_buffer_size,
             "per_prompt_min_count": per_prompt_min_count,
         }
+        options.setdefault("learning_rate", 3e-4)
+        options.setdefault("group_size", 4)
         super().__init__(policy, env, n_epochs=n_epochs, own=own, **options)
-        if beta <= 0 or advantage_clip <= 0 or kl_coefficient < 0 or not 0 <= max_decay < 1:
-            raise ValueError(
-                "beta and advantage_clip must be positive, kl_coefficient at least 0 and max_decay in [0, 1), "
-                f"got {beta}, {advantage_clip}, {kl_coefficient} and {max_decay}"
-            )
+        require_number("(0, inf)", beta=beta, advantage_clip=advantage_clip)
+        require_number("[0, inf)", kl_coefficient=kl_coefficient)
+        require_number("[0, 1)", max_decay=max_decay)
+        has_statistics = per_prompt_buffer_size is not None
+        require_used("per_prompt_buffer_size", has_statistics, per_prompt_min_count=(per_prompt_min_count, 4))
         self.beta = beta
         self.advantage_clip = advantage_clip
         self.kl_coefficient = kl_coefficient
         self.max_decay = max_decay
-        self.per_prompt_stats = PerPromptStats(per_prompt_buffer_size, per_prompt_min_count)
+        self.per_prompt_stats = (
+            None if per_prompt_buffer_size is None else PerPromptStats(per_prompt_buffer_size, per_prompt_min_count)
+        )
+        self._reference = self.policy.reference() if kl_coefficient else None
         shared = [self.policy.model, *(parameter for parameter in policy.parameters() if not parameter.requires_grad)]
         self._behaviour = copy.deepcopy(self.policy, memo={id(one): one for one in shared}).requires_grad_(False)
 
@@ -139,29 +154,38 @@ class DiffusionNFT(ForwardProcessAlgorithm):
 
     def optimality(self, replay: Replay) -> Tensor:
         """Return how good each sample is beside those of its prompt, r in [0, 1], [N]."""
-        advantages = self.per_prompt_stats.update(replay.prompts.tolist(), replay.rewards.tolist())
-        scaled = advantages / (2 * self.advantage_clip) + 0.5
-        return torch.from_numpy(scaled.clip(0, 1)).to(replay.rewards.device)
+        if self.per_prompt_stats is None:
+            warn_of_lonely(replay.prompts, "nothing is learnt from it")
+            advantages = grouped_by_prompt(replay.rewards, replay.prompts)
+        else:
+            texts = texts_of(replay.prompts, self.env.unwrapped.prompts)  # type: ignore[attr-defined]
+            remembered = self.per_prompt_stats.update(texts, replay.rewards.tolist())
+            advantages = torch.from_numpy(remembered).to(replay.rewards.device)
+        return (advantages / (2 * self.advantage_clip) + 0.5).clamp(0, 1)
 
     def _update(
         self, replay: Replay, optimality: Tensor, rows: np.ndarray, rng: np.random.Generator
     ) -> dict[str, Tensor]:
         """Make one optimizer step from some of the samples, each at a time and with a noise of its own."""
-        totals = {name: torch.zeros((), device=self.policy.device) for name in ("loss", "kl")}
+        names = ("loss",) if self._reference is None else ("loss", "kl")
+        totals = {name: torch.zeros((), device=self.policy.device) for name in names}
         for index, inputs in self._noised(replay, rows, rng):
             clean, t, _, _ = inputs
             with torch.no_grad():
                 old = self._behaviour.predict_noised(*inputs).x0
-                reference = self.policy.predict_noised(*inputs, frozen=True).x0
             x0 = self.policy.predict_noised(*inputs).x0
             loss = negative_aware_loss(x0, old, clean, optimality[index], beta=self.beta)
-            # ‖v̂ − v̂_ref‖ = ‖x̂_0 − x̂_0,ref‖/σ, on variance-preserving processes and on flows.
-            away = (x0 - reference) / broadcast_to(self.policy.model.schedule.sigma(t), x0)
-            kl = away.square().flatten(1).mean(1)
-            total = (self.advantage_clip * loss + self.kl_coefficient * kl).sum() / len(rows)
+            total = self.advantage_clip * loss.sum() / len(rows)
+            if self._reference is not None:
+                with torch.no_grad():
+                    reference = self._reference.predict_noised(*inputs).x0
+                # ‖v̂ − v̂_ref‖ = ‖x̂_0 − x̂_0,ref‖/σ, on variance-preserving processes and on flows.
+                away = (x0 - reference) / broadcast_to(self.policy.model.schedule.sigma(t), x0)
+                kl = away.square().flatten(1).mean(1).sum() / len(rows)
+                totals["kl"] += kl.detach()
+                total = total + self.kl_coefficient * kl
             self.backward(total)
             totals["loss"] += total.detach()
-            totals["kl"] += kl.detach().sum() / len(rows)
         return self.processes.sums(totals) | {"grad_norm": self.optimizer_step()}
 
     @torch.no_grad()
@@ -172,10 +196,11 @@ class DiffusionNFT(ForwardProcessAlgorithm):
 
     # ------------------------------------------------------------------ files
     def _extra_state(self) -> dict[str, object]:
-        return {"per_prompt_stats": self.per_prompt_stats.state_dict()}
+        return {} if self.per_prompt_stats is None else {"per_prompt_stats": self.per_prompt_stats.state_dict()}
 
     def _load_extra_state(self, state: dict[str, dict[str, list[float]]]) -> None:
-        self.per_prompt_stats.load_state_dict(state["per_prompt_stats"])
+        if self.per_prompt_stats is not None:
+            self.per_prompt_stats.load_state_dict(state["per_prompt_stats"])
 
     def _save_files(self, folder: Path) -> None:
         self._behaviour.save(folder / _BEHAVIOUR_FOLDER)

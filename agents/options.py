@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from diffusion_gym.checks import checked_integer
+from diffusion_gym.checks import checked_integer, checked_number
 
 from .optimizers import MuonWithAdamW, adamw_class
 from .storage import Storage
@@ -21,11 +21,31 @@ PromptSampling = Literal["random", "round_robin"]
 OptimizerName = Literal["adamw", "muon"]
 
 
-def require_positive(**bounds: float | None) -> None:
-    """Raise ValueError for a bound that is neither None (no bound) nor positive."""
-    for name, bound in bounds.items():
-        if bound is not None and not bound > 0:
-            raise ValueError(f"{name} must be None or positive, got {bound}")
+def require_number(within: str, *, none: bool = False, **values: object) -> None:
+    """Raise ValueError for arguments that are no finite numbers in an interval ("[0, 1)"), nor None if allowed."""
+    for name, value in values.items():
+        if not (none and value is None):
+            checked_number(name, value, within)
+
+
+def require_whole(at_least: int, *, none: bool = False, **values: object) -> None:
+    """Raise ValueError for arguments that are no whole numbers of at least this, nor None if that is allowed."""
+    for name, value in values.items():
+        if not (none and value is None):
+            checked_integer(name, value, at_least=at_least)
+
+
+def require_used(needs: str, used: bool, **pairs: tuple[object, object]) -> None:
+    """Raise ValueError for an argument that would have no effect.
+
+    Args:
+        needs: What would give it one.
+        used: That is there.
+        pairs: For each argument its value and its default.
+    """
+    for name, (value, default) in pairs.items():
+        if not used and value != default:
+            raise ValueError(f"{name}={value!r} has no effect: it needs {needs}")
 
 
 class Options(TypedDict, total=False):
@@ -100,9 +120,9 @@ class Settings:
         rollout_device: Where to keep the rollout's latents and features, such as "cpu"; None: on the policy's device.
         rollout_dtype: Keep them in "float16" or "bfloat16", see `agents.storage.Storage`; None: as they are.
         max_grad_norm: The gradient is clipped to this norm; None: not at all.
-        adam_beta1: AdamW's β₁.
+        adam_beta1: AdamW's β₁; Muon's momentum too.
         adam_beta2: AdamW's β₂.
-        adam_weight_decay: AdamW's weight decay.
+        adam_weight_decay: AdamW's weight decay, and Muon's.
         adam_epsilon: AdamW's ε.
         use_8bit_adam: bitsandbytes' 8-bit AdamW (needs a GPU and `pip install bitsandbytes`).
         ema_decay: Keep an average of the trained weights over the updates, see `WeightAverage`; None: none.
@@ -118,7 +138,7 @@ class Settings:
         seed: Of everything that is drawn in training; None: one is drawn.
 
     Raises:
-        ValueError: a value is none of those that there are.
+        TypeError, ValueError: a value is of the wrong kind, or none of those that there are.
     """
 
     optimizer: OptimizerName = "adamw"
@@ -159,10 +179,17 @@ class Settings:
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ValueError(f'use_8bit_adam goes with optimizer="adamw", got {self.optimizer!r}')
-        if self.warmup_updates < 0:
-            raise ValueError(f"warmup_updates must be at least 0, got {self.warmup_updates}")
-        checked_integer("log_images", self.log_images, at_least=0)
-        require_positive(max_grad_norm=self.max_grad_norm)
+        require_whole(0, warmup_updates=self.warmup_updates, verbose=self.verbose, log_images=self.log_images)
+        require_whole(0, none=True, seed=self.seed)
+        require_whole(1, group_size=self.group_size)
+        sizes = ("samples_per_epoch", "batch_size", "micro_batch_size")
+        require_whole(1, none=True, **{name: getattr(self, name) for name in sizes})
+        if not callable(self.learning_rate):
+            require_number("[0, inf)", learning_rate=float(self.learning_rate))
+        require_number("(0, inf)", none=True, max_grad_norm=self.max_grad_norm)
+        require_number("[0, 1)", adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2)
+        require_number("[0, inf)", adam_weight_decay=self.adam_weight_decay)
+        require_number("(0, inf)", adam_epsilon=self.adam_epsilon)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return those that a saved run keeps as they are; `load` gives them to the constructor again."""
@@ -181,8 +208,16 @@ class Settings:
 
         Raises:
             ImportError: bitsandbytes is missing, or torch is too old for Muon.
+            ValueError: all parameters are Muon's, and AdamW's numbers have no effect.
         """
+        parameters = list(parameters)
         if self.optimizer == "muon":
+            require_used(
+                "a weight that is no matrix, for Muon takes all of these",
+                any(parameter.ndim < 2 for parameter in parameters),
+                adam_beta2=(self.adam_beta2, 0.999),
+                adam_epsilon=(self.adam_epsilon, 1e-8),
+            )
             kind: Callable[..., torch.optim.Optimizer] = MuonWithAdamW
         else:
             kind = adamw_class(use_8bit_adam=self.use_8bit_adam)

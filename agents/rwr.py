@@ -12,8 +12,10 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .advantages import normalise, warn_of_lonely
 from .diagnostics import Metrics, effective_sample_size, mean_of
 from .forward import ForwardOptions, ForwardProcessAlgorithm
+from .options import require_number, require_used
 from .policies import Policy
 from .replay import Replay
 from .rollouts import Rollout
@@ -41,11 +43,16 @@ def softmax_weights(rewards: Tensor, *, inverse_temperature: float, groups: np.n
 def best_weights(rewards: Tensor, *, share: float, groups: np.ndarray | None = None) -> Tensor:
     """Return 1 for the best share of samples, at least one, and 0 for the rest, [N] (RWR-sparse).
 
+    Of samples that are equally good, those that are kept lie evenly among the others.
+
     Args are those of `softmax_weights`, and:
         share: How many are kept, in (0, 1].
     """
     if groups is None:
-        return (rewards >= torch.quantile(rewards, 1 - share, interpolation="higher")).to(rewards.dtype)
+        golden = (5**0.5 - 1) / 2  # the fractions of its multiples: any first few of them are spread over [0, 1)
+        spread = (torch.arange(len(rewards), dtype=torch.float64) * golden).frac().argsort().to(rewards.device)
+        best = spread[rewards[spread].argsort(descending=True, stable=True)]
+        return torch.zeros_like(rewards).index_fill(0, best[: max(1, round(share * len(rewards)))], 1.0)
     weights = torch.empty_like(rewards)
     for group in np.unique(groups):
         mine = torch.from_numpy(groups == group).to(rewards.device)
@@ -77,8 +84,10 @@ class RWR(ForwardProcessAlgorithm):
         inverse_temperature: β (published: 0.2, on raw rewards).
         normalise_rewards: Subtract the rollout's mean reward and divide by its standard deviation first.
         per_prompt: Weigh the samples of each prompt against each other alone, as the paper writes; the published code
-            does so for the aesthetic reward only. Needs several samples of each prompt in a rollout.
-        best_share: Keep this share of the samples, unweighted (RWR-sparse; published: 0.1); None: softmax weights.
+            does so for the aesthetic reward only. Needs several samples of each prompt in a rollout: one that is alone
+            has a weight of 1, and there is a warning.
+        best_share: Keep this share of the samples, unweighted (RWR-sparse; published: 0.1); None: softmax weights. It
+            has no use for `inverse_temperature` and `normalise_rewards`, which are refused beside it.
 
     Raises:
         TypeError, ValueError: as `Algorithm`; or the policy is no `DenoisingPolicy`, or the environment's action is not
@@ -105,11 +114,14 @@ class RWR(ForwardProcessAlgorithm):
             "best_share": best_share,
         }
         super().__init__(policy, env, n_epochs=n_epochs, own=own, **options)
-        if inverse_temperature <= 0 or (best_share is not None and not 0 < best_share <= 1):
-            raise ValueError(
-                "inverse_temperature must be positive and best_share None or in (0, 1], "
-                f"got {inverse_temperature} and {best_share}"
-            )
+        require_number("(0, inf)", inverse_temperature=inverse_temperature)
+        require_number("(0, 1]", none=True, best_share=best_share)
+        require_used(
+            "softmax weights, best_share=None",
+            best_share is None,
+            inverse_temperature=(inverse_temperature, 1.0),
+            normalise_rewards=(normalise_rewards, True),
+        )
         self.inverse_temperature = inverse_temperature
         self.normalise_rewards = normalise_rewards
         self.per_prompt = per_prompt
@@ -119,10 +131,12 @@ class RWR(ForwardProcessAlgorithm):
         """Return the samples' weights, [N]."""
         groups = replay.prompts if self.per_prompt else None
         rewards = replay.rewards
+        if groups is not None:
+            warn_of_lonely(groups, "its weight is 1, whatever its reward")
         if self.best_share is not None:
             return best_weights(rewards, share=self.best_share, groups=groups)
         if self.normalise_rewards:
-            rewards = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8)
+            rewards = normalise(rewards, epsilon=1e-8)
         return softmax_weights(rewards, inverse_temperature=self.inverse_temperature, groups=groups)
 
     def train(self, rollout: Rollout) -> Metrics:

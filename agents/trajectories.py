@@ -18,7 +18,7 @@ from diffusion_gym.transitions import Reduction
 from .algorithm import Algorithm
 from .diagnostics import Metrics, mean_of
 from .kl import KLPenalty, KLPlace, later_kl_advantages
-from .options import Options, require_positive
+from .options import Options, require_number
 from .policies import DenoisingPolicy, Policy
 from .rollouts import Rollout, check_fit
 from .seeding import derived_seed
@@ -126,9 +126,8 @@ class TrajectoryAlgorithm(Algorithm):
         super().__init__(
             policy, env, log_prob_reduction=log_prob_reduction, n_epochs=n_epochs, own={**own, **shared}, **options
         )
-        if not 0 < timestep_fraction <= 1:
-            raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
-        require_positive(stop_kl=stop_kl)
+        require_number("(0, 1]", timestep_fraction=timestep_fraction)
+        require_number("(0, inf)", none=True, stop_kl=stop_kl)
         self.timestep_fraction = timestep_fraction
         self.step_weights: StepWeights = step_weights
         self._check_step_weights(kl_place)

@@ -122,6 +122,13 @@ class DenoisingPolicy(Policy):
                 "lora_rank, lora_alpha and lora_targets need use_lora=True, "
                 f"got {lora_rank}, {lora_alpha} and {lora_targets} without it"
             )
+        if negative_prompt and not prompts:
+            raise ValueError(
+                f"negative_prompt={negative_prompt!r} has no effect: it needs prompts, to be looked up with"
+            )
+        scale = model.default_guidance_scale if guidance_scale is None else checked_guidance_scale(guidance_scale)
+        if not train_cfg and scale <= 1:
+            raise ValueError("train_cfg=False has no effect: it needs a guidance_scale above 1")
         if mixed_precision not in get_args(MixedPrecision):
             raise ValueError(f"mixed_precision must be one of {get_args(MixedPrecision)}, got {mixed_precision!r}")
         if mixed_precision != "no" and model.dtype not in (torch.float32, _AUTOCAST[mixed_precision]):
@@ -133,9 +140,7 @@ class DenoisingPolicy(Policy):
             raise ValueError(f"lora_alpha must be None, or positive and finite; got {lora_alpha}")
         self.model = model
         self.eta = eta
-        self.guidance_scale = (
-            model.default_guidance_scale if guidance_scale is None else checked_guidance_scale(guidance_scale)
-        )
+        self.guidance_scale = scale
         self.use_lora = use_lora
         self.lora_rank = lora_rank
         self.lora_alpha = lora_rank if lora_alpha is None else lora_alpha
@@ -212,9 +217,7 @@ class DenoisingPolicy(Policy):
         moved = (x0_scale * pred_x0 + epsilon_scale * pred_epsilon).abs()
         return torch.where(std > 0, moved / std, torch.inf)
 
-    def predict_noised(
-        self, clean: Tensor, t: Tensor, noise: Tensor, constants: Observation, *, frozen: bool = False
-    ) -> Prediction:
+    def predict_noised(self, clean: Tensor, t: Tensor, noise: Tensor, constants: Observation) -> Prediction:
         """Return the guided prediction for noised clean latents, α_t·x_0 + σ_t·ε: what regression compares with them.
 
         Args:
@@ -222,7 +225,6 @@ class DenoisingPolicy(Policy):
             t: [B] the times.
             noise: [B, C, H, W] ε.
             constants: [B, ...] what is observed of the prompts: embeddings, or their indices.
-            frozen: Ask the model's frozen denoiser instead of the policy's.
         """
         schedule = self.model.schedule
         alpha, sigma = (broadcast_to(level(t), clean) for level in (schedule.alpha, schedule.sigma))
@@ -232,7 +234,7 @@ class DenoisingPolicy(Policy):
                 t,
                 self._conditioning(constants),
                 guidance_scale=self.guidance_scale if self.train_cfg else 1.0,
-                denoiser=None if frozen else self.denoiser,
+                denoiser=self.denoiser,
             )
 
     @property

@@ -1,10 +1,20 @@
+import json
 from collections import deque
 
 import numpy as np
 import pytest
 import torch
 
-from agents.advantages import PerPromptStats, clip_advantages, normalise
+from agents.advantages import (
+    PerPromptStats,
+    clip_advantages,
+    deviations,
+    group_advantages,
+    grouped_by_prompt,
+    normalise,
+    texts_of,
+    warn_of_lonely,
+)
 
 
 def published_tracker(buffer_size, min_count):
@@ -32,7 +42,7 @@ def test_per_prompt_advantages_are_those_of_ddpo_pytorch():
     rng = np.random.default_rng(0)
     ours, published = PerPromptStats(16, 8), published_tracker(16, 8)
     for _ in range(20):
-        prompts, rewards = rng.integers(0, 5, 12), rng.normal(2.3, 0.4, 12)
+        prompts, rewards = rng.choice(["a cat", "a dog", "a fox"], 12), rng.normal(2.3, 0.4, 12)
         expected = published(prompts, rewards)
         np.testing.assert_allclose(ours.update(prompts.tolist(), rewards.tolist()), expected, rtol=1e-5, atol=1e-5)
 
@@ -41,16 +51,29 @@ def test_per_prompt_statistics_survive_a_checkpoint():
     rng = np.random.default_rng(0)
     first = PerPromptStats(8, 2)
     for _ in range(3):
-        first.update(rng.integers(0, 3, 6).tolist(), rng.normal(size=6).tolist())
+        first.update(rng.choice(["a cat", "a dog"], 6).tolist(), rng.normal(size=6).tolist())
     again = PerPromptStats(8, 2)
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    prompts, rewards = ["a cat", "a dog", "a fox"] * 2, rng.normal(size=6).tolist()
+    np.testing.assert_array_equal(first.update(prompts, rewards), again.update(prompts, rewards))
+
+
+def test_statistics_are_of_a_prompts_text_not_of_its_place():
+    """A run that goes on with other prompts compares none of them with what was in its place before."""
+    first = PerPromptStats(16, 2)
+    east, west = (texts_of(np.zeros(4, dtype=np.int64), [text]) for text in ("east", "west"))
+    first.update(east, [10.0, 11.0, 10.0, 11.0])
+    again = PerPromptStats(16, 2)
     again.load_state_dict(first.state_dict())
-    rewards = rng.normal(size=6).tolist()
-    np.testing.assert_array_equal(first.update([0, 1, 2] * 2, rewards), again.update([0, 1, 2] * 2, rewards))
+    assert (again.update(west, [0.0] * 4) == 0).all()
+    assert (again.update(east, [0.0] * 4) < -0.5).all()
 
 
 def test_prompts_outside_the_set_are_compared_to_the_batch():
     stats = PerPromptStats(4, 1)
-    advantages = stats.update([-1, -1, 0], [1.0, 2.0, 6.0])
+    texts = texts_of(np.array([-1, -1, 0]), ["a cat"])
+    assert texts == [None, None, "a cat"]
+    advantages = stats.update(texts, [1.0, 2.0, 6.0])
     assert advantages[:2] == pytest.approx([(1 - 3) / np.std([1, 2, 6]), (2 - 3) / np.std([1, 2, 6])], rel=1e-4)
 
 
@@ -60,6 +83,65 @@ def test_normalised_rewards_have_mean_zero_and_std_one():
     assert float(advantages.mean()) == pytest.approx(0, abs=1e-5)
     assert float(advantages.std(correction=0)) == pytest.approx(1, abs=1e-5)
     assert (normalise(torch.full((5,), 3.0)) == 0).all()
+
+
+# ---------------------------------------------------------------------- rounding
+def _of_prompts(rewards, **how):
+    stats = PerPromptStats(**how)
+    return torch.from_numpy(stats.update(["a cat"] * len(rewards), rewards.tolist()))
+
+
+@pytest.mark.parametrize("level", [21.3, -21.3, 0.03, 4e5])
+@pytest.mark.parametrize(
+    "advantages_of",
+    [
+        normalise,
+        lambda rewards: _of_prompts(rewards, min_count=1),
+        _of_prompts,
+        lambda rewards: grouped_by_prompt(rewards, np.arange(len(rewards)) % 4),
+        *(
+            lambda rewards, scale=scale: group_advantages(rewards.reshape(4, 16), scale=scale).flatten()
+            for scale in ("none", "rollout", "global", "group")
+        ),
+    ],
+)
+def test_rewards_that_differ_by_rounding_alone_have_no_advantages(advantages_of, level):
+    """Of a few units in the last place of float32; ten times the tolerance is a signal again."""
+    noise = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rounded = (level * (1 + 1e-7 * noise)).float()
+    assert len(set(rounded.tolist())) > 3
+    assert (advantages_of(rounded) == 0).all()
+    told_apart = (level * (1 + 2e-5 * noise)).float()
+    assert advantages_of(told_apart).abs().max() > 0
+
+
+def test_deviations_are_those_from_the_mean_of_the_last_dimension():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1e-30]])
+    expected = rewards - rewards.mean(1, keepdim=True)
+    torch.testing.assert_close(deviations(rewards), expected)
+    assert (deviations(rewards)[1:3] == 0).all()
+
+
+# ---------------------------------------------------------------------- groups of a prompt
+def test_groups_of_a_prompt_are_compared_as_in_diffusion_nft():
+    """train_nft_sd3.py: the mean of the prompt's rewards, the standard deviation of all of them."""
+    rewards, prompts = np.array([1.0, 2.0, 6.0, 0.0, 3.0, 7.0]), np.array([3, 0, 3, 0, 3, 5])
+    means = np.array([rewards[prompts == prompt].mean() for prompt in prompts])
+    found = grouped_by_prompt(torch.from_numpy(rewards).float(), prompts)
+    np.testing.assert_allclose(found.numpy(), (rewards - means) / (rewards.std() + 1e-4), rtol=1e-5)
+    assert found[5] == 0
+
+
+def test_global_scale_is_the_standard_deviation_of_all_rewards():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    expected = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(correction=0)
+    torch.testing.assert_close(group_advantages(rewards, baseline="group_mean", scale="global"), expected)
+
+
+def test_a_prompt_with_one_image_is_warned_of():
+    warn_of_lonely(np.array([2, 1, 2, 1]), "…")
+    with pytest.warns(UserWarning, match="some prompts have one image in a rollout, .*: it is lost. Give a group_size"):
+        warn_of_lonely(np.array([2, 1, 2]), "it is lost")
 
 
 def test_clipping():

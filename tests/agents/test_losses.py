@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from agents.losses import approximate_kl, clipped_surrogate_loss, score_function_loss
+from agents.losses import (
+    approximate_kl,
+    bounded_ratio,
+    clipped_surrogate_coefficients,
+    clipped_surrogate_loss,
+    score_function_loss,
+)
 
 
 def naive_clipped(log_prob, old, advantages, clip):
@@ -55,6 +61,25 @@ def test_approximate_kl_is_never_negative_and_right_in_the_mean():
     estimate = approximate_kl(new, old)
     assert (estimate >= 0).all()
     assert estimate.mean().item() == pytest.approx(mean**2 / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("log_ratio", [30.0, 100.0, 1e4, -30.0, -1e4])
+@pytest.mark.parametrize("advantage", [0.0, 1.0, -1.0])
+def test_ratios_that_overflow_are_bounded_and_have_no_gradient(log_ratio, advantage):
+    log_prob, old = torch.tensor([log_ratio], requires_grad=True), torch.zeros(1)
+    advantages = torch.tensor([advantage])
+    loss = clipped_surrogate_loss(log_prob, old, advantages, clip_range=0.2)
+    loss.sum().backward()
+    coefficients = clipped_surrogate_coefficients(log_prob.detach(), old, advantages, clip_range=0.2)
+    for value in (loss, log_prob.grad, coefficients):
+        assert value.isfinite().all()
+    assert (log_prob.grad == 0).all()
+    assert (coefficients == 0).all()
+
+
+def test_ratios_within_the_bound_are_exact():
+    log_ratio = torch.linspace(-19, 19, 100, dtype=torch.float64)
+    torch.testing.assert_close(bounded_ratio(log_ratio, torch.zeros_like(log_ratio)), log_ratio.exp(), rtol=0, atol=0)
 
 
 def test_shapes_must_agree():

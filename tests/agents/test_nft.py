@@ -1,11 +1,15 @@
+from dataclasses import replace
+
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import ContextFreeSchedule, DenoisingPolicy, DiffusionNFT, evaluate
+from agents import ContextFreeSchedule, DenoisingPolicy, DiffusionNFT, Replay, collect, evaluate
 from agents.nft import negative_aware_loss
 from diffusion_gym.models import load_model
+from tests.tiny import make_tiny_stable_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,50 @@ def test_good_samples_attract_and_bad_ones_repel():
     assert (gradient[0] > 0).all()
     torch.testing.assert_close(gradient[1], torch.zeros(2))
     torch.testing.assert_close(gradient[2], -gradient[0])
+
+
+def test_good_is_what_is_better_than_its_prompts_mean(mixture):
+    """r = clip(A/(2·5) + ½), A less the prompt's mean of this rollout, by the standard deviation of all; no memory."""
+    learner = DiffusionNFT(DenoisingPolicy(mixture, seed=0), make_env(mixture), advantage_clip=1.0, seed=0)
+    replay = Replay.from_rollout(collect(learner.env, learner.policy, seeds=[0]))
+    rewards, prompts = torch.tensor([1.0, 2, 3, 4, 50, 60, 50, 60]), np.repeat([0, 1], 4)
+    replay = replace(replay, rewards=rewards, prompts=prompts)
+    away = torch.tensor([-1.5, -0.5, 0.5, 1.5, -5, 5, -5, 5]) / (rewards.std(correction=0) + 1e-4)
+    for _ in range(2):
+        torch.testing.assert_close(learner.optimality(replay), (away / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(learner.optimality(replace(replay, rewards=21.3 + 1e-6 * away)), torch.full((8,), 0.5))
+    with pytest.warns(UserWarning, match="nothing is learnt from it"):
+        learner.optimality(replace(replay, prompts=np.arange(8)))
+
+
+def test_with_a_buffer_prompts_are_compared_with_their_past(mixture):
+    learner = DiffusionNFT(DenoisingPolicy(mixture, seed=0), make_env(mixture), per_prompt_buffer_size=8, seed=0)
+    replay = Replay.from_rollout(collect(learner.env, learner.policy, seeds=[0]))
+    ones = replace(replay, rewards=torch.ones(8), prompts=np.zeros(8, dtype=np.int64))
+    assert (learner.optimality(ones) == 0.5).all()
+    assert (learner.optimality(replace(ones, rewards=torch.arange(8.0)))[:4] < 0.5).all()
+    assert list(learner.per_prompt_stats.state_dict()) == ["anything"]
+
+
+@pytest.mark.parametrize(("kl_coefficient", "passes"), [(0.0, 2), (1e-4, 3)])
+def test_the_reference_is_asked_only_for_a_pull_to_it(mixture, monkeypatch, kl_coefficient, passes):
+    policy = DenoisingPolicy(mixture, seed=0)
+    learner = DiffusionNFT(policy, make_env(mixture), kl_coefficient=kl_coefficient, seed=0)
+    asked, predict = [], DenoisingPolicy.predict_noised
+    monkeypatch.setattr(
+        DenoisingPolicy, "predict_noised", lambda own, *inputs: asked.append(own) or predict(own, *inputs)
+    )
+    learner.learn(1, log_interval=0)
+    assert len(asked) == passes
+
+
+def test_an_untrained_policy_is_where_its_reference_is_in_bf16_too(tmp_path):
+    """The reference computes as the policy does, its attention too, which is another one in bf16 on a CPU."""
+    model = load_model(make_tiny_stable_diffusion(tmp_path / "model"))
+    env = make_env(model, 4, prompts=["a cat"])
+    policy = DenoisingPolicy(model, mixed_precision="bf16", eta=0.0, seed=0)
+    learner = DiffusionNFT(policy, env, kl_coefficient=0.1, seed=0)
+    assert float(learner.train(collect(env, policy, seeds=[0]))["kl"]) == 0
 
 
 def test_the_policy_that_draws_follows_the_one_that_learns(mixture):
@@ -107,7 +155,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(mixture, tmp_path, use_lora):
     "arguments", [{"beta": 0.0}, {"advantage_clip": 0.0}, {"kl_coefficient": -1.0}, {"max_decay": 1.0}]
 )
 def test_wrong_arguments_are_named(mixture, arguments):
-    with pytest.raises(ValueError, match="beta and advantage_clip must be positive"):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
         DiffusionNFT(DenoisingPolicy(mixture), make_env(mixture), **arguments)
 
 

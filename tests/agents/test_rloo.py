@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -10,6 +11,7 @@ import diffusion_gym  # noqa: F401
 from agents import DDPOSF, RLOO, ContextFreeSchedule, DenoisingPolicy, FixedSchedule, TimePredictor, collect
 from agents.advantages import group_advantages, normalise
 from agents.losses import clipped_surrogate_coefficients, clipped_surrogate_loss
+from agents.rollouts import Rollout
 from diffusion_gym.models import load_model
 from tests.tiny import make_tiny_stable_diffusion
 
@@ -168,6 +170,72 @@ def test_two_pass_trajectory_gradient_is_that_of_the_whole_surrogate(
         torch.testing.assert_close(ours, reference, rtol=2e-3, atol=1e-3 * largest)
 
 
+def test_differences_of_log_probs_are_summed_not_their_sums_subtracted(time_env, latent_env, monkeypatch):
+    """A float32 of 3e7 has no digits left for the difference of another step."""
+    learner = make(time_env, latent_env, "latents", ratio="trajectory", micro_batch_size=3)
+    rollout = collect(learner.env, learner.policy, seeds=[[5, 5, 9, 9]], reduction="sum")
+    assert rollout.scored[:2].all()
+    shifted = rollout.log_probs + torch.tensor([1e6, 3e7, 0.0])[:, None]
+    differences = torch.tensor([2.0**-4, 2.0, 0.0])[:, None]
+    moved = shifted + differences
+    monkeypatch.setattr(learner.policy.__class__, "log_prob", lambda policy, observation, *_: moved[observation["at"]])
+    monkeypatch.setattr(Rollout, "observation", lambda rollout, k, b: {"at": (k, b)})
+    advantages, log_ratios = torch.ones(rollout.num_steps, 4), []
+    parts = list(rollout.micro_batches(*np.nonzero(rollout.scored), 3))
+    sums = {name: torch.zeros(()) for name in ("loss", "approx_kl", "clip_fraction")}
+    rollout = replace(rollout, log_probs=shifted)
+    learner._trajectory_coefficients(rollout, advantages, np.arange(4), parts, sums, log_ratios)
+    torch.testing.assert_close(log_ratios[0], torch.full((4,), 2.0625), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n_epochs", [1, 2])
+def test_the_first_update_of_a_rollout_needs_no_pass_for_its_ratios(time_env, latent_env, monkeypatch, n_epochs):
+    learner = make(time_env, latent_env, "times", n_epochs=n_epochs, micro_batch_size=1000)
+    asked, distribution = [], TimePredictor.distribution
+    monkeypatch.setattr(
+        TimePredictor,
+        "distribution",
+        lambda policy, observation: asked.append(torch.is_grad_enabled()) or distribution(policy, observation),
+    )
+    train = learner.train
+    monkeypatch.setattr(learner, "train", lambda rollout: asked.clear() or train(rollout))
+    learner.learn(1, log_interval=0)
+    assert asked == [True] + [False, True] * (n_epochs - 1)
+
+
+def test_what_the_first_update_knows_is_what_a_pass_would_find(time_env, latent_env, monkeypatch):
+    learner = make(time_env, latent_env, "times", micro_batch_size=1000)
+    rollout = collect(learner.env, learner.policy, seeds=[[5, 5, 9, 9]], reduction="sum")
+    monkeypatch.setattr(learner, "optimizer_step", lambda: torch.zeros(()))
+    found = []
+    for unlearnt in (None, rollout):
+        learner._unlearnt = unlearnt
+        learner.policy.zero_grad()
+        learner.train(rollout)
+        found.append([parameter.grad.clone() for parameter in trained(learner)])
+    assert learner._unlearnt is None
+    largest = max(float(gradient.abs().max()) for gradient in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * largest)
+
+
+def test_whole_trajectories_of_latents_are_warned_of_beyond_the_first_update(time_env, latent_env):
+    with pytest.warns(UserWarning, match="next to 0 or immense after one update, and there are 6 from each rollout"):
+        make(time_env, latent_env, "latents", ratio="trajectory", n_epochs=3, batch_size=2)
+    make(time_env, latent_env, "latents", ratio="trajectory")
+    make(time_env, latent_env, "latents", ratio="step", n_epochs=3)
+    make(time_env, latent_env, "times", n_epochs=3)
+
+
+def test_advantages_are_clipped_as_flow_grpos(time_env, latent_env):
+    how = {"baseline": "group_mean", "advantage_scale": "global"}
+    learner, free = (make(time_env, latent_env, "times", advantage_clip=clip, **how) for clip in (0.5, None))
+    rollout = collect(learner.env, learner.policy, seeds=[[5, 5, 9, 9]])
+    rollout = replace(rollout, returns=torch.tensor([0.0, 4, 1, 2]))
+    assert free._advantages(rollout).abs().max() > 1
+    torch.testing.assert_close(learner._advantages(rollout), free._advantages(rollout).clamp(-0.5, 0.5))
+
+
 @pytest.mark.parametrize("kl_place", ["exact", "loss", "reward"])
 def test_kl_to_the_reference_is_in_closed_form(time_env, latent_env, monkeypatch, kl_place):
     reference = ContextFreeSchedule([0.6] * MAX_STEPS, initial_concentration=20)
@@ -245,13 +313,13 @@ def test_own_resets_are_refused(tiny, time_env):
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(4\), got 3"),
         ({"ratio": "token"}, "ratio must be one of .*got 'token'"),
         ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
-        ({"clip_range": 0.0}, "clip_range must be positive"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be an integer of at least 1, got 0"),
+        ({"clip_range": 0.0}, "clip_range must be .*, got 0.0"),
         ({"timestep_fraction": 0.5}, 'timestep_fraction and step_weights go with ratio="step"'),
         ({"kl_place": "both"}, "kl_place must be one of .*got 'both'"),
         ({"baseline": "value"}, "baseline must be one of .*got 'value'"),
         ({"advantage_scale": None}, "advantage_scale must be one of .*got None"),
-        ({"num_starts": 0}, "num_starts must be None or at least 1, got 0"),
+        ({"num_starts": 0}, "num_starts must be an integer of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_named_with_what_is_allowed(time_env, latent_env, arguments, message):

@@ -58,7 +58,51 @@ def test_the_best_share_is_kept():
     assert grouped.tolist() == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("good", "share", "kept"), [(1, 0.1, 3), (3, 0.1, 3), (0, 0.25, 8), (32, 0.25, 8), (9, 0.1, 3)]
+)
+def test_of_equally_good_samples_about_the_share_is_kept(good, share, kept):
+    rewards = torch.zeros(32)
+    rewards[:good] = 1
+    weights = best_weights(rewards, share=share)
+    assert int(weights.sum()) == kept
+    assert int(weights[:good].sum()) == min(good, kept)
+    assert torch.equal(weights, best_weights(rewards, share=share))
+
+
+def test_equally_good_samples_are_kept_evenly():
+    """Not the first ones: these are of the first prompts of a rollout."""
+    for share in (1 / 4, 1 / 8):
+        kept = best_weights(torch.full((64,), 2.5), share=share).reshape(4, 16).sum(1)
+        assert kept.tolist() == [16 * share] * 4
+
+
+def test_rewards_that_differ_by_rounding_alone_weigh_alike(line):
+    learner = RWR(DenoisingPolicy(line, seed=0), make_env(line), inverse_temperature=5.0, seed=0)
+    replay = Replay.from_rollout(collect(learner.env, learner.policy, seeds=[0]))
+    noise = 1e-6 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(learner.weights(replace(replay, rewards=21.3 + noise)), torch.ones(8))
+    assert learner.weights(replace(replay, rewards=21.3 + 1e4 * noise)).max() > 2
+
+
+def test_a_prompt_that_is_drawn_once_is_warned_of(line):
+    learner = RWR(DenoisingPolicy(line, seed=0), make_env(line), per_prompt=True, seed=0)
+    replay = Replay.from_rollout(collect(learner.env, learner.policy, seeds=[0]))
+    with pytest.warns(UserWarning, match="its weight is 1, whatever its reward"):
+        learner.weights(replace(replay, prompts=np.arange(8)))
+    assert learner.weights(replace(replay, prompts=np.arange(8) // 2)).sum() == pytest.approx(8)
+
+
 # ---------------------------------------------------------------------- updates
+@pytest.mark.parametrize(("num_rows", "sizes"), [(8, [4, 4]), (9, [5, 4]), (5, [5]), (2, [2]), (11, [4, 4, 3])])
+def test_the_updates_of_a_pass_are_of_about_one_size(line, num_rows, sizes):
+    """Not a full step from the few rows that are left over."""
+    learner = RWR(DenoisingPolicy(line, seed=0), make_env(line, 16), n_epochs=1, batch_size=4, seed=0)
+    batches = list(learner._batches(np.arange(num_rows), np.random.default_rng(0)))
+    assert [len(batch) for batch in batches] == sizes
+    assert sorted(np.concatenate(batches)) == list(range(num_rows))
+
+
 @pytest.mark.parametrize(("noise_draws", "passes"), [(1, [3, 1]), (2, [3, 3, 2])])
 def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch, noise_draws, passes):
     """Against the loss written out, with the same times and noises."""
@@ -146,10 +190,8 @@ def test_it_regresses_to_the_tilted_mixture(line, best_share, monkeypatch):
         samples_per_epoch=8192,
         batch_size=512,
         n_epochs=60,
-        normalise_rewards=False,
-        inverse_temperature=0.7,
-        best_share=best_share,
         seed=0,
+        **({"best_share": best_share} if best_share else {"normalise_rewards": False, "inverse_temperature": 0.7}),
     )
     seen = []
     fit = learner.fit
@@ -261,11 +303,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(line, tmp_path):
     [
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(8\), got 3"),
         ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
-        ({"noise_draws": 0}, "noise_draws must be at least 1, got 0"),
+        ({"noise_draws": 0}, "noise_draws must be an integer of at least 1, got 0"),
         ({"time_range": (0.5, 0.5)}, r"time_range must be \(low, high\) with 0 ≤ low < high ≤ 1, got \(0\.5, 0\.5\)"),
         ({"time_range": (0.5,)}, r"time_range must be \(low, high\)"),
-        ({"inverse_temperature": 0.0}, r"inverse_temperature must be positive .* got 0\.0"),
-        ({"best_share": 1.5}, r"best_share None or in \(0, 1\], got .* 1\.5"),
+        ({"inverse_temperature": 0.0}, r"inverse_temperature must be .*, got 0\.0"),
+        ({"best_share": 1.5}, r"best_share must be a finite number in \(0, 1\], got 1\.5"),
     ],
 )
 def test_wrong_arguments_are_named(line, arguments, message):
