@@ -140,6 +140,13 @@ class Algorithm(SavedRun, ABC):
         self.num_timesteps = self.iteration = self.reward_queries = self.evaluation_queries = self.num_updates = 0
         self.callback_states: dict[str, Any] = {}
         self._mark_boundary()
+        weights = env.unwrapped.prompts.weights or ()  # type: ignore[attr-defined]
+        if self.settings.prompt_sampling == "round_robin" and len(set(weights)) > 1:
+            warnings.warn(
+                'prompt_sampling="round_robin" takes every prompt as often as any other: the weights that prompts have '
+                'are not looked at; "random" does so',
+                stacklevel=2,
+            )
         if self.processes.count > 1 and self._reward_at_boundary:
             raise ValueError(
                 f"each process would have its own statistics of the reward {env.unwrapped.reward.name!r}: "  # type: ignore[attr-defined]

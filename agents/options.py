@@ -115,6 +115,7 @@ class Settings:
             `samples_per_epoch` is several times `env.num_envs`: for rewards that are waited for, another machine's or
             another device's. The rollout is the same; `time/reward_seconds` is then the decoding, and the rest of the
             rollout what the rewards did not hide behind. Refused behind wrappers that have a `step`, for they see none.
+            What ends a rollout early waits for the reward that is being computed: a thread cannot be stopped.
         micro_batch_size: Transitions per forward and backward pass of a process; None: `env.num_envs`. Only memory and
             speed depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
         rollout_device: Where to keep the rollout's latents and features, such as "cpu"; None: on the policy's device.

@@ -55,6 +55,7 @@ HEAVY = {
         "agents/checkpoints.py",
         "agents/evaluation/callback.py",
         "agents/reports.py",
+        "agents/run_log.py",
         "agents/adapters",
     },
 }

@@ -72,3 +72,8 @@ def test_prompts_are_drawn_by_their_weights(mixture, group_size):
 def test_another_sampling_is_refused(mixture):
     with pytest.raises(ValueError, match="prompt_sampling must be one of"):
         prompts_of(mixture, iterations=1, prompt_sampling="in turn")
+
+
+def test_weights_that_a_sampling_ignores_are_said(mixture):
+    with pytest.warns(UserWarning, match="the weights that prompts have are not looked at"):
+        prompts_of(mixture, iterations=1, prompts={"east": 3.0, "west": 1.0}, prompt_sampling="round_robin")

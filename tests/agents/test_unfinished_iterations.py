@@ -1,14 +1,15 @@
 """An iteration that an error, Ctrl-C or a callback ends has not been."""
 
+import weakref
+
 import gymnasium as gym
 import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, RLOO, RWR, DenoisingPolicy, DiffusionNFT
-from agents.rollouts import Rollout
 from diffusion_gym.models import load_model
-from diffusion_gym.rewards import Normalised
+from diffusion_gym.rewards import CallableReward, Normalised
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,8 @@ def weights(learner):
 @pytest.mark.parametrize("algorithm", [DDPOIS, RLOO, RWR, DiffusionNFT])
 def test_an_interrupted_update_leaves_nothing_behind(mixture, algorithm, monkeypatch):
     """Neither a gradient, nor rewards that count twice, nor counts."""
-    reward = Normalised(Broken())
-    interrupted, unbroken = (learner_on(mixture, algorithm, reward=reward) for _ in range(2))
+    interrupted, unbroken = (learner_on(mixture, algorithm, reward=Normalised(CallableReward(Broken()))) for _ in "ab")
     unbroken.learn(72, log_interval=0)
-    state = reward.state_dict()
-    reward.load_state_dict({})
-    reward = interrupted.env.unwrapped.reward
     interrupted.learn(24, log_interval=0)
     backward, calls = torch.Tensor.backward, []
 
@@ -60,16 +57,17 @@ def test_an_interrupted_update_leaves_nothing_behind(mixture, algorithm, monkeyp
             raise KeyboardInterrupt
         backward(self, *args, **kwargs)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(torch.Tensor, "backward", pressed)
+    monkeypatch.setattr(torch.Tensor, "backward", pressed)
+    with pytest.raises(KeyboardInterrupt):
         interrupted.learn(48, reset_num_timesteps=False, log_interval=0)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
     assert len(calls) == 2
     assert (interrupted.num_timesteps, interrupted.reward_queries, interrupted.iteration) == (24, 8, 1)
     assert all(parameter.grad is None for parameter in interrupted.policy.parameters())
     interrupted.learn(48, reset_num_timesteps=False, log_interval=0)
     assert (interrupted.num_timesteps, interrupted.reward_queries) == (72, 24)
     assert torch.equal(weights(interrupted), weights(unbroken))
-    assert reward.state_dict() == state
+    assert interrupted.env.unwrapped.reward.state_dict() == unbroken.env.unwrapped.reward.state_dict()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the server is down"), KeyboardInterrupt()])
@@ -97,16 +95,11 @@ def test_a_callback_that_ends_a_rollout_leaves_the_counts_where_it_began(mixture
 
 
 def test_the_rollout_before_is_let_go_before_the_next_is_collected(mixture):
-    import gc
-
     learner = learner_on(mixture)
-    alive = []
-    learner.learn(
-        72,
-        lambda *_: alive.append(sum(isinstance(one, Rollout) for one in gc.get_objects())) or True,
-        log_interval=0,
-    )
-    assert set(alive) == {0}
+    rollouts, alive, train = [], [], learner.train
+    learner.train = lambda rollout: rollouts.append(weakref.ref(rollout)) or train(rollout)
+    learner.learn(72, lambda *_: alive.append([one for one in rollouts if one() is not None]) or True, log_interval=0)
+    assert (len(rollouts), alive) == (3, [[]] * 18)
 
 
 # ---------------------------------------------------------------------- the schedule, the counts, the doors
