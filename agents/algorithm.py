@@ -90,7 +90,7 @@ class Algorithm(SavedRun, ABC):
         num_timesteps: Environment steps so far, over all lanes.
         iteration: Rollouts learnt from so far.
         reward_queries: Images of the training rewarded so far.
-        evaluation_queries: Images that callbacks had rewarded besides, in the training's environment.
+        evaluation_queries: Images that callbacks had rewarded besides, to judge the policy; they add what they ask for.
         num_updates: Optimizer steps so far.
         callback_states: What callbacks keep in checkpoints, each under a name of its own, as JSON can hold it.
         guard: Counts the updates that were left out (`guard.num_skipped`, `guard.num_overflows`).
@@ -268,7 +268,6 @@ class Algorithm(SavedRun, ABC):
         else:
             total_timesteps += self.num_timesteps
         self._start_log(tb_log_name, anew=reset_num_timesteps)
-        self._queries_seen = self.env.unwrapped.reward_queries  # type: ignore[attr-defined]
         callbacks = self._callbacks(callback, progress_bar and self.processes.is_main)
         callbacks.init_callback(self)  # type: ignore[arg-type]
         callbacks.on_training_start(locals(), globals())
@@ -279,7 +278,6 @@ class Algorithm(SavedRun, ABC):
             if not self._iterate(callbacks, total_timesteps, stopwatch, log_interval):
                 break
         callbacks.on_training_end()
-        self._count_evaluations()
         return self
 
     def predict(
@@ -412,7 +410,6 @@ class Algorithm(SavedRun, ABC):
             return callbacks.on_step()
 
         callbacks.on_rollout_start()
-        self._count_evaluations()
         starts = self._starts()
         batches = [range(first, first + self.env.num_envs) for first in self._episodes()[:: self.env.num_envs]]
         resets = [starts.reset(self.iteration, batch) for batch in batches]
@@ -429,7 +426,6 @@ class Algorithm(SavedRun, ABC):
             async_rewards=self.settings.async_rewards,
             keep=self.keep,
         )
-        self._queries_seen = self.env.unwrapped.reward_queries  # type: ignore[attr-defined]
         stopped, taken = self.processes.totals(rollout is None, taken)
         self.num_timesteps = before + taken
         if stopped:
@@ -442,12 +438,6 @@ class Algorithm(SavedRun, ABC):
         callbacks.update_locals({"returns": rollout.returns})
         callbacks.on_rollout_end()
         return rollout
-
-    def _count_evaluations(self) -> None:
-        """Count what was rewarded outside of rollouts; of many processes, each makes every evaluation."""
-        asked = self.env.unwrapped.reward_queries  # type: ignore[attr-defined]
-        self.evaluation_queries += (asked - self._queries_seen) * self.processes.count
-        self._queries_seen = asked
 
     def _starts(self) -> Starts:
         """Return where the episodes begin."""
@@ -544,7 +534,6 @@ class Algorithm(SavedRun, ABC):
         self.logger.record("time/iterations", self.iteration)
         self.logger.record("time/total_timesteps", self.num_timesteps)
         self.logger.record("time/reward_queries", self.reward_queries)
-        self._count_evaluations()
         if self.evaluation_queries:
             self.logger.record("time/evaluation_queries", self.evaluation_queries)
         self.logger.dump(step=self.num_timesteps if self.settings.log_x_axis == "timesteps" else self.reward_queries)

@@ -35,7 +35,6 @@ class RewardingEnv(Protocol):
     spec: Any
     reward: _Reward
     reward_seconds: float
-    reward_queries: int
     negative_prompt: str
     observe_embeds: bool
 

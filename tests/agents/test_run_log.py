@@ -3,7 +3,6 @@
 import gymnasium as gym
 import pytest
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DenoisingPolicy, evaluate
@@ -76,20 +75,12 @@ def test_callbacks_dump_the_log_where_the_run_is_on_its_axis(make):
     assert (seen, learner.num_timesteps) == ([4], 8)
 
 
-def test_evaluations_in_the_environment_of_the_training_are_counted_apart(make, tmp_path):
+def test_the_environment_counts_what_it_has_rewarded(make):
     learner = make()
-
-    class Evaluates(BaseCallback):
-        def _on_rollout_start(self):
-            evaluate(self.model.env, self.model.policy, seeds=range(8))
-
-        def _on_step(self):
-            return True
-
-    learner.learn(16, Evaluates())
-    assert (learner.reward_queries, learner.evaluation_queries) == (8, 16)
-    learner.save(tmp_path / "run")
-    assert DDPOIS.load(tmp_path / "run", learner.env).evaluation_queries == 16
+    evaluate(learner.env, learner.policy, seeds=range(8))
+    assert learner.env.unwrapped.reward_queries == 8
+    learner.learn(16)
+    assert (learner.reward_queries, learner.env.unwrapped.reward_queries) == (8, 16)
 
 
 def test_images_of_the_log_are_small_and_can_be_left_out(make, monkeypatch):
