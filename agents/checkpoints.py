@@ -38,6 +38,7 @@ class Checkpoints(BaseCallback):
     Raises:
         ValueError: `every` or `keep` is below 1; or, when the training starts, the folder has whole checkpoints of
             later iterations than the algorithm's, that is, of another run.
+        TypeError: when the training starts, the algorithm has arguments that `save` does not know of.
     """
 
     def __init__(self, folder: str | Path, *, every: int = 1, keep: int = 3) -> None:
@@ -61,12 +62,19 @@ class Checkpoints(BaseCallback):
         return self.model
 
     def _on_training_start(self) -> None:
+        self._algorithm.require_savable()
         if not self._algorithm.processes.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.folder, CHECKPOINT_PREFIX)
         self._last_saved = self._algorithm.iteration
-        self._whole = [checkpoint for checkpoint in self.found() if find_damage(checkpoint) is None]
+        # Hashes of many gigabytes take minutes: `load` looks at those of the one that it takes, and here they matter
+        # only where a checkpoint would be another run's.
+        self._whole = [
+            checkpoint
+            for checkpoint in self.found()
+            if find_damage(checkpoint, hashes=iteration_of(checkpoint) > self._last_saved) is None
+        ]
         if self._whole and iteration_of(self._whole[-1]) > self._last_saved:
             raise ValueError(
                 f"{self.folder} has a checkpoint of iteration {iteration_of(self._whole[-1])}, and this run is at "

@@ -1,6 +1,7 @@
 """Folders that are written whole or not at all, and optimizers without pickle."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -10,23 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from .manifest import top_level_names
 
 _PREVIOUS = ".previous"
 _PARTIAL = ".partial"
+_OF_EACH_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_NO_FOLDER_SYNC = (*_NO_SYNC, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR)
 
 
 def _sync(path: Path) -> None:
-    """Make a file or folder durable on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make a file or folder durable on the disk, where that can be asked for.
+
+    Windows opens no folders, and some network and FUSE disks know no sync: there is nothing that is durable sooner
+    there, and what is written is as whole as elsewhere. All other errors are those of a disk that did not write.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (_NO_FOLDER_SYNC if path.is_dir() else _NO_SYNC):
+            raise
 
 
 @contextlib.contextmanager
@@ -118,14 +129,26 @@ def save_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Read what `save_optimizer` wrote."""
-    from safetensors import safe_open
+    """Read what `save_optimizer` wrote.
 
+    Raises:
+        ValueError: it is the state of other weights.
+    """
     with safe_open(file, framework="pt") as opened:
         groups = json.loads(opened.metadata()["param_groups"])
     state: dict[int, dict[str, Any]] = {}
-    tensors: dict[str, Tensor] = load_file(file)
-    for key, value in tensors.items():
+    for key, value in load_file(file).items():
         parameter, _, name = key.partition(".")
         state.setdefault(int(parameter), {})[name] = value
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    count = sum(len(group["params"]) for group in groups)
+    if count != len(weights) or any(
+        name in _OF_EACH_WEIGHT and value.numel() != weights[index].numel()
+        for index, values in state.items()
+        for name, value in values.items()
+    ):
+        raise ValueError(
+            f"{file} is the state of other weights ({count}) than those that are trained ({len(weights)}): give the "
+            "run's load a policy that trains the same ones"
+        )
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,12 +1,17 @@
 """What is saved of a run, and how it is loaded: safetensors and JSON, nothing that could run code."""
 
+import hashlib
+import inspect
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from gymnasium.vector import VectorEnv
+
+from diffusion_gym.models.base import DiffusionModel
 
 from .averaging import WeightAverage
 from .distributed import Processes
@@ -15,7 +20,8 @@ from .guard import GradientGuard
 from .manifest import whole_checkpoint, write_manifest
 from .options import Schedule
 from .policies import Policy, load_policy
-from .reports import environment_settings
+from .policies.base import CONFIG_FILE, write_config
+from .reports import RewardingEnv, environment_settings
 from .rollouts import require_torch_env
 
 Run = TypeVar("Run", bound="SavedRun")
@@ -24,6 +30,17 @@ STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _AVERAGE_FILE = "averaged_weights.safetensors"
 _COUNTERS = ("iteration", "num_updates", "evaluation_queries")
+_GIVEN_TO_LOAD = ("policy", "env", "reference", "learning_rate", "seed", "tensorboard_log", "verbose")
+# The number of lanes and where they are change no result that is more than rounding; prompts are compared as texts, and
+# models by their weights.
+_WITHOUT_EFFECT = ("num_envs", "device", "autoreset_mode", "render_mode", "observe_embeds", "prompts", "model")
+
+
+class SavedEnv(RewardingEnv, Protocol):
+    """What is saved of an environment."""
+
+    dtype: torch.dtype
+    model: DiffusionModel
 
 
 class SavedRun:
@@ -66,6 +83,24 @@ class SavedRun:
         self._at_boundary = {"num_timesteps": self.num_timesteps, "reward_queries": self.reward_queries}
         self._reward_at_boundary = self.env.unwrapped.reward.state_dict()  # type: ignore[attr-defined]
 
+    def remember(self, **arguments: Any) -> None:
+        """Note arguments that a subclass's constructor has beside the inherited ones, as JSON can hold them.
+
+        `save` writes them, and `load` gives them to the constructor again.
+        """
+        self._hyperparameters = {**self._hyperparameters, **arguments}
+
+    def require_savable(self) -> None:
+        """Raise TypeError if the constructor has arguments that `load` could not give it again."""
+        arguments = inspect.signature(type(self)).parameters.values()
+        names = {argument.name for argument in arguments if argument.kind is not argument.VAR_KEYWORD}
+        lost = sorted(names - self._hyperparameters.keys() - set(_GIVEN_TO_LOAD))
+        if lost:
+            raise TypeError(
+                f"{type(self).__name__} would be loaded without its own arguments {lost}: call "
+                f"self.remember({lost[0]}={lost[0]}, …) in its constructor"
+            )
+
     def save(self, path: str | Path) -> None:
         """Write the trained weights and all that is needed to go on, into a folder.
 
@@ -76,14 +111,19 @@ class SavedRun:
         Raises:
             FileExistsError: there is a file at `path`.
             OSError: the disk is full, or the like; an earlier checkpoint at `path` is still there.
+            TypeError: as `require_savable`.
             RuntimeError: the policy has its averaged weights: `policy.save` writes these.
         """
         if self.average is not None and self.average.is_applied:
             raise RuntimeError("within averaged_weights() the run cannot be saved: policy.save writes these weights")
+        self.require_savable()
         if not self.processes.is_main:
             return
+        env: SavedEnv = self.env.unwrapped  # type: ignore[assignment]
         with replaced_folder(_without_zip(path)) as folder:
             self.policy.save(folder)
+            if not (folder / CONFIG_FILE).exists():
+                write_config(folder, self.policy)
             self._save_files(folder)
             save_optimizer(self.optimizer, folder / _OPTIMIZER_FILE)
             if self.average is not None:
@@ -91,7 +131,8 @@ class SavedRun:
             state = {
                 "algorithm": type(self).__name__,
                 "hyperparameters": self._hyperparameters,
-                "environment": environment_settings(self.env.unwrapped),  # type: ignore[arg-type]
+                "environment": environment_settings(env),
+                "told_apart_by": _told_apart_by(env),
                 "learning_rate": None if callable(self._learning_rate) else self._learning_rate,
                 "seed": self.seed,
                 "log_identity": self.log_identity,
@@ -142,6 +183,10 @@ class SavedRun:
             FileNotFoundError: there is no saved run.
             ValueError: it is damaged, or a run of another algorithm or in an environment of another kind or model, or
                 its learning rate was a callable and is not given again.
+
+        Warns:
+            UserWarning: the environment has another reward, other prompts, another number of steps or the like than the
+                saved one, or a model of other weights.
         """
         require_torch_env(env)
         folder = whole_checkpoint(existing_folder(_without_zip(path)))
@@ -174,6 +219,7 @@ class SavedRun:
             **{**state["hyperparameters"], **given_sizes},
         )  # type: ignore[call-arg]
         run._restore(folder, state)
+        _warn_of_changes(folder, state, env.unwrapped)  # type: ignore[arg-type]
         return run
 
     def _restore(self, folder: Path, state: Mapping[str, Any]) -> None:
@@ -191,6 +237,43 @@ class SavedRun:
         self.callback_states = state.get("callbacks", {})
         self._load_extra_state(state["extra"])
         self._load_files(folder)
+
+
+def _told_apart_by(env: SavedEnv) -> dict[str, Any]:
+    """Return what tells an environment from others, where what it was made with does not: names may be left out."""
+    texts = list(env.prompts)
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    return {
+        "reward": env.reward.name,
+        "number of prompts": len(texts),
+        "SHA-256 of the prompts": digest,
+        "dtype": str(env.dtype).removeprefix("torch."),
+        "image_size": env.model.image_shape[1],
+    }
+
+
+def _warn_of_changes(folder: Path, state: Mapping[str, Any], env: SavedEnv) -> None:
+    """Warn of what changes results, and differs from the environment that a run was saved in."""
+    defaults = {name: argument.default for name, argument in inspect.signature(type(env)).parameters.items()}
+    now_apart = _told_apart_by(env)
+    before, now = (
+        {name: value for name, value in {**defaults, **settings}.items() if name not in _WITHOUT_EFFECT} | apart
+        for settings, apart in (
+            (state["environment"], state.get("told_apart_by", now_apart)),
+            (environment_settings(env), now_apart),
+        )
+    )
+    changes = [
+        f"{name} is {now[name]!r}, and was {before[name]!r}"
+        for name in sorted(before.keys() & now.keys())
+        if before[name] != now[name]
+    ]
+    if changes:
+        warnings.warn(
+            f"the run of {folder} goes on in another environment: {'; '.join(changes)}. Its statistics, and its "
+            "results so far, are of the other one",
+            stacklevel=3,
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from diffusion_gym.rewards import Reward, make_reward
 
 from ..algorithm import Algorithm
 from ..policies import DenoisingPolicy, Policy
-from .measures import FeatureName, Samples, draw_samples, make_features
+from .measures import FeatureName, Samples, choose_prompts, draw_samples, make_features
 from .statistics import distance_between, distance_within, probability_of_no_rise
 
 
@@ -33,12 +33,15 @@ class HeldOutEvaluation(BaseCallback):
     here stays ended: give it another `patience`, or `stop=False`, to go on. With other prompts, another
     `samples_per_prompt` or another held-out reward it is judged anew, from the pretrained model on.
 
-    An evaluation takes as long as a rollout of as many images, in the environment of the training, and is counted in
-    `time/rollout_seconds`. Many processes each make all of it.
+    An evaluation, of which the first is that of the pretrained model before the first update, takes as long as a
+    rollout of as many images (by default at most 96), in the environment of the training, and is counted in
+    `time/rollout_seconds`. What it asks of the trained reward is counted in `time/evaluation_queries`, apart from the
+    training's `time/reward_queries`; of the held-out reward it asks as much. Many processes each make all of it.
 
     Args:
         held_out: The held-out reward: a name, or what else `make_reward` takes.
         prompts: On which prompts; None: the environment's.
+        max_prompts: Of the environment's, so many are drawn, always the same ones; None: all of them.
         samples_per_prompt: Images of each.
         every: Iterations between two evaluations.
         patience: Evaluations in a row.
@@ -61,6 +64,7 @@ class HeldOutEvaluation(BaseCallback):
         held_out: str | Reward,
         *,
         prompts: Sequence[str] | None = None,
+        max_prompts: int | None = 48,
         samples_per_prompt: int = 2,
         every: int = 4,
         patience: int = 2,
@@ -76,8 +80,11 @@ class HeldOutEvaluation(BaseCallback):
             )
         if prompts is not None:
             _require_two(prompts)
+        if max_prompts is not None and max_prompts < 2:
+            raise ValueError(f"max_prompts must be None or at least 2, for a test over prompts; got {max_prompts}")
         self.held_out = make_reward(held_out)
         self.prompts = prompts
+        self.max_prompts = max_prompts
         self.samples_per_prompt = samples_per_prompt
         self.every = every
         self.patience = patience
@@ -98,7 +105,10 @@ class HeldOutEvaluation(BaseCallback):
 
     @property
     def _texts(self) -> Sequence[str]:
-        return self._algorithm.env.unwrapped.prompts.texts if self.prompts is None else self.prompts  # type: ignore[attr-defined]
+        if self.prompts is not None:
+            return self.prompts
+        texts = self._algorithm.env.unwrapped.prompts.texts  # type: ignore[attr-defined]
+        return [texts[row] for row in choose_prompts(len(texts), self.max_prompts or len(texts))]
 
     def _draw(self, policy: Policy, reference: Policy | None) -> Samples:
         return draw_samples(
@@ -128,21 +138,42 @@ class HeldOutEvaluation(BaseCallback):
             )
         self._reference = policy.reference()
         self._pretrained = self._draw(self._reference, None)
-        self._begin()
+        if not self._begin():
+            self._count_queries()
 
-    def _begin(self) -> None:
-        """Take up what is known of the run, or begin with the pretrained model as the best."""
+    def _begin(self) -> bool:
+        """Take up what is known of the run, or begin with the pretrained model as the best; return which."""
         self._evaluated = self.best_iteration = self.over_optimised = 0
         self._best = _scores(self._pretrained)
         known = self._algorithm.callback_states.get(self._name)
         if known is not None and known["prompts"] == list(self._texts) and np.shape(known["best"]) == self._best.shape:
             self._evaluated, self.best_iteration = known["evaluated"], known["best_iteration"]
             self.over_optimised, self._best = known["over_optimised"], np.array(known["best"], dtype=np.float32)
+            return True
+        if known is None:
+            self._remember()
+        return False
+
+    def _remember(self) -> None:
+        """Keep for checkpoints what a resumed run has to know."""
+        self._algorithm.callback_states[self._name] = {
+            "prompts": list(self._texts),
+            "evaluated": self._evaluated,
+            "best_iteration": self.best_iteration,
+            "over_optimised": self.over_optimised,
+            "best": self._best.tolist(),
+        }
+
+    def _count_queries(self) -> None:
+        """Count an evaluation's images as an uninterrupted run would: not again what a resumed one draws again."""
+        lanes, count = self._algorithm.env.num_envs, len(self._texts) * self.samples_per_prompt
+        self._algorithm.evaluation_queries += -(-count // lanes) * lanes * self._algorithm.processes.count
 
     def _on_rollout_start(self) -> None:
         iteration = self._algorithm.iteration
         if iteration % self.every == 0 and iteration != self._evaluated:
             self._evaluated = iteration
+            self._count_queries()
             self._judge(self._draw(self._algorithm.policy, self._reference))
 
     _on_training_end = _on_rollout_start
@@ -157,13 +188,7 @@ class HeldOutEvaluation(BaseCallback):
         self.over_optimised = self.over_optimised + 1 if rose and fell else 0
         if scores[1].mean() > self._best[1].mean():
             self._best, self.best_iteration = scores, self._algorithm.iteration
-        self._algorithm.callback_states[self._name] = {
-            "prompts": list(self._texts),
-            "evaluated": self._evaluated,
-            "best_iteration": self.best_iteration,
-            "over_optimised": self.over_optimised,
-            "best": self._best.tolist(),
-        }
+        self._remember()
         scalars = {
             "reward_gain": (scores[0] - first[0]).mean(),
             "held_out_gain": (scores[1] - first[1]).mean(),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pkgutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 
 import diffusion_gym  # noqa: F401
+from diffusion_gym.envs.options import RewardSource
 from diffusion_gym.models.base import DiffusionModel
 from diffusion_gym.prompts import PromptSet, make_prompts
 from diffusion_gym.rewards import Reward, make_reward
 
 from ..policies import DenoisingPolicy
-from .measures import FeatureName, draw_samples, make_features
+from .measures import FeatureName, choose_prompts, draw_samples, make_features
 from .page import write_page
 from .runs import find_curves, load_denoiser, policy_folder, training_state
 from .study import Comparison, findings
@@ -42,9 +43,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--reward",
         type=reward,
-        help="the reward that was trained for, a name or a sum as JSON, {name: weight}, if the run does not say",
+        help="the reward that was trained for, if the run does not say: a name, a sum as JSON, {name: weight}, or a "
+        "Python function or reward, module:name",
     )
-    made.add_argument("--held-out", help='a reward that was not trained for, or "none"; emoji_alignment for emoji')
+    made.add_argument(
+        "--held-out", type=reward, help='a reward that was not trained for, or "none"; emoji_alignment for emoji'
+    )
     made.add_argument("--prompts", help="the prompts that were trained on (a name or a file), if the run does not say")
     made.add_argument("--unseen", nargs="*", help="sets of prompts; those of the training are left out")
     made.add_argument("--features", choices=tuple(_FEATURES), help="what images are compared by")
@@ -58,9 +62,18 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def reward(text: str) -> str | dict[str, float]:
+def reward(text: str) -> RewardSource:
     """Return what `make_reward` takes; argparse's error has this function's name."""
-    return json.loads(text) if text.startswith("{") else text
+    if text.startswith("{"):
+        return json.loads(text)
+    module, _, name = text.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+        return text
+    try:
+        found = pkgutil.resolve_name(text)
+    except (ImportError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be imported: {error}") from error
+    return found() if isinstance(found, type) else found
 
 
 def _setting(args: argparse.Namespace, name: str, saved: Mapping[str, Any], default: object = None) -> Any:
@@ -78,9 +91,7 @@ def _setting(args: argparse.Namespace, name: str, saved: Mapping[str, Any], defa
 
 def _some(prompts: PromptSet, most: int) -> PromptSet:
     """Return the set, or `most` prompts of it that are drawn with a fixed seed, in their order."""
-    if len(prompts) <= most:
-        return prompts
-    return _subset(prompts, np.sort(np.random.default_rng(0).permutation(len(prompts))[:most]))
+    return prompts if len(prompts) <= most else _subset(prompts, choose_prompts(len(prompts), most))
 
 
 def _subset(prompts: PromptSet, rows: Iterable[int]) -> PromptSet:
@@ -210,13 +221,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--samples-per-prompt and --num-envs must be at least 1, got {args.samples_per_prompt} and {args.num_envs}"
         )
     started = time.monotonic()
-    folder = policy_folder(args.run)
-    state = training_state(folder)
-    saved = state.get("environment", {})
-    setup = Setup.parse(args, load_denoiser(folder, args.device), saved)
-    model = setup.policy.model
+    try:
+        folder = policy_folder(args.run)
+        state = training_state(folder)
+        saved = state.get("environment", {})
+        setup = Setup.parse(args, load_denoiser(folder, args.device), saved)
+        model = setup.policy.model
+        sets = _prompt_sets(args, saved, model)
+    except (OSError, ValueError, ImportError) as error:  # what was asked for is not there, or not right
+        raise SystemExit(str(error)) from error
     comparisons: list[Comparison] = []
-    for name, prompts in _prompt_sets(args, saved, model):
+    for name, prompts in sets:
         comparisons.append(setup.compare(name, prompts, trained_on=not comparisons))
         minutes = (time.monotonic() - started) / 60
         print(f"{name}: {len(prompts)} prompts, {minutes:.1f} minutes", flush=True)

@@ -13,9 +13,27 @@ from ..rollouts import Rollout, collect
 from ..seeding import derived_generator
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Return the standard error of the mean of N ≥ 2 values [N]."""
-    return float(values.std(ddof=1) / len(values) ** 0.5)
+def standard_error(values: np.ndarray, prompts: Sequence[str] | None = None) -> float:
+    """Return the standard error of the mean of N ≥ 2 values [N], over prompts where these are given.
+
+        √(P/(P − 1)·Σ_p (Σ_{i of p} (v_i − mean))²)/N
+
+    A prompt is then one observation, as images of one prompt are more alike than images of different prompts; with as
+    many images of each it is that of the prompts' means. Where there is one prompt alone an image is one.
+
+    Source: Liang & Zeger, 1986, the cluster-robust standard error of a mean.
+
+    Args:
+        values: [N] the values.
+        prompts: [N] whose they are; None: each is an observation.
+    """
+    of = (
+        np.arange(len(values))
+        if prompts is None or len(set(prompts)) < 2
+        else np.unique(prompts, return_inverse=True)[1]
+    )
+    sums = np.bincount(of, weights=values - values.mean())
+    return float((len(sums) / (len(sums) - 1) * np.square(sums).sum()) ** 0.5 / len(values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +61,13 @@ class Evaluation:
 
     @property
     def standard_error(self) -> float:
-        """The standard error of the mean."""
-        return standard_error(self.rewards)
+        """The standard error of the mean, over prompts and for this one policy: not of what another training makes."""
+        return standard_error(self.rewards, self.prompts)
 
     def gain_over(self, before: "Evaluation") -> tuple[float, float]:
         """Return the mean of the paired differences to an evaluation on the same seeds, and its standard error.
+
+        The error is over prompts, and of these two policies: seeds of a training differ by more than it says.
 
         Raises:
             ValueError: the other evaluation is of other seeds or prompts.
@@ -55,7 +75,7 @@ class Evaluation:
         if (before.seeds, before.prompts) != (self.seeds, self.prompts):
             raise ValueError("paired evaluations need the same seeds and prompts")
         difference = self.rewards - before.rewards
-        return float(difference.mean()), standard_error(difference)
+        return float(difference.mean()), standard_error(difference, self.prompts)
 
 
 def evaluate(

@@ -44,6 +44,11 @@ class Samples:
     images: np.ndarray
 
 
+def choose_prompts(count: int, most: int) -> list[int]:
+    """Return the places of `most` of `count` prompts, drawn with a fixed seed and in their order; all, if not more."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:most]).tolist()
+
+
 def latent_features(images: Tensor, latents: Tensor) -> Tensor:
     """Return the directions of the latents x_0, [B, D]: features for models that no other are there for."""
     return F.normalize(latents.flatten(1).float(), dim=1)

@@ -1,7 +1,7 @@
 """One page that shows an evaluation: tables, charts and images, without a file or a host beside it."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from PIL import Image
 
 from .charts import COLOURS, data_uri, gains_chart, trade_chart, training_chart
 from .curves import Curves
-from .study import Comparison, spoken
+from .study import Comparison, percent, signed, spoken
 
 _LARGEST_SIDE = 256
 _SHOWN_PROMPTS = 24
@@ -33,13 +33,14 @@ def write_page(
     unit = "" if results["unit"] == "1" else f" {results['unit']}"
     named = {"reward": reward, "unit": f", {results['unit']}" if unit else "", "held_out": held_out}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "number": _number,
-        "signed": _signed,
-        "interval": _interval,
-        "share": _share,
+        "signed": lambda change: signed(change)[0],
+        "interval": lambda change: " … ".join(signed(change)[1:]),
+        "share": percent,
         "spoken": spoken,
     }
+    environment.filters |= filters
     template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
     return template.render(
         **{**results, "unit": unit},
@@ -100,15 +101,3 @@ def _picture(pixels: np.ndarray) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def _interval(change: Mapping[str, float]) -> str:
-    return f"{_signed(change['low'])} … {_signed(change['high'])}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.0%}".replace("-", "−")

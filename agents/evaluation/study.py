@@ -3,6 +3,7 @@
 Source: the studies of generalisation and over-optimisation in Black et al., 2023, https://arxiv.org/abs/2305.13301.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,14 +100,16 @@ def _change(before: np.ndarray | None, after: np.ndarray | None, gains: np.ndarr
 
 
 def findings(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: str, held_out: str | None) -> list[str]:
-    """Return what the numbers say, a sentence or two for each set."""
+    """Return what the numbers say, a sentence or two for each set; the first was trained on."""
+    change = _change_of(summaries[0]["reward"]["gain"])
     sentences = []
     for one in summaries:
         gain, share, other = one["reward"]["gain"], one["carry_over"], one["held_out"]
         where = f"{spoken(one['name'])}, which were {'' if one['trained_on'] else 'not '}trained on"
         sentence = f"On {where}, {reward} {_verb(gain)}: {_said(gain)}{unit}"
         if share is not None:
-            sentence += f", {share['mean']:.0%} of the gain on the training prompts ({_range(share, '.0%')})"
+            sentence += f", {percent(share['mean'])} of the {change} on the training prompts"
+            sentence += f" ({percent(share['low'])} to {percent(share['high'])})"
         if other is not None:
             sentence += f". {held_out}, held out, {_verb(other['gain'])}: {_said(other['gain'])}"
             sentence += ", so the training has over-optimised here" if one["over_optimised"] else ""
@@ -119,12 +122,27 @@ def spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
+def signed(change: Mapping[str, float]) -> tuple[str, str, str]:
+    """Return a change's mean and its interval's ends, as many decimals of each as the largest has at three digits."""
+    values = [change[key] for key in ("mean", "low", "high")]
+    largest = max(abs(value) for value in values)
+    decimals = 2 if largest == 0 else max(0, 2 - math.floor(math.log10(largest)))
+    mean, low, high = (f"{value:+.{decimals}f}".replace("-", "−") for value in values)
+    return mean, low, high
+
+
+def percent(share: float) -> str:
+    """Return a share in percent."""
+    return f"{share:.0%}".replace("-", "−")
+
+
 def _said(change: Mapping[str, float]) -> str:
-    return f"{change['mean']:+.3f} ({_range(change, '+.3f')})".replace("-", "−")
+    mean, low, high = signed(change)
+    return f"{mean} ({low} to {high})"
 
 
-def _range(interval: Mapping[str, float], form: str) -> str:
-    return f"{interval['low']:{form}} to {interval['high']:{form}}"
+def _change_of(gain: Mapping[str, float]) -> str:
+    return "fall" if gain["mean"] < 0 else "gain"
 
 
 def _verb(change: Mapping[str, float]) -> str:

@@ -42,5 +42,8 @@ def load_policy(folder: Path | str, model: DiffusionModel | None = None, device:
     """
     name = saved_class(Path(folder))
     if name not in _SAVED:
-        raise ValueError(f"{folder} holds a {name}, which is none of {sorted(_SAVED)}: use its own load")
+        raise ValueError(
+            f"{folder} holds a {name}, which is none of {sorted(_SAVED)}: use its own load, or give the run's load a "
+            "policy to read into, policy=…"
+        )
     return _SAVED[name].load(folder, model=model, device=device)

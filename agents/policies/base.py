@@ -1,6 +1,7 @@
 """The policy's contract: one distribution that sampling and scoring both go through."""
 
 import copy
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,16 +11,19 @@ from typing import Any, Protocol, final
 import numpy as np
 import torch
 from gymnasium.spaces import Dict, Space
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion_gym.models.base import DiffusionModel
+from diffusion_gym.models.weights import read_weights, require_weights
 from diffusion_gym.transitions import Reduction
 
 Observation = Mapping[str, Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
 Shape = tuple[int | None, ...]
 
-_CONFIG_FILE = "policy.json"
+CONFIG_FILE = "policy.json"
+_FURTHER_FILE = "further_weights.safetensors"
 
 
 class Distribution(Protocol):
@@ -37,10 +41,28 @@ class Distribution(Protocol):
 
 
 def write_config(folder: Path | str, policy: "Policy", **config: object) -> None:
-    """Write which policy a folder holds, and the arguments that make it anew."""
+    """Write which policy a folder holds, and the arguments that make it anew.
+
+    Raises:
+        TypeError: the policy's constructor has arguments of its own that would be lost.
+    """
+    config |= policy.saved_arguments()
+    if type(policy).load.__func__.__module__.startswith(__package__):  # type: ignore[attr-defined]
+        ours = [kind for kind in type(policy).__mro__ if kind.__module__.startswith(__package__)]
+        lost = _arguments(type(policy)) - config.keys() - {name for kind in ours for name in _arguments(kind)}
+        if lost:
+            raise TypeError(
+                f"{type(policy).__name__} would be loaded without its own arguments {sorted(lost)}: return them from "
+                "saved_arguments(), as JSON can hold them, or override load"
+            )
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps({"policy": type(policy).__name__, **config}, indent=2)
-    (Path(folder) / _CONFIG_FILE).write_text(text)
+    (Path(folder) / CONFIG_FILE).write_text(text)
+
+
+def _arguments(kind: type) -> set[str]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
 
 
 def read_config(folder: Path, kind: "type[Policy]") -> dict[str, Any]:
@@ -63,10 +85,16 @@ def saved_class(folder: Path) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    file = folder / _CONFIG_FILE
+    file = folder / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a saved policy: it has no {_CONFIG_FILE}")
-    return json.loads(file.read_text())
+        raise FileNotFoundError(f"{folder} is not a saved policy: it has no {CONFIG_FILE}")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): take another copy of it") from error
+    if not isinstance(config, dict) or "policy" not in config:
+        raise ValueError(f"{file} does not say which policy the folder holds")
+    return config
 
 
 class Policy(nn.Module, ABC):
@@ -128,9 +156,20 @@ class Policy(nn.Module, ABC):
         """Return the precision in which the environment stores the action."""
         return torch.float32
 
+    def saved_arguments(self) -> Mapping[str, Any]:
+        """Return the arguments that a subclass's constructor has beside the inherited ones, as JSON can hold them.
+
+        `save` writes them, and an inherited `load` gives them to the constructor again.
+        """
+        return {}
+
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the trained weights as diffusers loads them, and what else `load` needs."""
+        """Write the trained weights as diffusers loads them, and what else `load` needs.
+
+        Every policy here begins with `write_config(folder, self, …)` of `agents.policies.base`, which notes the class
+        and the arguments that make it anew; where an own policy's does not, a run's `save` notes the class for it.
+        """
 
     @abstractmethod
     def load_weights(self, folder: Path) -> None:
@@ -151,6 +190,23 @@ class Policy(nn.Module, ABC):
         Raises:
             FileNotFoundError: the folder is not a saved policy.
         """
+
+    def _further_weights(self, saved: str) -> dict[str, Tensor]:
+        """Return what a subclass has beside a part of that name, which is saved by itself."""
+        return {name: value.clone() for name, value in self.state_dict().items() if name.partition(".")[0] != saved}
+
+    def _save_further(self, folder: Path, saved: str) -> None:
+        """Write what a subclass has beside a part of that name, if there is any."""
+        if weights := self._further_weights(saved):
+            save_file(weights, Path(folder) / _FURTHER_FILE)
+
+    def _load_further(self, folder: Path, saved: str) -> None:
+        """Read what `_save_further` wrote; ValueError: it is not there, or does not fit."""
+        file = Path(folder) / _FURTHER_FILE
+        if own := self._further_weights(saved):
+            found = read_weights(file) if file.is_file() else {}
+            require_weights(found, own, file=file, owner=type(self).__name__)
+            self.load_state_dict(found, strict=False)
 
     def scored(self, info: Mapping[str, object]) -> np.ndarray | None:
         """Return which lanes' next actions have a density, [B] bool on the host; None: all.

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,6 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, checked_guidance_scale, load_model
+from diffusion_gym.models.weights import is_same_sample, read_weights, require_weights, sample_weights
 from diffusion_gym.predictions import broadcast_to, to_x0_and_epsilon
 from diffusion_gym.transitions import GaussianTransition, ddim_scales, ddim_transition
 
@@ -312,6 +314,7 @@ class DenoisingPolicy(Policy):
         """Write the trained weights: `unet/` in diffusers' format, or a LoRA file for `load_lora_weights`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self._save_further(folder, "denoiser")
         if self.use_lora:
             self.model.save_lora(self.denoiser, folder)
         else:
@@ -324,6 +327,7 @@ class DenoisingPolicy(Policy):
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "image_size": self.model.image_shape[1],
                 "revision": self.model.revision,
+                "sample": sample_weights(self.model.denoiser),
             },
             eta=self.eta,
             guidance_scale=self.guidance_scale,
@@ -344,7 +348,7 @@ class DenoisingPolicy(Policy):
 
         Raises:
             FileNotFoundError: the folder is not a saved policy.
-            ValueError: what it holds is of another shape.
+            ValueError: its weights are not all there, of another shape, NaN or infinite, or a file is damaged.
         """
         folder = Path(folder)
         config = read_config(folder, type(self))
@@ -352,17 +356,26 @@ class DenoisingPolicy(Policy):
             own = getattr(self, key)
             if config[key] != (list(own) if isinstance(own, tuple) else own):
                 raise ValueError(f"{folder} was saved with {key}={config[key]!r}, this policy has {own!r}")
+        origin = config["model"]
         if self.use_lora:
             self.model.load_lora(self.denoiser, folder)
-            return
-        weights, own = folder / self.model.denoiser_folder, self.denoiser.state_dict()
-        saved = type(self.denoiser).from_pretrained(weights).state_dict() if weights.is_dir() else {}  # type: ignore[attr-defined]
-        if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in own.items()}:
-            raise ValueError(
-                f"{folder} holds no weights for a policy of the model {self.model.source!r}: it was saved from one of "
-                f"{config['model']['source']!r}"
+        else:
+            weights, own = folder / self.model.denoiser_folder, self.denoiser.state_dict()
+            owner = f"a policy of the model {self.model.source!r}"
+            saved_from = f"; it was saved from one of {origin['source']!r}"
+            found = read_weights(weights) if weights.is_dir() else {}
+            require_weights(found, own, file=weights, owner=owner, origin=saved_from)
+            self.denoiser.load_state_dict(found)
+        self._load_further(folder, "denoiser")
+        is_rounded = origin["dtype"] != str(self.model.dtype).removeprefix("torch.")
+        sample = sample_weights(self.model.denoiser)
+        if not is_same_sample(origin.get("sample", sample), sample, is_rounded=is_rounded):
+            warnings.warn(
+                f"{folder} was trained on a model ({origin['source']!r}) whose denoiser has other weights than that of "
+                f"{self.model.source!r} here: "
+                + ("its LoRA layers mean something else here" if self.use_lora else "its gain is over another one"),
+                stacklevel=3,
             )
-        self.denoiser.load_state_dict(saved)
 
     @classmethod
     def load(
@@ -371,6 +384,7 @@ class DenoisingPolicy(Policy):
         """Return the policy that `save` wrote, on `model` or on the one that it was made from."""
         config = read_config(Path(folder), cls)
         source = config.pop("model")
+        source.pop("sample", None)
         if not config["use_lora"]:  # they are saved as LoRA would have had them
             config = {key: value for key, value in config.items() if not key.startswith("lora_")}
         policy = cls(model or load_model(source.pop("source"), device=device, **source), **config)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion_gym.grids import MAX_RATIO, MIN_RATIO
 from diffusion_gym.models.base import DiffusionModel
+from diffusion_gym.models.weights import read_weights, require_weights
 from diffusion_gym.transitions import Reduction
 
 from .base import Generators, Observation, Policy, Shape, read_config, write_config
@@ -76,26 +77,30 @@ class ContextFreeSchedule(Policy):
         return BetaDistribution.from_logits(self.logits[_step_index(observation, self.max_steps)])
 
     def save(self, folder: Path) -> None:
-        """Write the logits, in safetensors."""
+        """Write the weights, in safetensors."""
         write_config(folder, self, max_steps=self.max_steps)
-        save_file({"logits": self.logits.detach().contiguous()}, Path(folder) / _WEIGHTS_FILE)
+        save_file(self.state_dict(), Path(folder) / _WEIGHTS_FILE)
 
     def load_weights(self, folder: Path) -> None:
         """Read what `save` wrote.
 
         Raises:
             FileNotFoundError: the folder is not a saved policy.
-            RuntimeError: it has another number of steps.
+            ValueError: it has another number of steps, its weights are not finite, or a file is damaged.
         """
         read_config(Path(folder), type(self))
-        self.load_state_dict(load_file(Path(folder) / _WEIGHTS_FILE))
+        file = Path(folder) / _WEIGHTS_FILE
+        weights = read_weights(file)
+        require_weights(weights, self.state_dict(), file=file, owner=f"this {type(self).__name__}")
+        self.load_state_dict(weights)
 
     @classmethod
     def load(
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "ContextFreeSchedule":
         """Return the schedule that `save` wrote."""
-        policy = cls([0.5] * read_config(Path(folder), cls)["max_steps"], device=device)
+        config = read_config(Path(folder), cls)
+        policy = cls([0.5] * config.pop("max_steps"), device=device, **config)
         policy.load_weights(Path(folder))
         return policy
 
@@ -156,15 +161,21 @@ class FixedSchedule(Policy):
     def save(self, folder: Path) -> None:
         """Write the ratios."""
         write_config(folder, self, ratios=self.ratios.tolist(), max_steps=self.max_steps)
+        self._save_further(folder, "ratios")
 
     def load_weights(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        self.ratios.copy_(torch.tensor(read_config(Path(folder), type(self))["ratios"]))
+        """Read what `save` wrote; ValueError: it has another number of ratios."""
+        ratios = torch.tensor(read_config(Path(folder), type(self))["ratios"])
+        if ratios.shape != self.ratios.shape:
+            raise ValueError(f"{folder} has {len(ratios)} ratios, this schedule {len(self.ratios)}")
+        self.ratios.copy_(ratios)
+        self._load_further(folder, "ratios")
 
     @classmethod
     def load(
         cls, folder: Path | str, model: DiffusionModel | None = None, device: str | torch.device = "cpu"
     ) -> "FixedSchedule":
         """Return the schedule that `save` wrote."""
-        config = read_config(Path(folder), cls)
-        return cls(config["ratios"], max_steps=config["max_steps"], device=device)
+        policy = cls(device=device, **read_config(Path(folder), cls))
+        policy.load_weights(Path(folder))
+        return policy

@@ -8,11 +8,12 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from gymnasium.spaces import Box, Dict, Space
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from diffusion_gym.models.base import DiffusionModel
+from diffusion_gym.models.weights import read_weights, require_weights
 
 from .base import Observation, Policy, Shape, read_config, write_config
 from .beta import BetaDistribution
@@ -155,10 +156,13 @@ class TimePredictor(Policy):
 
         Raises:
             FileNotFoundError: the folder is not a saved policy.
-            RuntimeError: the weights are of another shape.
+            ValueError: its weights are not all there, of another shape, NaN or infinite, or the file is damaged.
         """
         read_config(Path(folder), type(self))
-        self.load_state_dict(load_file(Path(folder) / _WEIGHTS_FILE))
+        file = Path(folder) / _WEIGHTS_FILE
+        weights = read_weights(file)
+        require_weights(weights, self.state_dict(), file=file, owner=f"this {type(self).__name__}")
+        self.load_state_dict(weights)
 
     @classmethod
     def load(

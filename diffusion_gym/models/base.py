@@ -136,7 +136,12 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def load_lora(self, denoiser: nn.Module, folder: Path) -> None:
-        """Read what `save_lora` wrote into a denoiser that has LoRA layers of the same shape."""
+        """Read what `save_lora` wrote into a denoiser that has LoRA layers of the same shape.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or not just the denoiser's layers are in it, all of them finite.
+        """
 
     # ------------------------------------------------------------------ what is the same for all
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:

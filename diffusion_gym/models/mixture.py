@@ -13,18 +13,16 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..naming import unknown_name
 from ..schedules import as_float
 from .base import Conditioning, DiffusionModel
+from .lora import load_lora, save_lora
 from .schedulers import discrete_schedule
 
 ANYTHING = "anything"
 
-_LORA_FILE = "pytorch_lora_weights.safetensors"
 _DDPM = {"beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing", "clip_sample": False}
 _FREQUENCIES = 8
 _IMAGE_CHANNELS = 3
@@ -209,10 +207,10 @@ class MixtureModel(DiffusionModel):
         return self.positions(images)[:, :, None, None]
 
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
-        save_file(get_peft_model_state_dict(denoiser), folder / _LORA_FILE)
+        save_lora(denoiser, folder)
 
     def load_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
-        set_peft_model_state_dict(denoiser, load_file(folder / _LORA_FILE))
+        load_lora(denoiser, folder)
 
 
 def write_mixture(

@@ -8,19 +8,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..loading import no_progress_bar
 from .base import Conditioning, DiffusionModel
+from .lora import load_unet_lora, save_unet_lora
 from .schedulers import discrete_schedule
 
 _FEATURE_SIZE = 16
-_LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class StableDiffusionModel(DiffusionModel):
@@ -147,17 +143,7 @@ class StableDiffusionModel(DiffusionModel):
         return posterior.mode() * self._vae.config.scaling_factor
 
     def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
-        adapter = next(iter(denoiser.peft_config.values())).to_dict()  # type: ignore[operator]
-        StableDiffusionLoraLoaderMixin.save_lora_weights(
-            folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser)),
-            unet_lora_adapter_metadata=adapter,
-        )
+        save_unet_lora(denoiser, folder)
 
     def load_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
-        layers = {key.removeprefix("unet."): value for key, value in load_file(folder / _LORA_FILE).items()}
-        result = set_peft_model_state_dict(denoiser, convert_unet_state_dict_to_peft(layers))
-        if result.unexpected_keys:
-            raise ValueError(
-                f"{folder / _LORA_FILE} does not fit this denoiser: unexpected {result.unexpected_keys[:3]}"
-            )
+        load_unet_lora(denoiser, folder)

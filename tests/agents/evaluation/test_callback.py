@@ -78,6 +78,33 @@ def test_evaluations_are_logged_against_the_pretrained_model(mixture, log_x_axis
         assert "evaluation/diversity" in entry
 
 
+def test_only_some_of_many_prompts_are_asked_and_their_queries_counted(mixture, monkeypatch):
+    asked = []
+    reward = CallableReward(lambda images, prompts, _: asked.extend(prompts) or mixture.positions(images)[:, 0], "east")
+    texts = tuple(f"{one} and {other}" for one in mixture.names for other in mixture.names if one != other)
+    assert len(texts) == 56
+    how = {"model": mixture, "reward": reward, "prompts": texts, "autoreset_mode": "DISABLED"}
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=8, num_steps=3, **how)
+    learner = DDPOIS(DenoisingPolicy(mixture, seed=0), env, samples_per_epoch=8, batch_size=8, seed=0)
+    recorder = Recorder()
+    learner.set_logger(Logger(None, [recorder]))
+    callback = HeldOutEvaluation(held_out(mixture), every=1, samples_per_prompt=1, stop=False)
+    learner.learn(PER_ITERATION, callback)
+    assert len(asked) == 48 + 8 + 48  # the pretrained model, a rollout, the trained policy
+    assert asked[:48] == asked[-48:]
+    assert len(set(asked[:48])) == 48
+    assert (learner.reward_queries, learner.evaluation_queries) == (8, 96)
+    assert recorder.entries[-1]["time/evaluation_queries"] == 96
+    asked.clear()
+    learner.learn(0, HeldOutEvaluation(held_out(mixture), max_prompts=None, samples_per_prompt=1, stop=False))
+    assert set(asked) == set(texts)
+    asked.clear()
+    learner.learn(0, HeldOutEvaluation(held_out(mixture), prompts=texts[:50], samples_per_prompt=1, stop=False))
+    assert asked[:50] == list(texts[:50])  # filled up to whole batches of lanes
+    with pytest.raises(ValueError, match="max_prompts must be None or at least 2"):
+        HeldOutEvaluation("brightness", max_prompts=1)
+
+
 @pytest.mark.parametrize("output", ["csv", "tensorboard"])
 def test_the_page_finds_evaluations_where_they_were_made(mixture, tmp_path, output):
     learner, _ = make(mixture)
@@ -205,6 +232,7 @@ def test_a_killed_and_resumed_run_is_judged_like_a_whole_one(mixture, tmp_path, 
         learner, callback = start(iterations)
     assert learner.iteration == stopped_at
     assert (callback.over_optimised, callback.best_iteration) == (2, expected.best_iteration)
+    assert learner.evaluation_queries == whole.evaluation_queries
     np.testing.assert_array_equal(callback._best, expected._best)
     for ours, theirs in zip(learner.policy.parameters(), whole.policy.parameters(), strict=True):
         assert torch.equal(ours, theirs)

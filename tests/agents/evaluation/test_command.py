@@ -22,11 +22,11 @@ from agents.evaluation.command import main
 from agents.evaluation.curves import read_curves
 from agents.evaluation.measures import Samples
 from agents.evaluation.runs import policy_folder
-from agents.evaluation.study import Comparison
+from agents.evaluation.study import Comparison, findings
 from agents.reports import environment_settings
 from diffusion_gym.envs.denoising import DenoisingVectorEnv
 from diffusion_gym.models import load_model
-from diffusion_gym.rewards import make_reward
+from diffusion_gym.rewards import CallableReward, make_reward
 
 
 class Reader(html.parser.HTMLParser):
@@ -285,8 +285,83 @@ def test_what_a_run_does_not_say_is_asked_for(run, tmp_path, emoji):
     with pytest.raises(SystemExit, match="does not say its prompts: give --prompts"):
         main([str(tmp_path)])
     ContextFreeSchedule([0.5]).save(tmp_path)
-    with pytest.raises(ValueError, match="holds a ContextFreeSchedule: only a DenoisingPolicy"):
+    with pytest.raises(SystemExit, match="holds a ContextFreeSchedule: only a DenoisingPolicy"):
         main([str(tmp_path), "--reward", "brightness"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/run"], "no/such/run has no saved policy"),
+        (["--reward", "brigtness"], "unknown reward 'brigtness'"),
+        (["--held-out", "brigtness"], "unknown reward 'brigtness'"),
+        (["--prompts", "simple_animal"], "simple_animal"),
+        (["--unseen", "simple_animal"], "simple_animal"),
+        (["--device", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_line(run, arguments, message):
+    with pytest.raises(SystemExit, match=message) as ended:
+        main(arguments if arguments[0] == "no/such/run" else [str(run), *arguments])
+    assert "\n" not in str(ended.value.code)
+
+
+def north_is_best(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+class South(CallableReward):
+    def __init__(self):
+        super().__init__(north_is_best, "south")
+
+
+def test_a_reward_is_a_python_function_of_a_module(mixture, tmp_path, capsys):
+    prompts = listed(tmp_path / "some.txt", "north", "south")
+    save_run(tmp_path / "run", mixture, prompts=prompts, reward=north_is_best)
+    results = evaluated(tmp_path / "run", "--unseen", "--reward", f"{__name__}:north_is_best",
+                        "--held-out", f"{__name__}:South")  # fmt: skip
+    assert (results["reward"], results["held_out"]) == ("north_is_best", "south")
+    for text, message in ((f"{__name__}:nothing", "has no attribute 'nothing'"), ("no_module:f", "No module named")):
+        with pytest.raises(SystemExit):
+            evaluated(tmp_path / "run", "--reward", text)
+        assert re.search(f"{text!r} cannot be imported: .*{message}", capsys.readouterr().err)
+
+
+def summary(mean, low, high, *, trained_on=False, share=None):
+    gain = {"mean": mean, "low": low, "high": high}
+    carry_over = None if share is None else {"mean": share, "low": share - 0.1, "high": share + 0.1}
+    return {
+        "name": "some",
+        "trained_on": trained_on,
+        "reward": {"gain": gain},
+        "carry_over": carry_over,
+        "held_out": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "said"),
+    [
+        (-0.000251, -0.0004, -0.000102, "fell: −0.000251 (−0.000400 to −0.000102)"),
+        (0.3437, 0.31, 0.38, "rose: +0.344 (+0.310 to +0.380)"),
+        (21.37, -1.5, 44.2, "did not change for sure: +21.4 (−1.5 to +44.2)"),
+        (1234.5, 1100.0, 1400.0, "rose: +1234 (+1100 to +1400)"),
+        (0.0, 0.0, 0.0, "did not change for sure: +0.00 (+0.00 to +0.00)"),
+    ],
+)
+def test_findings_have_three_digits_whatever_the_unit(mean, low, high, said):
+    (sentence,) = findings([summary(mean, low, high, trained_on=True)], reward="r", unit="", held_out=None)
+    assert sentence == f"On some, which were trained on, r {said}."
+
+
+def test_findings_call_a_fall_a_fall():
+    sets = [summary(-0.2, -0.3, -0.1, trained_on=True), summary(-0.1, -0.2, -0.05, share=0.63)]
+    sentence = findings(sets, reward="r", unit=" kB", held_out=None)[1]
+    assert sentence.endswith(
+        "fell: −0.100 (−0.200 to −0.050) kB, 63% of the fall on the training prompts (53% to 73%)."
+    )
+    sets[0]["reward"]["gain"]["mean"] = 0.2
+    assert "63% of the gain on" in findings(sets, reward="r", unit=" kB", held_out=None)[1]
 
 
 def test_the_command_has_help_and_the_function_keeps_its_name(monkeypatch, capsys):
