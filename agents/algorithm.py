@@ -19,14 +19,14 @@ from stable_baselines3.common.logger import Logger
 from torch import Tensor
 from typing_extensions import Unpack
 
-from diffusion_gym.checks import checked_integer
+from diffusion_gym.checks import checked_integer, checked_number
 from diffusion_gym.transitions import Reduction
 
 from .averaging import WeightAverage
 from .diagnostics import Metrics
 from .distributed import Processes, gathered
 from .guard import GradientGuard
-from .options import Options, Settings, require_known, require_used
+from .options import Options, Settings, require_known
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
 from .rollouts import Keep, Rollout, check_fit, collect, require_torch_env
@@ -190,11 +190,12 @@ class Algorithm(SavedRun, ABC):
             )
         if num_envs % self.group_size:
             raise ValueError(f"group_size must divide num_envs ({num_envs}), got {self.group_size}{_SIZES}")
-        require_used(
-            "samples_per_epoch above the num_envs of all processes, for it hides rewards behind the next images",
-            self.samples_per_epoch > together,
-            async_rewards=(self.settings.async_rewards, False),
-        )
+        if self.settings.async_rewards and self.samples_per_epoch == together:
+            warnings.warn(
+                "async_rewards has no effect: it hides rewards behind the next images of a rollout, and all of these "
+                f"({together}) are drawn at once; give a larger samples_per_epoch, or fewer num_envs",
+                stacklevel=4,
+            )
 
     def _check_fit(self) -> None:
         """Raise TypeError or ValueError if the policy cannot act in the environment, or be trained there."""
@@ -476,7 +477,9 @@ class Algorithm(SavedRun, ABC):
     def _current_learning_rate(self) -> float:
         rate = self._learning_rate
         warm = min(1.0, (self.num_updates + 1) / max(1, self.settings.warmup_updates))
-        return warm * float(rate(self._progress_remaining) if callable(rate) else rate)
+        return warm * checked_number(
+            "learning_rate", float(rate(self._progress_remaining) if callable(rate) else rate), "[0, inf)"
+        )
 
     @final
     def backward(self, loss: Tensor) -> None:

@@ -115,7 +115,7 @@ class _DDPO(TrajectoryAlgorithm):
             loss = self._loss(log_prob, old_log_prob, advantages[k, b]).sum()
             shares = {"loss": loss.detach()} | self._metrics(log_prob.detach(), old_log_prob)
             if self.kl.is_in_the_loss:
-                kl = self.kl.divergence(distribution, observation).sum()
+                kl = self._divergence(rollout, k, b, distribution, observation).sum()
                 shares["kl"] = kl.detach()
                 loss = loss + self._kl_weight * kl
             self.backward(loss / len(steps))

@@ -5,15 +5,19 @@ https://arxiv.org/abs/2506.09477; Ziegler et al., 2019, "Fine-Tuning Language Mo
 https://arxiv.org/abs/1909.08593.
 """
 
+import dataclasses
 import math
+import weakref
 from typing import Any, Literal, final, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .options import require_number, require_used
 from .policies import DenoisingPolicy, Policy
 from .policies.base import Observation
+from .rollouts import Rollout
 
 KLPlace = Literal["exact", "loss", "reward"]
 
@@ -53,6 +57,48 @@ def adapted_coefficient(coefficient: float, kl: float, *, target_kl: float, hori
     """
     error = min(max(kl / target_kl - 1, -_MAX_ERROR), _MAX_ERROR)
     return coefficient * (1 + error / horizon)
+
+
+@final
+class RememberedReference:
+    """A frozen policy's distributions of a rollout's scored transitions: asked once, however often they are looked up.
+
+    What they are made of (a Gaussian's means, of the latents' size) is kept where the rollout is.
+
+    Args:
+        reference: The policy. If its distributions are no dataclasses, nothing is remembered.
+        rollout: The rollout.
+        micro_batch_size: Transitions that are asked for at once.
+    """
+
+    @torch.no_grad()
+    def __init__(self, reference: Policy, rollout: Rollout, micro_batch_size: int) -> None:
+        self.rollout = weakref.ref(rollout)
+        self._device, self._first = rollout.actions.device, rollout.first
+        self._back_on = rollout.returns.device
+        self._template: Any = None
+        self._tables: dict[str, Tensor] = {}
+        for k, b in rollout.micro_batches(*np.nonzero(rollout.scored), micro_batch_size):
+            distribution = reference.distribution(rollout.observation(k, b))
+            if not dataclasses.is_dataclass(distribution):
+                return
+            self._template = distribution
+            for name, value in vars(distribution).items():
+                if isinstance(value, Tensor):
+                    shape = (rollout.num_steps, rollout.actions.shape[1], *value.shape[1:])
+                    table = self._tables.setdefault(name, torch.zeros(shape, dtype=value.dtype, device=self._device))
+                    table[self._here(k, b)] = value.to(self._device)
+
+    def _here(self, k: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return k.to(self._device), (b - self._first).to(self._device)
+
+    def at(self, k: Tensor, b: Tensor) -> Any:
+        """Return the distributions of M transitions, given their indices (steps, lanes); None if there are none."""
+        if self._template is None:
+            return None
+        index = self._here(k, b)
+        rows = {name: table[index].to(self._back_on) for name, table in self._tables.items()}
+        return dataclasses.replace(self._template, **rows)
 
 
 @final
@@ -139,10 +185,33 @@ class KLPenalty:
         """Whether ∇KL_t is part of the gradient."""
         return self.reference is not None and self.place != "reward"
 
-    def divergence(self, distribution: Any, observation: Observation) -> Tensor:
-        """Return KL_t of the policy's distributions for these observations, [M], with gradients where they are on."""
+    def remembered(
+        self, policy: Policy, rollout: Rollout, *, passes: float, micro_batch_size: int
+    ) -> RememberedReference | None:
+        """Return the `RememberedReference` of a rollout; None where it is not worth it, or not one thing.
+
+        Args:
+            policy: What is trained.
+            rollout: The rollout.
+            passes: How often each of its transitions is looked up.
+            micro_batch_size: Transitions that are asked for at once.
+        """
+        # With train_cfg=False a DenoisingPolicy, and so its reference, scores otherwise where gradients are on.
+        is_one_thing = not isinstance(policy, DenoisingPolicy) or policy.train_cfg
+        if self.reference is None or passes <= 1 or not is_one_thing:
+            return None
+        return RememberedReference(self.reference, rollout, micro_batch_size)
+
+    def divergence(self, distribution: Any, observation: Observation, remembered: Any = None) -> Tensor:
+        """Return KL_t of the policy's distributions for these observations, [M], with gradients where they are on.
+
+        Args:
+            distribution: The policy's.
+            observation: What they are of.
+            remembered: The reference's for them, where they are known; None: ask it.
+        """
         assert self.reference is not None
-        return distribution.kl(self.reference.distribution(observation), "sum")
+        return distribution.kl(self.reference.distribution(observation) if remembered is None else remembered, "sum")
 
     def adapt(self, kl: float) -> None:
         """Move β toward `target_kl`, given the last rollout's mean Σ_t KL_t; one that is NaN leaves β as it is."""

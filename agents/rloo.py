@@ -219,7 +219,7 @@ class RLOO(TrajectoryAlgorithm):
             else:
                 loss = (coefficients[k, b] * log_prob).sum()
             if self.kl.is_in_the_loss:
-                kl = self.kl.divergence(distribution, observation).sum()
+                kl = self._divergence(rollout, k, b, distribution, observation).sum()
                 sums["kl"] += kl.detach()
                 loss = loss + self._kl_weight * kl
             self.backward(loss / num_terms)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -17,9 +18,10 @@ from diffusion_gym.transitions import Reduction
 
 from .algorithm import Algorithm
 from .diagnostics import Metrics, mean_of
-from .kl import KLPenalty, KLPlace, later_kl_advantages
+from .kl import KLPenalty, KLPlace, RememberedReference, later_kl_advantages
 from .options import Options, require_number
 from .policies import DenoisingPolicy, Policy
+from .policies.base import Observation
 from .rollouts import Rollout, check_fit
 from .seeding import derived_seed
 
@@ -145,6 +147,7 @@ class TrajectoryAlgorithm(Algorithm):
             self.processes.join(list(self.kl.reference.parameters()))
         dimensions = int(np.prod(env.single_action_space.shape))  # type: ignore[arg-type]
         self._per_log_prob = 1 / dimensions if log_prob_reduction == "mean" else 1.0
+        self._remembered: RememberedReference | None = None
         self.sde_window = sde_window
         self.sde_window_range = self._window_range(sde_window_range)
 
@@ -317,8 +320,23 @@ class TrajectoryAlgorithm(Algorithm):
         steps, lanes = np.nonzero(rollout.scored)
         for k, b in rollout.micro_batches(steps, lanes, self.micro_batch_size):
             observation = rollout.observation(k, b)
-            kl[k, b] = self.kl.divergence(self.policy.distribution(observation), observation)
+            kl[k, b] = self._divergence(rollout, k, b, self.policy.distribution(observation), observation)
         return self.processes.sum(kl)
+
+    def _divergence(
+        self, rollout: Rollout, k: Tensor, b: Tensor, distribution: Any, observation: Observation
+    ) -> Tensor:
+        """Return KL_t of transitions, [M]; the reference is asked for a rollout's once, if they are needed again."""
+        if self._remembered is None or self._remembered.rollout() is not rollout:
+            learnt = self.n_epochs * self.timestep_fraction if self.kl.is_in_the_loss else 0
+            passes, size = learnt + self.kl.is_measured_first, self.micro_batch_size
+            self._remembered = self.kl.remembered(self.policy, rollout, passes=passes, micro_batch_size=size)
+        known = None if self._remembered is None else self._remembered.at(k, b)
+        return self.kl.divergence(distribution, observation, known)
+
+    def _collect(self, callbacks: BaseCallback) -> Rollout | None:
+        self._remembered = None  # it is as large as a rollout
+        return super()._collect(callbacks)
 
     def _transitions(
         self, scored: np.ndarray, lanes: np.ndarray, rng: np.random.Generator

@@ -258,12 +258,16 @@ def test_a_keyword_changes_what_a_run_does(mixture, capsys, tmp_path, kind, name
         (RWR, {"best_share": 0.1, "inverse_temperature": 2.0}, "inverse_temperature=2.0 has no effect: it needs soft"),
         (RWR, {"best_share": 0.1, "normalise_rewards": False}, "normalise_rewards=False has no effect: it needs soft"),
         (DiffusionNFT, {"per_prompt_min_count": 2}, "per_prompt_min_count=2 has no effect: it needs per_prompt_buffer"),
-        (DDPOSF, {"samples_per_epoch": 8, "batch_size": 8, "async_rewards": True}, "async_rewards=True has no effect"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(mixture, capsys, kind, settings, message):
     with pytest.raises(ValueError, match=message):
         run(kind, mixture, capsys, **settings)
+
+
+def test_rewards_that_nothing_hides_are_warned_of(mixture, capsys):
+    with pytest.warns(UserWarning, match=r"async_rewards has no effect: .* \(8\) are drawn at once"):
+        run(DDPOSF, mixture, capsys, samples_per_epoch=8, batch_size=8, async_rewards=True)
 
 
 def test_adamws_numbers_are_refused_where_muon_takes_all_weights(mixture):
@@ -317,6 +321,12 @@ def test_every_float_is_checked(mixture, kind):
             given = {"kl_coefficient": 0.1} if "kl_coefficient" in names and name != "kl_coefficient" else {}
             with pytest.raises(ValueError, match=rf"{name} must be .*got {value}"):
                 kind(DenoisingPolicy(mixture, seed=0), env, **sizes, **given, **{name: value})
+
+
+def test_what_a_schedule_returns_is_checked(mixture, capsys):
+    for wrong in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match=f"learning_rate must be a finite number .*, got {wrong}"):
+            run(RWR, mixture, capsys, learning_rate=lambda remaining, wrong=wrong: wrong if remaining < 1 else 0.1)
 
 
 @pytest.mark.parametrize("kind", KEYWORDS)

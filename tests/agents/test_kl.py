@@ -176,6 +176,58 @@ def test_a_loaded_run_has_the_first_reference_and_the_adapted_coefficient(mixtur
 
 
 # ---------------------------------------------------------------------- gradients and control
+@pytest.mark.parametrize("kind", ["full", "times"])
+@pytest.mark.parametrize(
+    ("place", "n_epochs", "passes"),
+    [("exact", 1, 1), ("exact", 3, 1), ("loss", 1, 1), ("loss", 3, 1), ("reward", 3, 1)],
+)
+@pytest.mark.parametrize("algorithm", [RLOO, DDPOIS])
+def test_the_reference_is_asked_once_for_each_transition(
+    mixture, monkeypatch, algorithm, kind, place, n_epochs, passes
+):
+    arguments = {"kl_place": place, "n_epochs": n_epochs, "batch_size": 4, "micro_batch_size": 5}
+    learner = learner_on(mixture, kind, algorithm, **arguments)
+    asked, scored = [], []
+    distribution, train = type(learner.policy).distribution, learner.train
+
+    def count(policy, observation):
+        if policy is learner.kl.reference:
+            asked.append(len(observation["timestep"]))
+        return distribution(policy, observation)
+
+    monkeypatch.setattr(type(learner.policy), "distribution", count)
+    monkeypatch.setattr(learner, "train", lambda rollout: scored.append(rollout.scored.sum()) or train(rollout))
+    learner.learn(1, log_interval=0)
+    assert sum(asked) == passes * scored[0]
+
+
+@pytest.mark.parametrize("kind", ["full", "times"])
+@pytest.mark.parametrize("place", ["exact", "loss"])
+def test_what_is_remembered_of_the_reference_is_what_it_says(mixture, monkeypatch, place, kind):
+    """Weights after two rollouts of two passes, with the memory and without it."""
+    after = []
+    for forget in (False, True):
+        learner = learner_on(mixture, kind, kl_place=place, n_epochs=2, batch_size=4, kl_coefficient=5.0)
+        if forget:
+            monkeypatch.setattr(learner.kl, "remembered", lambda *_, **__: None)
+        learner.learn(1, log_interval=0)
+        learner.learn(1, log_interval=0, reset_num_timesteps=False)
+        after.append(torch.cat([parameter.flatten() for parameter in weights(learner)]))
+    torch.testing.assert_close(*after, rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_that_is_trained_without_guidance_has_two_references(mixture):
+    """With train_cfg=False the divergence in the loss is between unguided predictions, the one measured guided."""
+    learner = RLOO(
+        DenoisingPolicy(mixture, train_cfg=False, guidance_scale=2.0, seed=0),
+        latents_env(mixture),
+        kl_coefficient=0.1,
+        kl_place="exact",
+    )
+    rollout = collect(learner.env, learner.policy, seeds=[1])
+    assert learner.kl.remembered(learner.policy, rollout, passes=2, micro_batch_size=8) is None
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("place", ["exact", "loss", "reward"])
 @pytest.mark.parametrize("algorithm", [DDPOSF, DDPOIS])

@@ -339,6 +339,19 @@ def test_defaults_follow_the_action(time_env, latent_env):
     assert make(time_env, latent_env, "latents", ratio="trajectory").log_prob_reduction == "sum"
 
 
+def test_the_published_settings_are_accepted(latent_env):
+    """As RLOO's docstring and the README give them."""
+    env = latent_env()
+    steps = {"ratio": "step", "clip_range": 1e-4, "group_size": 2}
+    grpo = {"baseline": "group_mean", "advantage_clip": 5, "same_noise": False, "kl_coefficient": 0.04 / 3}
+    for how in (
+        grpo | {"advantage_scale": "global"},
+        grpo | {"advantage_scale": "group", "sde_window": 2, "sde_window_range": (0, 2)},
+        {"n_epochs": 5, "kl_coefficient": 1e-4},
+    ):
+        assert RLOO(DenoisingPolicy(env.unwrapped.model, seed=0), env, **steps, **how).ratio == "step"
+
+
 # ---------------------------------------------------------------------- runs
 @pytest.mark.parametrize("kind", ["times", "latents"])
 def test_a_loaded_run_goes_on_exactly_where_it_was(time_env, latent_env, tmp_path, kind):

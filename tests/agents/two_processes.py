@@ -55,7 +55,7 @@ CASES = {
     ),
     "rwr": (RWR, {"n_epochs": 2, "batch_size": 8}),
     "rwr-sparse": (RWR, {"n_epochs": 2, "batch_size": 8, "best_share": 0.3, "per_prompt": True, "group_size": 2}),
-    "nft": (DiffusionNFT, {"batch_size": 8, "per_prompt_min_count": 2, "noise_draws": 2, "common_noise": True}),
+    "nft": (DiffusionNFT, {"batch_size": 8, "noise_draws": 2, "common_noise": True}),
     # fp16 scales the losses, and has to where there are none.
     "ddpo-fp16": (DDPOSF, {"samples_per_epoch": 8, "batch_size": 1, "timestep_fraction": 0.5}),
     # One episode an update: all processes but one have nothing to do in it. Episodes differ in length.
