@@ -155,6 +155,7 @@ class Algorithm(SavedRun, ABC):
         self._progress_remaining = 1.0
         self._learning_rate = self.settings.learning_rate
         self._has_own_logger = False
+        self.logger = Logger(None, [])
         self.log_identity = new_identity()
         sizes = {"samples_per_epoch": self.samples_per_epoch, "batch_size": self.batch_size}
         self._hyperparameters = {**own, **self.settings.hyperparameters(), **sizes}
@@ -332,21 +333,20 @@ class Algorithm(SavedRun, ABC):
         """Make the logger of a `learn`, unless the user has given one, or that of the last one goes on."""
         if self._has_own_logger:
             return
-        folder, formats, previous = None, ["stdout"] if self.settings.verbose else [], getattr(self, "logger", None)
-        if anew and previous is not None:
+        folder = None
+        if anew:
             self.log_identity = new_identity()
-        if not self.processes.is_main:
-            formats = []
-        elif self.settings.tensorboard_log is not None:
+        if self.settings.tensorboard_log is not None and self.processes.is_main:
             name = given or type(self).__name__
             folder = own_folder(self.settings.tensorboard_log, self.log_identity, name=name, given=given is not None)
-            formats.append("tensorboard")
-            if previous is not None and previous.dir == str(folder):
+            if self.logger.dir == str(folder):
                 return
-        if previous is not None:
-            previous.close()
-        by_queries = self.settings.log_x_axis == "reward_queries"
-        self.logger = RunLogger(folder, formats, x=(lambda: self.reward_queries) if by_queries else None)
+        self.logger.close()
+        self.logger = RunLogger(
+            folder,
+            printed=bool(self.settings.verbose) and self.processes.is_main,
+            x=(lambda: self.reward_queries) if self.settings.log_x_axis == "reward_queries" else None,
+        )
 
     def _iterate(self, callbacks: BaseCallback, total_timesteps: int, stopwatch: Stopwatch, log_interval: int) -> bool:
         """Collect a rollout and learn from it; return whether no callback has ended the training."""

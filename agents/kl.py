@@ -78,7 +78,8 @@ class RememberedReference:
         self._back_on = rollout.returns.device
         self._template: Any = None
         self._tables: dict[str, Tensor] = {}
-        for k, b in rollout.micro_batches(*np.nonzero(rollout.scored), micro_batch_size):
+        steps, lanes = np.nonzero(rollout.scored)
+        for k, b in rollout.micro_batches(steps, lanes, micro_batch_size):
             distribution = reference.distribution(rollout.observation(k, b))
             if not dataclasses.is_dataclass(distribution):
                 return

@@ -2,11 +2,12 @@
 
 import re
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import final
 
-from stable_baselines3.common.logger import Logger, make_output_format
+from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import get_latest_run_id
 
 _IDENTITY_FILE = "run_identity"
@@ -22,15 +23,19 @@ class RunLogger(Logger):
     """SB3's logger, with an x-axis of one's own: callbacks that dump it name the number of environment steps.
 
     Args:
-        folder: Where its files are; None: there are none.
-        formats: SB3's names of outputs.
+        folder: Where TensorBoard's files are; None: there are none.
+        printed: Print a table.
         x: Where the run is on the x-axis; None: at the step that is dumped.
     """
 
-    def __init__(self, folder: Path | None, formats: list[str], *, x: Callable[[], int] | None = None) -> None:
-        where = None if folder is None else str(folder)
-        super().__init__(where, [make_output_format(name, where or "") for name in formats])
+    def __init__(self, folder: Path | None, *, printed: bool, x: Callable[[], int] | None = None) -> None:
+        outputs: list[KVWriter] = [HumanOutputFormat(sys.stdout)] if printed else []
+        if folder is not None:
+            outputs.append(TensorBoardOutputFormat(str(folder)))
+        super().__init__(None if folder is None else str(folder), outputs)
         self._x = x
+        if folder is not None:
+            self.log(f"Logging to {folder}")
 
     def dump(self, step: int = 0) -> None:
         """Write what was recorded."""

@@ -53,6 +53,14 @@ def test_a_resumed_run_goes_on_in_its_own_folder(make, tmp_path):
     )
 
 
+def test_a_table_is_printed_with_and_without_a_folder(make, capsys):
+    for options in ({}, {"tensorboard_log": None}):
+        make(verbose=1, **options).learn(8)
+        assert "ep_rew_mean" in capsys.readouterr().out
+        make(**options).learn(8)
+        assert capsys.readouterr().out == ""
+
+
 def test_one_writer_writes_a_run_that_goes_on(make, tmp_path):
     learner = make().learn(8)
     logger = learner.logger
