@@ -39,6 +39,11 @@ class Constants:
         """Return the rows of some episodes, [M, …]."""
         return self.values[self.rows[episodes]]
 
+    @classmethod
+    def of(cls, values: "Constants | Tensor") -> "Constants":
+        """Return plain rows, [B, …], as such ones."""
+        return values if isinstance(values, Constants) else cls(values, torch.arange(len(values), device=values.device))
+
     def part(self, episodes: slice) -> "Constants":
         """Return those of some of the episodes."""
         return Constants(self.values, self.rows[episodes])

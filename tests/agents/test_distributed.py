@@ -149,7 +149,7 @@ def test_the_main_process_alone_writes_files(alone, together):
 
 # ---------------------------------------------------------------------- without a second process
 def test_updates_have_as_many_episodes_of_each_batch_of_lanes():
-    learner = work.make("ddpo-sf")
+    learner = work.make("ddpo-is")
     rng = np.random.default_rng(0)
     order = learner._shuffled(np.arange(16), rng)
     assert sorted(order) == list(range(16))
@@ -178,7 +178,8 @@ def test_shares_of_a_replay_are_the_whole():
 
 def test_processes_that_accelerate_does_not_see_are_named(monkeypatch):
     PartialState(cpu=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}.items():
+        monkeypatch.setenv(name, value)
     try:
         with pytest.raises(RuntimeError, match="WORLD_SIZE is 2, but accelerate sees 1 process"):
             Processes()
