@@ -280,7 +280,7 @@ def test_kl_to_the_reference_is_in_closed_form(time_env, latent_env, monkeypatch
 @pytest.mark.parametrize("same_noise", [True, False])
 def test_groups_share_their_prompt_and_their_noise_if_asked(time_env, latent_env, same_noise):
     learner = make(time_env, latent_env, "times", same_noise=same_noise, samples_per_epoch=8)
-    starts = [learner._starts().reset(learner.iteration, batch) for batch in range(2)]
+    starts = [learner._starts().reset(learner.iteration, batch) for batch in (range(4), range(4, 8))]
     for seed, options in starts:
         observation, info = learner.env.reset(seed=seed, options=options)
         prompts, noise = info["prompt_id"].reshape(2, 2), observation["latents"].reshape(2, 2, -1)
@@ -295,7 +295,7 @@ def test_starts_can_be_drawn_from_a_few(time_env, latent_env):
     learner = make(time_env, latent_env, "times", num_starts=3)
     seeds = set()
     for learner.iteration in range(30):
-        seeds.update(learner._starts().reset(learner.iteration, 0)[0])
+        seeds.update(learner._starts().reset(learner.iteration, range(4))[0])
     assert len(seeds) == 3
 
 
@@ -308,11 +308,11 @@ def test_own_resets_are_refused(tiny, time_env):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"group_size": 3}, r"group_size must be at least 1 and divide num_envs \(4\), got 3"),
+        ({"group_size": 3}, r"group_size must divide num_envs \(4\), got 3"),
         ({"group_size": 1}, "group_size must be at least 2"),
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(4\), got 3"),
         ({"ratio": "token"}, "ratio must be one of .*got 'token'"),
-        ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
+        ({"n_epochs": 0}, "n_epochs must be an integer of at least 1, got 0"),
         ({"micro_batch_size": 0}, "micro_batch_size must be an integer of at least 1, got 0"),
         ({"clip_range": 0.0}, "clip_range must be .*, got 0.0"),
         ({"timestep_fraction": 0.5}, 'timestep_fraction and step_weights go with ratio="step"'),

@@ -21,7 +21,7 @@ def make(mixture, tmp_path):
         env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=2, model=mixture, reward="brightness")
         policy = DenoisingPolicy(mixture, seed=0)
         sizes = {"samples_per_epoch": 4, "batch_size": 4, "seed": 0}
-        return DDPOIS(policy, env, tensorboard_log=str(tmp_path / "logs"), **{**sizes, **options})
+        return DDPOIS(policy, env, **{"tensorboard_log": str(tmp_path / "logs"), **sizes, **options})
 
     return make
 

@@ -139,14 +139,14 @@ def test_times_have_no_sensitivity(mixture):
 def test_groups_share_the_prompt_and_nothing_else(emoji):
     env = gym.make_vec("DenoisingMDP-v0", num_envs=8, num_steps=2, model=emoji)
     learner = DDPOSF(DenoisingPolicy(emoji, use_lora=True), env, samples_per_epoch=16, group_size=4, seed=0)
-    seeds, options = zip(*(learner._starts().reset(0, batch) for batch in range(2)), strict=True)
+    seeds, options = zip(*(learner._starts().reset(0, batch) for batch in (range(8), range(8, 16))), strict=True)
     rollout = collect(env, learner.policy, seeds=seeds, options=options)
     groups = rollout.prompt_id.reshape(4, 4)
     assert (groups == groups[:, :1]).all()
     assert len(set(groups[:, 0])) > 1
     starts = rollout.changing["latents"][0].flatten(1)
     assert len(torch.unique(starts, dim=0)) == 16
-    assert not np.array_equal(learner._starts().reset(1, 0)[1]["prompt_id"], rollout.prompt_id[:8])
+    assert not np.array_equal(learner._starts().reset(1, range(8))[1]["prompt_id"], rollout.prompt_id[:8])
 
 
 @pytest.mark.parametrize("group_size", [0, 3])
