@@ -1,5 +1,6 @@
 """Policy-gradient algorithms that train a diffusion model inside `diffusion_gym`'s environments."""
 
+from .algorithm import Algorithm
 from .checkpoints import Checkpoints
 from .ddpo import DDPOIS, DDPOSF
 from .distributed import Processes
@@ -16,6 +17,7 @@ __all__ = [
     "DDPOSF",
     "RLOO",
     "RWR",
+    "Algorithm",
     "Checkpoints",
     "ContextFreeSchedule",
     "DenoisingPolicy",

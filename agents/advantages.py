@@ -60,7 +60,8 @@ def group_advantages(
         does not matter, and a group of equal rewards has advantages of 0.
 
     Args:
-        rewards: [P, K] of K ≥ 2 samples of each of P prompts.
+        rewards: [P, K] of K ≥ 2 samples of each of P prompts. One that is NaN is compared with nothing: its advantage
+            is 0, and the others' are those of a smaller group.
         baseline: What a sample is compared with.
         scale: What the difference is divided by.
 
@@ -69,19 +70,21 @@ def group_advantages(
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"group_advantages needs rewards [P, K] with K of at least 2, got {list(rewards.shape)}")
-    size = rewards.shape[1]
+    there = ~rewards.isnan()
+    size, total = there.sum(1, keepdim=True).clamp(min=1), there.sum()
+    rewards = torch.where(there, rewards, rewards.nanmean(1, keepdim=True).nan_to_num())  # of deviation 0
     away = deviations(rewards)
     advantages = away
     if baseline == "leave_one_out":
-        advantages = advantages * (size / (size - 1))
+        advantages = advantages * (size / (size - 1).clamp(min=1))
     if scale == "none":
         return advantages
-    overall = advantages.std(correction=0)
+    overall = (advantages.square().sum() / total).sqrt()
     if scale == "rollout":
         return advantages / (overall + 1e-8)
     if scale == "global":
-        return advantages / (rewards.std(correction=0) + 1e-8)
-    return advantages / (away.std(1, correction=0, keepdim=True) + 1e-4 * overall + 1e-12)
+        return advantages / (rewards[there].std(correction=0) + 1e-8)
+    return advantages / ((away.square().sum(1, keepdim=True) / size).sqrt() + 1e-4 * overall + 1e-12)
 
 
 def grouped_by_prompt(rewards: Tensor, prompts: np.ndarray) -> Tensor:

@@ -9,18 +9,17 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 from typing_extensions import Unpack
 
-from diffusion_gym.checks import checked_number
+from diffusion_gym.checks import checked_integer, checked_number
 from diffusion_gym.transitions import Reduction
 
 from .averaging import WeightAverage
@@ -30,7 +29,8 @@ from .guard import GradientGuard
 from .options import Options, Settings, require_known
 from .policies import Policy
 from .reports import Stopwatch, record_hyperparameters, report
-from .rollouts import Rollout, check_fit, collect, require_torch_env
+from .rollouts import Keep, Rollout, check_fit, collect, require_torch_env
+from .run_log import RunLogger, new_identity, own_folder
 from .saving import SavedRun
 from .seeding import derived_generator, derived_seed
 from .starts import Starts
@@ -39,8 +39,10 @@ MaybeCallback = BaseCallback | Sequence[BaseCallback] | Callable[[dict[str, Any]
 Self = TypeVar("Self", bound="Algorithm")
 
 _POLICY_STREAM, _UPDATE_STREAM = 1, 2
-_LOGGED_IMAGES = 16
-_SIZES = "; what you did not give is a default: give samples_per_epoch, batch_size and group_size that fit num_envs"
+_SIZES = (
+    "; what you did not give is a default, or the saved run's: give samples_per_epoch, batch_size and group_size that "
+    "fit num_envs, to load too"
+)
 
 
 class _ProgressBar(ProgressBarCallback):
@@ -62,6 +64,12 @@ class Algorithm(SavedRun, ABC):
     Every random number of a run is a function of `seed` and the iteration, so a loaded run goes on exactly where it
     was saved.
 
+    A subclass gives `train`, which calls `backward(loss)` and `optimizer_step()` in the place of torch's: so gradients
+    are scaled, checked, clipped and summed over processes, and updates are counted and averaged.
+
+    In an environment with on_invalid_reward="nan", episodes whose reward is NaN or infinite are left out of advantages,
+    losses and statistics, and counted as `rollout/invalid_rewards`; else such a reward raises.
+
     Launched by accelerate, many processes train one policy, each with an environment of its own (see
     `agents.distributed`). Callbacks run in all of them; when one ends the training, all stop after the rollout. Logs
     and saved folders are written by the main process.
@@ -76,10 +84,13 @@ class Algorithm(SavedRun, ABC):
 
     Attributes:
         settings: What it was told.
+        policy: What is trained.
+        optimizer: Its optimizer; `optimizer_step` steps it.
+        micro_batch_size: Transitions that a forward and backward pass is to hold.
         num_timesteps: Environment steps so far, over all lanes.
         iteration: Rollouts learnt from so far.
-        reward_queries: Images rewarded so far, of the training.
-        evaluation_queries: Images that callbacks had rewarded, to judge the policy.
+        reward_queries: Images of the training rewarded so far.
+        evaluation_queries: Images that callbacks had rewarded besides, to judge the policy; they add what they ask for.
         num_updates: Optimizer steps so far.
         callback_states: What callbacks keep in checkpoints, each under a name of its own, as JSON can hold it.
         guard: Counts the updates that were left out (`guard.num_skipped`, `guard.num_overflows`).
@@ -92,6 +103,12 @@ class Algorithm(SavedRun, ABC):
     """
 
     logger: Logger
+    samples_per_epoch: int
+    batch_size: int
+    micro_batch_size: int
+    group_size: int
+    keep: Keep = "steps"
+    """What of a rollout `train` looks at: see `collect`."""
 
     def __init__(
         self,
@@ -118,10 +135,18 @@ class Algorithm(SavedRun, ABC):
         self.storage.check(env)
         self.log_prob_reduction: Reduction = log_prob_reduction
         seed = self.settings.seed
-        self.seed = self.processes.from_main(derived_seed(time.time_ns()) if seed is None else seed)
-        self.num_timesteps = self.iteration = self.reward_queries = self.num_updates = self.evaluation_queries = 0
+        seed = derived_seed(time.time_ns()) if seed is None else checked_integer("seed", seed, at_least=0)
+        self.seed = self.processes.from_main(seed)
+        self.num_timesteps = self.iteration = self.reward_queries = self.evaluation_queries = self.num_updates = 0
         self.callback_states: dict[str, Any] = {}
         self._mark_boundary()
+        weights = env.unwrapped.prompts.weights or ()  # type: ignore[attr-defined]
+        if self.settings.prompt_sampling == "round_robin" and len(set(weights)) > 1:
+            warnings.warn(
+                'prompt_sampling="round_robin" takes every prompt as often as any other: the weights that prompts have '
+                'are not looked at; "random" does so',
+                stacklevel=2,
+            )
         if self.processes.count > 1 and self._reward_at_boundary:
             raise ValueError(
                 f"each process would have its own statistics of the reward {env.unwrapped.reward.name!r}: "  # type: ignore[attr-defined]
@@ -130,6 +155,8 @@ class Algorithm(SavedRun, ABC):
         self._progress_remaining = 1.0
         self._learning_rate = self.settings.learning_rate
         self._has_own_logger = False
+        self.logger = Logger(None, [])
+        self.log_identity = new_identity()
         sizes = {"samples_per_epoch": self.samples_per_epoch, "batch_size": self.batch_size}
         self._hyperparameters = {**own, **self.settings.hyperparameters(), **sizes}
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -137,40 +164,39 @@ class Algorithm(SavedRun, ABC):
             raise ValueError(f"{type(policy).__name__} has nothing to train")
         self.processes.join(trained)
         self.optimizer = self.settings.make_optimizer(trained, self._current_learning_rate())
+        self._steps_taken = 0
+        self.optimizer.register_step_post_hook(self._count_step)
         on_nonfinite, ema_decay = self.settings.on_nonfinite, self.settings.ema_decay
         self.guard = GradientGuard(policy.device, on_nonfinite=on_nonfinite, scale_losses=policy.needs_loss_scaling)
         self.average = None if ema_decay is None else WeightAverage(trained, ema_decay)
 
     def _set_sizes(self) -> None:
-        given, num_envs = self.settings, self.env.num_envs
+        num_envs = self.env.num_envs
         together = num_envs * self.processes.count
-        self.samples_per_epoch = together if given.samples_per_epoch is None else given.samples_per_epoch
-        self.batch_size = self.samples_per_epoch if given.batch_size is None else given.batch_size
-        self.micro_batch_size = num_envs if given.micro_batch_size is None else given.micro_batch_size
-        self.group_size = given.group_size
-        if self.samples_per_epoch < 1 or self.samples_per_epoch % together:
+        sizes = {"samples_per_epoch": together, "batch_size": None, "micro_batch_size": num_envs, "group_size": 1}
+        for name, default in sizes.items():
+            given = getattr(self.settings, name)
+            size = default or self.samples_per_epoch if given is None else given
+            setattr(self, name, checked_integer(name, size, at_least=1))
+        self.n_epochs = checked_integer("n_epochs", self.n_epochs, at_least=1)
+        if self.samples_per_epoch % together:
             times = f" × {self.processes.count} processes" if self.processes.count > 1 else ""
             raise ValueError(
                 f"samples_per_epoch must be a multiple of the environment's num_envs ({num_envs}){times}, "
                 f"got {self.samples_per_epoch}{_SIZES}"
             )
-        if self.batch_size < 1 or self.samples_per_epoch % self.batch_size:
+        if self.samples_per_epoch % self.batch_size:
             raise ValueError(
                 f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}{_SIZES}"
             )
-        if self.group_size < 1 or num_envs % self.group_size:
-            raise ValueError(
-                f"group_size must be at least 1 and divide num_envs ({num_envs}), got {self.group_size}{_SIZES}"
-            )
-        if given.async_rewards and self.samples_per_epoch == together:
+        if num_envs % self.group_size:
+            raise ValueError(f"group_size must divide num_envs ({num_envs}), got {self.group_size}{_SIZES}")
+        if self.settings.async_rewards and self.samples_per_epoch == together:
             warnings.warn(
                 "async_rewards has no effect: it hides rewards behind the next images of a rollout, and all of these "
                 f"({together}) are drawn at once; give a larger samples_per_epoch, or fewer num_envs",
                 stacklevel=4,
             )
-        for name in ("micro_batch_size", "n_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def _check_fit(self) -> None:
         """Raise TypeError or ValueError if the policy cannot act in the environment, or be trained there."""
@@ -218,6 +244,9 @@ class Algorithm(SavedRun, ABC):
         A run goes on to the total that it was planned for, with a schedule's learning rates too, by
         `learn(total - run.num_timesteps, reset_num_timesteps=False)`; see `Checkpoints`.
 
+        An iteration, a rollout with its updates, that an error, Ctrl-C or a callback ends has not been: what it counted
+        and learnt of rewards is forgotten, and half a gradient too. Only the updates that it has made stay made.
+
         Args:
             total_timesteps: Steps of all episodes together; the last rollout is finished.
             callback: SB3 callbacks, or a function of (locals, globals). From `on_rollout_end` on, `locals["returns"]`
@@ -225,20 +254,22 @@ class Algorithm(SavedRun, ABC):
                 `StopTrainingOnMaxEpisodes`, do not apply: a rollout is of whole episodes.
             log_interval: Rollouts between two entries in the log; 0: none.
             tb_log_name: The run's name in TensorBoard; None: the algorithm's.
-            reset_num_timesteps: Count from 0, and let callbacks begin anew; False goes on with the counts (after
-                `load`), and `total_timesteps` are taken on top.
+            reset_num_timesteps: Count from 0, let callbacks begin anew, and log into a new folder; False goes on with
+                the counts (after `load`) and in the run's own folder, and `total_timesteps` are taken on top.
             progress_bar: Show one.
+
+        Raises:
+            ValueError: a number is none.
         """
+        total_timesteps = checked_integer("total_timesteps", total_timesteps)
+        log_interval = checked_integer("log_interval", log_interval or 0, at_least=0)
         if reset_num_timesteps:
             self.num_timesteps = 0
             self.callback_states = {}
             self._mark_boundary()
         else:
             total_timesteps += self.num_timesteps
-        if not self._has_own_logger:
-            name = tb_log_name or type(self).__name__
-            shown = (self.settings.verbose, self.settings.tensorboard_log) if self.processes.is_main else (0, None)
-            self.logger = configure_logger(*shown, name, reset_num_timesteps)
+        self._start_log(tb_log_name, anew=reset_num_timesteps)
         callbacks = self._callbacks(callback, progress_bar and self.processes.is_main)
         callbacks.init_callback(self)  # type: ignore[arg-type]
         callbacks.on_training_start(locals(), globals())
@@ -246,17 +277,8 @@ class Algorithm(SavedRun, ABC):
             record_hyperparameters(self.logger, self._described(), policy=self.policy, env=self.env.unwrapped)  # type: ignore[arg-type]
         stopwatch = Stopwatch(self.env.unwrapped, self.num_timesteps)  # type: ignore[arg-type]
         while self.num_timesteps < total_timesteps:
-            self._progress_remaining = 1 - self.num_timesteps / total_timesteps
-            stopwatch.start_rollout()
-            rollout = self._collect(callbacks)
-            if rollout is None:
+            if not self._iterate(callbacks, total_timesteps, stopwatch, log_interval):
                 break
-            stopwatch.start_update()
-            metrics = {**self.train(rollout), **self.guard.counts()}
-            self.iteration += 1
-            self._mark_boundary()
-            if log_interval and self.iteration % log_interval == 0 and self.processes.is_main:
-                self._report(rollout, metrics, stopwatch)
         callbacks.on_training_end()
         return self
 
@@ -307,6 +329,76 @@ class Algorithm(SavedRun, ABC):
             callback = ConvertCallback(callback)
         return CallbackList([callback, _ProgressBar()]) if progress_bar else callback
 
+    def _start_log(self, given: str | None, *, anew: bool) -> None:
+        """Make the logger of a `learn`, unless the user has given one, or that of the last one goes on."""
+        if self._has_own_logger:
+            return
+        folder = None
+        if anew:
+            self.log_identity = new_identity()
+        if self.settings.tensorboard_log is not None and self.processes.is_main:
+            name = given or type(self).__name__
+            folder = own_folder(self.settings.tensorboard_log, self.log_identity, name=name, given=given is not None)
+            if self.logger.dir == str(folder):
+                return
+        self.logger.close()
+        self.logger = RunLogger(
+            folder,
+            printed=bool(self.settings.verbose) and self.processes.is_main,
+            x=(lambda: self.reward_queries) if self.settings.log_x_axis == "reward_queries" else None,
+        )
+
+    def _iterate(self, callbacks: BaseCallback, total_timesteps: int, stopwatch: Stopwatch, log_interval: int) -> bool:
+        """Collect a rollout and learn from it; return whether no callback has ended the training."""
+        learnt = False
+        extra = self._extra_state()
+        self.guard.clear(self.optimizer)
+        stopwatch.start_rollout()
+        try:
+            rollout = self._collect(callbacks)
+            if rollout is not None:
+                self._progress_remaining = max(0.0, 1 - self.num_timesteps / total_timesteps)
+                stopwatch.start_update()
+                metrics = {**self._train(rollout), **self.guard.counts()}
+                learnt = True
+        finally:
+            if not learnt:
+                self._take_back(extra)
+        if rollout is None:
+            return False
+        self.iteration += 1
+        self._mark_boundary()
+        if log_interval and self.iteration % log_interval == 0 and self.processes.is_main:
+            self._report(rollout, metrics, stopwatch)
+        return True
+
+    def _take_back(self, extra: dict[str, Any]) -> None:
+        """Forget what an iteration that is not finished counted, remembered of rewards, and left of a gradient."""
+        self.guard.clear(self.optimizer)
+        self.num_timesteps, self.reward_queries = (
+            self._at_boundary["num_timesteps"],
+            self._at_boundary["reward_queries"],
+        )
+        self.env.unwrapped.reward.load_state_dict(self._reward_at_boundary)  # type: ignore[attr-defined]
+        self._load_extra_state(extra)
+
+    def _train(self, rollout: Rollout) -> Metrics:
+        """Call `train`, and warn where it goes around `optimizer_step`."""
+        steps, updates = self._steps_taken, self.num_updates
+        metrics = self.train(rollout)
+        around = self._steps_taken - steps - (self.num_updates - updates)
+        if around > 0:
+            warnings.warn(
+                f"{type(self).__name__}.train stepped the optimizer itself ({around} times): such updates are neither "
+                "checked for NaN nor clipped, counted, averaged or shared with other processes. Call "
+                "self.backward(loss) and self.optimizer_step() in the place of loss.backward() and optimizer.step()",
+                stacklevel=2,
+            )
+        return metrics
+
+    def _count_step(self, *_: object) -> None:
+        self._steps_taken += 1
+
     def _collect(self, callbacks: BaseCallback) -> Rollout | None:
         """Return the next rollout, or None when a callback ends the training."""
         before, taken = self.num_timesteps, 0
@@ -330,9 +422,10 @@ class Algorithm(SavedRun, ABC):
             generators=[[self._policy_generator(episode) for episode in batch] for batch in batches],
             reduction=self.log_prob_reduction,
             after_step=after_step,
-            max_images=_LOGGED_IMAGES,
+            max_images=self.settings.log_images,
             storage=self.storage,
             async_rewards=self.settings.async_rewards,
+            keep=self.keep,
         )
         stopped, taken = self.processes.totals(rollout is None, taken)
         self.num_timesteps = before + taken
@@ -340,6 +433,8 @@ class Algorithm(SavedRun, ABC):
             return None
         assert rollout is not None
         rollout = gathered(rollout, self.processes)
+        if not rollout.valid.any():
+            raise ValueError(f"none of the {rollout.num_episodes} rewards of the rollout is a finite number")
         self.reward_queries += rollout.num_episodes
         callbacks.update_locals({"returns": rollout.returns})
         callbacks.on_rollout_end()
@@ -386,11 +481,13 @@ class Algorithm(SavedRun, ABC):
             "learning_rate", float(rate(self._progress_remaining) if callable(rate) else rate), "[0, inf)"
         )
 
-    def _backward(self, loss: Tensor) -> None:
+    @final
+    def backward(self, loss: Tensor) -> None:
         """Accumulate a loss's gradient: every backward pass of every algorithm."""
         self.guard.backward(loss)
 
-    def _optimizer_step(self) -> Tensor:
+    @final
+    def optimizer_step(self) -> Tensor:
         """Apply the gradient that all processes accumulated if it is finite; return its norm before clipping.
 
         Raises:

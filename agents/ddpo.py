@@ -118,7 +118,7 @@ class _DDPO(TrajectoryAlgorithm):
                 kl = self._divergence(rollout, k, b, distribution, observation).sum()
                 shares["kl"] = kl.detach()
                 loss = loss + self._kl_weight * kl
-            self._backward(loss / len(steps))
+            self.backward(loss / len(steps))
             log_ratios.append(log_prob.detach() - old_log_prob)
             for name, share in shares.items():
                 totals[name] += share

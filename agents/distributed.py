@@ -6,7 +6,9 @@ the same shuffles; what is large (latents, embeddings) stays where it was drawn,
 it. Gradients are summed before they are clipped.
 """
 
+import logging
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import final
@@ -22,6 +24,32 @@ from torch import Tensor, nn
 from .rollouts import Rollout
 
 _BUCKET = 2**24
+_BESIDE_WORLD_SIZE = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = 20.0  # seconds until it is said that somebody is missing
+
+
+def _launched() -> int:
+    """Return how many processes a launcher started with this one, by its environment variables."""
+    size = os.environ.get("WORLD_SIZE") or "1"
+    missing = [name for name in _BESIDE_WORLD_SIZE if not os.environ.get(name)]
+    if not size.isdigit() or (size != "1" and missing):
+        problem = f"{', '.join(missing)} are not set" if missing else "that is no number"
+        raise RuntimeError(
+            f"WORLD_SIZE={size} says that this process was launched with others, but {problem}: unset WORLD_SIZE to "
+            "train alone, or launch with `accelerate launch --multi_gpu` or `torchrun`"
+        )
+    return int(size)
+
+
+def _say_who_is_missing(launched: int) -> None:
+    where = ":".join(os.environ[name] for name in _BESIDE_WORLD_SIZE[1:])
+    logging.getLogger(__name__).warning(
+        "still waiting at %s for all of the %d processes that WORLD_SIZE tells of; if none were launched with this "
+        "one, unset WORLD_SIZE, %s",
+        where,
+        launched,
+        ", ".join(_BESIDE_WORLD_SIZE),
+    )
 
 
 @final
@@ -37,20 +65,27 @@ class Processes:
         device: Where accelerate wants this one to compute; None alone.
 
     Raises:
-        RuntimeError: accelerate does not see the processes that were launched.
+        RuntimeError: `WORLD_SIZE` is no number, or there without what else a launcher sets; or accelerate does not see
+            the processes that were launched.
     """
 
     def __init__(self) -> None:
         self.rank, self.count = 0, 1
         self.device: torch.device | None = None
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = _launched()
         if launched == 1:
             return
         # accelerate itself would let the processes of a machine without a GPU train alone, each for itself.
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (
             torch.cuda.is_available() or torch.xpu.is_available()
         )
-        state = PartialState(cpu=on_cpu)
+        lonely = threading.Timer(_PATIENCE, _say_who_is_missing, [launched])
+        lonely.daemon = True
+        lonely.start()
+        try:
+            state = PartialState(cpu=on_cpu)
+        finally:
+            lonely.cancel()
         if state.num_processes != launched:
             raise RuntimeError(
                 f"WORLD_SIZE is {launched}, but accelerate sees {state.num_processes} process: create Processes() "

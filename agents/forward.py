@@ -42,6 +42,7 @@ class ForwardProcessAlgorithm(Algorithm):
     """
 
     policy: DenoisingPolicy
+    keep = "ends"
 
     def __init__(
         self,

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_LEAST_SIDE = 128
+_LEAST_SIDE, _MOST_SIDE = 128, 256
 _FONT_SHARE = 9 / 64  # TensorBoard shows the grid at some 340 pixels until it is clicked: 10 pixels for a letter
 _PROMPT_LINES = 3
 
@@ -17,7 +18,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def captioned_grid(images: Tensor, captions: Sequence[tuple[str, str]], *, columns: int = 4) -> np.ndarray:
     """Return images as one, [height, width, 3] uint8, in reading order on white, with two captions under each.
 
-    Images that are less than 128 pixels wide are enlarged by a whole factor; letters grow with the images.
+    Images that are less than 128 pixels wide are enlarged by a whole factor, those of more than 256 are made smaller by
+    one; letters grow with the images.
 
     Args:
         images: [B, 3, H, W], RGB in [0, 1].
@@ -32,7 +34,8 @@ def captioned_grid(images: Tensor, captions: Sequence[tuple[str, str]], *, colum
             f"an image grid needs at least one image, and captions for each: got {len(images)} images and "
             f"{len(captions)} pairs of captions"
         )
-    pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    images = F.avg_pool2d(images.float(), -(-images.shape[3] // _MOST_SIDE))
+    pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     enlarged = -(-_LEAST_SIDE // pixels.shape[2])
     pixels = pixels.repeat(enlarged, axis=1).repeat(enlarged, axis=2)
     _, height, width, _ = pixels.shape

@@ -184,9 +184,9 @@ class DiffusionNFT(ForwardProcessAlgorithm):
                 kl = away.square().flatten(1).mean(1).sum() / len(rows)
                 totals["kl"] += kl.detach()
                 total = total + self.kl_coefficient * kl
-            self._backward(total)
+            self.backward(total)
             totals["loss"] += total.detach()
-        return self.processes.sums(totals) | {"grad_norm": self._optimizer_step()}
+        return self.processes.sums(totals) | {"grad_norm": self.optimizer_step()}
 
     @torch.no_grad()
     def _follow(self) -> None:

@@ -72,6 +72,7 @@ class Options(TypedDict, total=False):
     on_nonfinite: OnNonfinite
     tensorboard_log: str | None
     log_x_axis: LogXAxis
+    log_images: int
     verbose: int
     seed: int | None
 
@@ -114,6 +115,7 @@ class Settings:
             `samples_per_epoch` is several times `env.num_envs`: for rewards that are waited for, another machine's or
             another device's. The rollout is the same; `time/reward_seconds` is then the decoding, and the rest of the
             rollout what the rewards did not hide behind. Refused behind wrappers that have a `step`, for they see none.
+            What ends a rollout early waits for the reward that is being computed: a thread cannot be stopped.
         micro_batch_size: Transitions per forward and backward pass of a process; None: `env.num_envs`. Only memory and
             speed depend on it; with the rollout's own batch size the ratio is exactly 1 before the first update.
         rollout_device: Where to keep the rollout's latents and features, such as "cpu"; None: on the policy's device.
@@ -132,6 +134,7 @@ class Settings:
         tensorboard_log: Folder for TensorBoard; None: no such log.
         log_x_axis: What TensorBoard draws over: environment steps, as in SB3, or images rewarded so far, by which
             algorithms of different step counts compare.
+        log_images: Images of each logged rollout in TensorBoard, at most 256 pixels wide each; 0: none.
         verbose: 1 prints the log's table.
         seed: Of everything that is drawn in training; None: one is drawn.
 
@@ -160,6 +163,7 @@ class Settings:
     on_nonfinite: OnNonfinite = "raise"
     tensorboard_log: str | None = None
     log_x_axis: LogXAxis = "timesteps"
+    log_images: int = 16
     verbose: int = 0
     seed: int | None = None
 
@@ -176,7 +180,7 @@ class Settings:
                 raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise ValueError(f'use_8bit_adam goes with optimizer="adamw", got {self.optimizer!r}')
-        require_whole(0, warmup_updates=self.warmup_updates, verbose=self.verbose)
+        require_whole(0, warmup_updates=self.warmup_updates, verbose=self.verbose, log_images=self.log_images)
         require_whole(0, none=True, seed=self.seed)
         require_whole(1, group_size=self.group_size)
         sizes = ("samples_per_epoch", "batch_size", "micro_batch_size")

@@ -41,6 +41,10 @@ class Replay:
     prompts: np.ndarray
     first: int = 0
 
+    def __post_init__(self) -> None:
+        kept = {key: Constants.of(value) for key, value in self.constants.items()}
+        object.__setattr__(self, "constants", kept)
+
     def __len__(self) -> int:
         return len(self.rewards)
 

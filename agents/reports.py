@@ -155,35 +155,38 @@ def report(
         num_timesteps: Environment steps so far.
         counters: Further scalars by their full names.
     """
+    valid = rollout.valid
     numbers = {"returns": rollout.returns, **rollout.extras, **{f"train/{name}": metrics[name] for name in metrics}}
     if env.metadata.get("action_is_next_latents"):
         diversity = latent_diversity(rollout.ends, rollout.prompt_id)
         numbers |= {} if diversity is None else {"rollout/latent_diversity": diversity}
     host = read_numbers(numbers)
     seconds = stopwatch.read(num_timesteps)
-    returns = host.pop("returns")
-    rewards = {name: host.pop(name) for name in rollout.extras}
+    of_all, rewards = host.pop("returns"), {name: host.pop(name) for name in rollout.extras}
+    returns = of_all[valid]
     scalars = {
         _MAIN_METRIC: returns.mean(),
         "rollout/ep_rew_std": returns.std(),
         "rollout/ep_len_mean": rollout.lengths.mean(),
         **{f"rollout/ep_rew_q{percent:02}": np.percentile(returns, percent) for percent in QUANTILES},
-        **{f"rollout/{name}": values.mean() for name, values in rewards.items()},
+        **{f"rollout/{name}": values[valid].mean() for name, values in rewards.items()},
+        **({} if valid.all() else {"rollout/invalid_rewards": np.sum(~valid)}),
         **host,
     }
     for name, value in {**{name: float(scalars[name]) for name in scalars}, **counters, **seconds}.items():
         logger.record(name, value)
     if all(isinstance(output, _TEXT_FORMATS) for output in logger.output_formats):
         return
-    texts = [env.prompts[index] for index in rollout.prompt_id[: len(rollout.images)]]
-    shown = rewards[f"reward/{env.reward.name}"]
-    unit = "" if env.reward.unit == "1" else f" {env.reward.unit}"
-    captions = [(text, f"{reward:#.3g}".rstrip(".") + unit) for text, reward in zip(texts, shown, strict=False)]
-    pictures = {
+    pictures: dict[str, object] = {
         "rollout/ep_rew": returns,
-        "rollout/prompts": prompt_table(returns, rollout.prompt_id, env.prompts),
-        "images/samples": Image(captioned_grid(rollout.images, captions), "HWC"),
+        "rollout/prompts": prompt_table(returns, rollout.prompt_id[valid], env.prompts),
     }
+    if len(rollout.images):
+        texts = [env.prompts[index] for index in rollout.prompt_id[: len(rollout.images)]]
+        shown = rewards[f"reward/{env.reward.name}"]
+        unit = "" if env.reward.unit == "1" else f" {env.reward.unit}"
+        captions = [(text, f"{reward:#.3g}".rstrip(".") + unit) for text, reward in zip(texts, shown, strict=False)]
+        pictures["images/samples"] = Image(captioned_grid(rollout.images, captions), "HWC")
     for name, picture in pictures.items():
         logger.record(name, picture, exclude=_NOT_AS_TEXT)
 

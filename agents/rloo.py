@@ -185,6 +185,9 @@ class RLOO(TrajectoryAlgorithm):
         advantages = group_advantages(groups, baseline=self.baseline, scale=self.advantage_scale).flatten()
         return clip_advantages(advantages, self.advantage_clip)
 
+    def _of_valid(self, rollout: Rollout) -> Tensor:
+        return self._advantages(rollout)  # groups know what to do with a NaN
+
     # ------------------------------------------------------------------ updates
     def _collect(self, callbacks: BaseCallback) -> Rollout | None:
         self._unlearnt = super()._collect(callbacks)
@@ -219,7 +222,7 @@ class RLOO(TrajectoryAlgorithm):
                 kl = self._divergence(rollout, k, b, distribution, observation).sum()
                 sums["kl"] += kl.detach()
                 loss = loss + self._kl_weight * kl
-            self._backward(loss / num_terms)
+            self.backward(loss / num_terms)
         means = {name: total / num_terms for name, total in self.processes.sums(sums).items()}
         kl_mean = means.pop("kl") * (num_terms / len(steps))
         means |= ratio_metrics([self.processes.concatenate(torch.cat(log_ratios))])

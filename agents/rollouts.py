@@ -39,6 +39,11 @@ class Constants:
         """Return the rows of some episodes, [M, …]."""
         return self.values[self.rows[episodes]]
 
+    @classmethod
+    def of(cls, values: "Constants | Tensor") -> "Constants":
+        """Return plain rows, [B, …], as such ones."""
+        return values if isinstance(values, Constants) else cls(values, torch.arange(len(values), device=values.device))
+
     def part(self, episodes: slice) -> "Constants":
         """Return those of some of the episodes."""
         return Constants(self.values, self.rows[episodes])
@@ -48,9 +53,9 @@ class Constants:
 class Rollout:
     """B episodes of at most T steps.
 
-    What does not change within an episode is stored once per episode, embeddings once per prompt. Where the action is the
-    next latents, latents are stored once: observations and actions are two views of one tensor. A rollout that kept its
-    ends alone has no observations, one step of actions (the ends), and no scored ones.
+    What does not change within an episode is stored once per episode, embeddings once per prompt. Where the action is
+    the next latents, latents are stored once: observations and actions are two views of one tensor. A rollout that kept
+    its ends alone has no observations, one step of actions (the ends), and no scored ones.
 
     Where many processes train together, observations and actions are only those of the episodes that this one drew;
     all else is of all, and indices always count all episodes.
@@ -63,7 +68,7 @@ class Rollout:
         scored: [T, B] bool on the host: the action was taken within an episode with a valid reward, and has a density.
         lengths: [B] int64 on the host: the episodes' steps.
         returns: [B] float32, the episodes' summed rewards; NaN where they are not valid.
-        valid: [B] bool on the host: the episode has a reward. Others come from environments with on_invalid_reward="nan".
+        valid: [B] bool on the host: the episode has a reward. Others are of environments with on_invalid_reward="nan".
         prompt_id: [B] int64 on the host.
         extras: [B] each: rewards by name, as `info["reward/<name>"]` reports them.
         ends: [B, …] the actions of the last of the T steps. Where the action is the next latents, x_0; where it is not,
@@ -313,6 +318,10 @@ def check_fit(env: VectorEnv, policy: Policy) -> None:
             f"the policy's steps are those of episodes of at most {given} steps, the env's have {expected}"
         )
     policy.check_fit(env.single_observation_space, env.single_action_space)
+    policy.check_prompts(env.single_observation_space, env.unwrapped.prompts, env.unwrapped.negative_prompt)  # type: ignore[attr-defined]
+    here, there = policy.device, env.unwrapped.device  # type: ignore[attr-defined]
+    if here.type != there.type or (here.index or 0) != (there.index or 0):
+        raise ValueError(f"the policy is on {here}, the environment on {there}: make both with the same device")
 
 
 def _check_async(env: VectorEnv, async_rewards: bool) -> None:

@@ -181,6 +181,6 @@ class RWR(ForwardProcessAlgorithm):
             _, _, noise, _ = inputs
             error = (self.policy.predict_noised(*inputs).epsilon - noise).square().flatten(1).mean(1)
             loss = (weights[index] * error).sum() / len(rows)
-            self._backward(loss)
+            self.backward(loss)
             total += loss.detach()
-        return self.processes.sums({"loss": total}) | {"grad_norm": self._optimizer_step()}
+        return self.processes.sums({"loss": total}) | {"grad_norm": self.optimizer_step()}

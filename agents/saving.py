@@ -58,6 +58,7 @@ class SavedRun:
     reward_queries: int
     num_updates: int
     evaluation_queries: int
+    log_identity: str
     _at_boundary: Mapping[str, int]
     _reward_at_boundary: Mapping[str, Any]
     callback_states: dict[str, Any]
@@ -134,6 +135,7 @@ class SavedRun:
                 "told_apart_by": _told_apart_by(env),
                 "learning_rate": None if callable(self._learning_rate) else self._learning_rate,
                 "seed": self.seed,
+                "log_identity": self.log_identity,
                 **self._at_boundary,
                 **{counter: getattr(self, counter) for counter in _COUNTERS},
                 "guard": self.guard.state_dict(),
@@ -153,6 +155,10 @@ class SavedRun:
         policy: Policy | None = None,
         reference: Policy | None = None,
         learning_rate: float | Schedule | None = None,
+        samples_per_epoch: int | None = None,
+        batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        group_size: int | None = None,
         tensorboard_log: str | None = None,
         verbose: int = 0,
     ) -> Run:
@@ -165,6 +171,10 @@ class SavedRun:
             policy: A policy of the saved one's shape, to read the weights into; None: one on `env.unwrapped.model`.
             reference: The policy that the run's KL divergence is to, if one was given to it: such a one is not saved.
             learning_rate: None: the saved one. A schedule (a callable) cannot be saved and is to be given again.
+            samples_per_epoch: None: the saved one, as of the following; others where the environment has other lanes.
+            batch_size: Likewise.
+            micro_batch_size: Likewise.
+            group_size: Likewise.
             tensorboard_log: As in the constructor.
             verbose: As in the constructor.
 
@@ -191,6 +201,13 @@ class SavedRun:
         else:
             policy.load_weights(folder)
         given = {} if reference is None else {"reference": reference}
+        sizes = {
+            "samples_per_epoch": samples_per_epoch,
+            "batch_size": batch_size,
+            "micro_batch_size": micro_batch_size,
+            "group_size": group_size,
+        }
+        given_sizes = {name: size for name, size in sizes.items() if size is not None}
         run = cls(
             policy,
             env,
@@ -199,7 +216,7 @@ class SavedRun:
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             **given,
-            **state["hyperparameters"],
+            **{**state["hyperparameters"], **given_sizes},
         )  # type: ignore[call-arg]
         run._restore(folder, state)
         _warn_of_changes(folder, state, env.unwrapped)  # type: ignore[arg-type]
@@ -216,6 +233,7 @@ class SavedRun:
         self._mark_boundary()
         for counter in _COUNTERS:
             setattr(self, counter, state.get(counter, 0))
+        self.log_identity = state.get("log_identity", self.log_identity)
         self.callback_states = state.get("callbacks", {})
         self._load_extra_state(state["extra"])
         self._load_files(folder)

@@ -2,14 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from diffusion_gym.prompts import PromptSet
+import torch
 
 from .options import PromptSampling
 from .seeding import derived_generator, derived_seed, in_turn, training_seed
 
 _SEED_STREAM, _PROMPT_STREAM = 0, 4
+
+
+class Prompts(Protocol):
+    """The prompt set of an environment."""
+
+    weights: Sequence[float] | None
+
+    def __len__(self) -> int: ...
+
+    def draw(self, generator: torch.Generator) -> int:
+        """Return the index of a prompt, drawn by the weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +40,7 @@ class Starts:
         num_starts: How many different groups there are in all, that is, seeds and prompts; None: no two are the same.
     """
 
-    prompts: PromptSet
+    prompts: Prompts
     seed: int
     num_episodes: int
     group_size: int

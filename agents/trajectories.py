@@ -257,7 +257,7 @@ class TrajectoryAlgorithm(Algorithm):
         updates, num_updates = self._updates(rollout, advantages)
         found = {**mean_of(updates)}
         if self.kl.place == "loss" and "kl" in found:
-            found["kl"] = found["kl"] * float(rollout.scored.sum() / rollout.num_episodes)
+            found["kl"] = found["kl"] * float(rollout.scored.sum() / rollout.valid.sum())
         found |= measured
         if self.stop_kl is not None:
             planned = self.n_epochs * rollout.num_episodes // self.batch_size
@@ -271,12 +271,15 @@ class TrajectoryAlgorithm(Algorithm):
         """Make a rollout's updates; return what each measured, and how many there were."""
         rng = self._update_generator()
         updates: list[Metrics] = []
-        for lanes in self._batches(rollout.num_episodes, rng):
+        for drawn in self._batches(rollout.num_episodes, rng):
+            lanes = drawn[rollout.valid[drawn]]
+            if not len(lanes):
+                continue
             metrics = self._accumulate(rollout, advantages, lanes, rng)
             if self.stop_kl is not None and self._read(metrics["approx_kl"]) > self.stop_kl:
                 self.guard.clear(self.optimizer)
                 return [*updates, metrics], len(updates)
-            updates.append(metrics | {"grad_norm": self._optimizer_step()})
+            updates.append(metrics | {"grad_norm": self.optimizer_step()})
         return updates, len(updates)
 
     @staticmethod
@@ -291,14 +294,26 @@ class TrajectoryAlgorithm(Algorithm):
     def _advantages_of_actions(self, rollout: Rollout) -> tuple[dict[str, Tensor], Tensor]:
         """Return the rollout's KL, if it is known by now, and the advantage of each action, [T, B]."""
         if not self.kl.is_measured_first:
-            return {}, self._advantages(rollout).expand(rollout.num_steps, -1)
+            return {}, self._of_valid(rollout).expand(rollout.num_steps, -1)
         kl = self.kl_of_steps(rollout)
         total = kl.sum(0)
-        measured = {"kl": total.mean()}
+        measured = {"kl": total.sum() / float(rollout.valid.sum())}
         if self.kl.place == "reward":
             paid = dataclasses.replace(rollout, returns=rollout.returns - self.kl.coefficient * total)
-            return measured, self._advantages(paid).expand(rollout.num_steps, -1)
-        return measured, self._advantages(rollout) + self.kl.coefficient * later_kl_advantages(kl)
+            return measured, self._of_valid(paid).expand(rollout.num_steps, -1)
+        return measured, self._of_valid(rollout) + self.kl.coefficient * later_kl_advantages(kl)
+
+    def _of_valid(self, rollout: Rollout) -> Tensor:
+        """Return the advantage of each episode, [B]: 0 where there is no valid reward, which count for no other's."""
+        if rollout.valid.all():
+            return self._advantages(rollout)
+        kept = torch.from_numpy(np.flatnonzero(rollout.valid)).to(rollout.returns.device)
+        valid = rollout.valid[rollout.valid]
+        part = dataclasses.replace(
+            rollout, returns=rollout.returns[kept], prompt_id=rollout.prompt_id[rollout.valid], valid=valid
+        )
+        advantages = self._advantages(part)
+        return advantages.new_zeros(rollout.num_episodes).index_copy(0, kept, advantages)
 
     @torch.no_grad()
     def kl_of_steps(self, rollout: Rollout) -> Tensor:

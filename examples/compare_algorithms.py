@@ -63,7 +63,7 @@ class Args:
     algorithms: tuple[str, ...] = tuple(_ALGORITHMS)
     """Which."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the trainings; the held-out seeds are 0, 1, 2 … for all."""
+    """Of the trainings; the evaluations' seeds are 0, 1, 2 … for all, which no training uses."""
     reward_queries: int = 2_240
     """Images that each run may have judged."""
     eval_every: int = 320

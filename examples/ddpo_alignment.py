@@ -12,7 +12,8 @@ script on small models (`tests/test_examples.py` makes them):
         --num-layers 2 --reward-dtype float32 --num-envs 8 --samples-per-epoch 8 --batch-size 4 --reward-queries 8 \
         --num-steps 2 --num-eval 8
 
-Prints the reward before and after on held-out seeds, and writes to `runs/ddpo_alignment`: `before_after.png`, `model/`
+Prints the reward before and after, on the training's prompts and other seeds, and writes to `runs/ddpo_alignment`:
+`before_after.png`, `model/`
 (a LoRA file for diffusers and the state to go on from), `tensorboard/`, and `checkpoints/`: started again after it was
 killed, the script goes on from the newest.
 """
@@ -66,11 +67,11 @@ class Training:
     reward_device: str | None = None
     """A torch device for the reward's networks, if it is another one."""
     num_eval: int = 64
-    """Held-out images before and after; a multiple of num_envs."""
+    """Images before and after, of the training's prompts; a multiple of num_envs."""
     checkpoint_every: int = 10
     """Rollouts between two checkpoints."""
     seed: int = 0
-    """Of the training; the held-out seeds are 0, 1, 2 …"""
+    """Of the training; the evaluations' seeds are 0, 1, 2 …, which no training uses."""
     output: Path = Path("runs/ddpo")
     """Where to write."""
 
@@ -148,7 +149,10 @@ def train(args: Training, reward: Reward) -> None:
         return
     gain, error = after.gain_over(before)
     print(f"after:  {after.mean:.4f} ± {after.standard_error:.4f} {reward.name}")
-    print(f"paired difference: {gain:+.4f} ± {error:.4f} after {algorithm.reward_queries} reward queries")
+    print(
+        f"paired difference: {gain:+.4f} ± {error:.4f} (over prompts, of this one policy) after "
+        f"{algorithm.reward_queries} reward queries"
+    )
     algorithm.save(args.output / "model")
     draw_before_after(before, after, args.output / "before_after.png", unit="")
     print(f"{args.output}: before_after.png, model/, tensorboard/; {(time.monotonic() - started) / 60:.1f} minutes")

@@ -6,7 +6,7 @@
 4 minutes on 2 cores. Prints the reward before and after on held-out seeds, 2.49 to 2.83 kB (+13.9 %, 13 standard errors
 of the paired difference), and writes to `runs/ddpo_incompressibility`:
 
-- `before_after.png`: the same prompts and seeds, before and after, side by side;
+- `before_after.png`: prompts and seeds that were not trained on, before and after, side by side;
 - `model/`: the trained weights in diffusers' format (`unet/`) and the state from which `DDPOIS.load` goes on;
 - `tensorboard/`: `tensorboard --logdir runs`.
 
@@ -17,17 +17,20 @@ picture, not the number alone.
 """
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
 import tyro
+from gymnasium.vector import VectorEnv
 from PIL import Image, ImageDraw
 from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy, Evaluation, Processes, evaluate
+from agents import DDPOIS, DenoisingPolicy, Evaluation, Policy, Processes, evaluate
+from diffusion_gym.prompts import make_prompts
 from diffusion_gym.rewards import to_uint8
 
 
@@ -67,9 +70,11 @@ class Args:
     device: str = "cpu"
     """A torch device; of many processes each has the one that accelerate gives it."""
     num_eval: int = 128
-    """Held-out images before and after; a multiple of num_envs."""
+    """Images before and after, of the training's prompts and of others each; a multiple of num_envs."""
+    unseen: str = "emoji_animals"
+    """The other prompts: a set's name, or a file; those of the training are left out."""
     seed: int = 0
-    """Of the training; the held-out seeds are 0, 1, 2 …"""
+    """Of the training; the evaluations' seeds are 0, 1, 2 …, which no training uses."""
     output: Path = Path("runs/ddpo_incompressibility")
     """Where to write."""
 
@@ -89,6 +94,14 @@ class StopEarly(BaseCallback):
     def _on_step(self) -> bool:
         reached = len(self.means) >= 3 and sum(self.means[-3:]) / 3 >= self.target
         return not reached and time.monotonic() < self.deadline
+
+
+def judge(env: VectorEnv, policy: Policy, sets: Mapping[str, Sequence[str]], num_eval: int) -> dict[str, Evaluation]:
+    """Return the evaluation of each set of prompts, all on the seeds 0, 1, 2 …, which have its prompts in turn."""
+    return {
+        name: evaluate(env, policy, seeds=range(num_eval), prompts=[texts[k % len(texts)] for k in range(num_eval)])
+        for name, texts in sets.items()
+    }
 
 
 def draw_before_after(
@@ -149,23 +162,32 @@ def main() -> None:
         seed=args.seed,
     )
     unit = env.unwrapped.reward.unit
-    before = evaluate(env, policy, seeds=range(args.num_eval))
+    trained_on = env.unwrapped.prompts.texts
+    unseen = f"{args.unseen}, not trained on"
+    sets = {
+        "prompts of the training": trained_on,
+        unseen: [text for text in make_prompts(args.unseen) if text not in trained_on],
+    }
+    before = judge(env, policy, sets, args.num_eval)
     if processes.is_main:
-        scored = f"{before.mean:.3f} ± {before.standard_error:.3f} {unit}"
-        print(f"before: {scored} on {args.num_eval} held-out seeds", flush=True)
-    stop = StopEarly(before.mean + args.target_gain * abs(before.mean), max_minutes=args.max_minutes)
+        for name, one in before.items():
+            print(f"before: {one.mean:.3f} ± {one.standard_error:.3f} {unit} on {name}, held-out seeds", flush=True)
+    first = next(iter(before.values())).mean
+    stop = StopEarly(first + args.target_gain * abs(first), max_minutes=args.max_minutes)
     algorithm.learn(args.reward_queries * args.num_steps, callback=stop, progress_bar=True)
-    after = evaluate(env, policy, seeds=range(args.num_eval))
+    after = judge(env, policy, sets, args.num_eval)
     if not processes.is_main:
         return
-    gain, error = after.gain_over(before)
-    print(f"after:  {after.mean:.3f} ± {after.standard_error:.3f} {unit}, {algorithm.reward_queries} reward queries")
-    print(
-        f"paired difference: {gain:+.3f} ± {error:.3f} {unit} = {100 * gain / abs(before.mean):+.1f} %, "
-        f"{gain / error:.1f} standard errors"
-    )
+    print(f"after {algorithm.reward_queries} reward queries, errors over prompts and of this one policy:")
+    for name, one in after.items():
+        gain, error = one.gain_over(before[name])
+        print(
+            f"after:  {one.mean:.3f} ± {one.standard_error:.3f} {unit} on {name}; paired difference: "
+            f"{gain:+.3f} ± {error:.3f} {unit} = {100 * gain / abs(before[name].mean):+.1f} %, "
+            f"{gain / error:.1f} standard errors"
+        )
     algorithm.save(args.output / "model")
-    draw_before_after(before, after, args.output / "before_after.png")
+    draw_before_after(before[unseen], after[unseen], args.output / "before_after.png")
     print(f"{args.output}: before_after.png, model/, tensorboard/; {(time.monotonic() - started) / 60:.1f} minutes")
 
 

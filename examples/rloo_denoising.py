@@ -4,9 +4,10 @@
 
 4 minutes on 2 cores. Eight images of each prompt, from one noise, are each other's baseline; only the first four steps
 are stochastic in training, for the others' noise hardly changes a reward; and Muon follows the gradient's noise less
-far than AdamW. Prints the reward before and after on held-out seeds, 2.49 to 2.85 kB (+14 %, 16 standard errors of the
-paired difference), and writes `runs/rloo_denoising/model/`: the trained `unet/` in diffusers' format, and the state
-from which `RLOO.load` goes on. Seeds differ. With more updates the number rises further than the images bear:
+far than AdamW. Prints the reward before and after on the training's prompts and other seeds, 2.49 to 2.85 kB (+14 %),
+with the standard error of the paired difference (over prompts, of this one policy: seeds of the training differ by
+more), and writes `runs/rloo_denoising/model/`: the trained `unet/` in diffusers' format, and the state from which
+`RLOO.load` goes on. With more updates the number rises further than the images bear:
 `python -m agents.evaluate runs/rloo_denoising` shows what they pay.
 """
 
@@ -40,9 +41,9 @@ class Args:
     learning_rate: float = 1e-3
     """Muon's, after a warm-up over four updates."""
     num_eval: int = 128
-    """Held-out images before and after; a multiple of num_envs."""
+    """Images before and after, of the training's prompts; a multiple of num_envs."""
     seed: int = 0
-    """Of the training; the held-out seeds are 0, 1, 2 …"""
+    """Of the training; the evaluations' seeds are 0, 1, 2 …, which no training uses."""
     output: Path = Path("runs/rloo_denoising")
     """Where to write."""
 

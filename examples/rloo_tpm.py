@@ -9,8 +9,9 @@ start from Karras' grid. They take their modes, at several paces (every ratio r 
 against fixed grids on 15 other animals and held-out seeds: distance over network calls, the same noises for all.
 
 The time predictor comes nearer than the best fixed grid with as many calls: by 13 % at 8 calls, 10 % at 11 and 15 (5, 3
-and 3 standard errors of the paired difference), and it needs 13.4 calls for what uniform steps reach with 20. It is the
-shape of the schedule that it learns: in this time all images get the same number of calls. `runs/rloo_tpm` gets:
+and 3 standard errors over images, of one training; what it prints is over the 15 animals), and it needs 13.4 calls for
+what uniform steps reach with 20. It is the shape of the schedule that it learns: in this time all images get the same
+number of calls. `runs/rloo_tpm` gets:
 
 - `quality.png`: the trade-off; `times.png`: how many calls each animal gets, and where; `path.png`: one sample's path;
 - `time_predictor/`, `context_free/`: the trained policies, for `agents.policies.load_policy`; `tensorboard/`.
@@ -125,11 +126,13 @@ class Played:
         distances: [N] root mean squared error to the 80-step image.
         nfe: [N] network calls.
         alignment: [N] the image-text scorer's opinion.
+        prompts: The N prompts.
     """
 
     distances: np.ndarray
     nfe: np.ndarray
     alignment: np.ndarray
+    prompts: Sequence[str]
 
     @property
     def errors(self) -> np.ndarray:
@@ -138,13 +141,17 @@ class Played:
 
     def __str__(self) -> str:
         return (
-            f"{self.nfe.mean():5.2f} calls   distance {with_error(self.distances)}   error {with_error(self.errors)}   "
-            f"alignment {with_error(self.alignment)}"
+            f"{self.nfe.mean():5.2f} calls   distance {self.mean_of(self.distances)}   "
+            f"error {self.mean_of(self.errors)}   alignment {self.mean_of(self.alignment)}"
         )
 
+    def error_of(self, values: np.ndarray) -> float:
+        """Return the standard error of the mean of [N] values, over prompts."""
+        return standard_error(values, self.prompts)
 
-def with_error(values: np.ndarray, sign: str = "") -> str:
-    return f"{values.mean():{sign}.5f} ± {standard_error(values):.5f}"
+    def mean_of(self, values: np.ndarray, sign: str = "") -> str:
+        """Return the mean of [N] values with its error, as text."""
+        return f"{values.mean():{sign}.5f} ± {self.error_of(values):.5f}"
 
 
 def play(env: VectorEnv, policy: Policy, prompts: Sequence[str], *, pace: float = 1.0) -> Played:
@@ -154,7 +161,7 @@ def play(env: VectorEnv, policy: Policy, prompts: Sequence[str], *, pace: float 
         Paced(env, pace), policy, seeds=seeds, prompts=prompts, deterministic=True, max_images=len(prompts)
     )
     alignment = make_reward("emoji_alignment")(result.images, prompts).values.numpy()
-    return Played(-result.rewards, result.lengths, alignment)
+    return Played(-result.rewards, result.lengths, alignment, prompts)
 
 
 def visited_times(env: VectorEnv, policy: Policy, prompts: Sequence[str]) -> list[np.ndarray]:
@@ -249,8 +256,8 @@ def compare(learned: Mapping[str, Sequence[Played]], fixed: Mapping[str, Sequenc
                 difference = theirs - ours
                 print(
                     f"{label} against {name} at {calls:.2f} calls: {quantity} {ours.mean() / theirs.mean() - 1:+.0%}, "
-                    f"better by {with_error(difference, sign='+')} "
-                    f"({difference.mean() / standard_error(difference):+.1f} standard errors of the paired difference)"
+                    f"better by {played.mean_of(difference, sign='+')} "
+                    f"({difference.mean() / played.error_of(difference):+.1f} standard errors of the paired difference)"
                 )
 
 
@@ -273,7 +280,7 @@ def draw_quality(fixed: Mapping[str, Sequence[Played]], learned: Mapping[str, Se
         axes.errorbar(
             [played.nfe.mean() for played in ordered],
             [played.distances.mean() for played in ordered],
-            [standard_error(played.distances) for played in ordered],
+            [played.error_of(played.distances) for played in ordered],
             label=label,
             capsize=2,
             **style,

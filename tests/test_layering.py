@@ -55,6 +55,9 @@ HEAVY = {
         "agents/checkpoints.py",
         "agents/evaluation/callback.py",
         "agents/reports.py",
+        "agents/rloo.py",
+        "agents/run_log.py",
+        "agents/trajectories.py",
         "agents/adapters",
     },
 }

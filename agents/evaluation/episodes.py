@@ -9,7 +9,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from ..policies.base import Policy
-from ..rollouts import Rollout, collect
+from ..rollouts import Keep, Rollout, collect
 from ..seeding import derived_generator
 
 
@@ -113,7 +113,7 @@ def evaluate(
         )
     rewards, lengths, images = [], [], []
     for rollout in episodes(
-        env, policy, seeds=seeds, prompts=prompts, deterministic=deterministic, max_images=max_images
+        env, policy, seeds=seeds, prompts=prompts, deterministic=deterministic, max_images=max_images, keep="ends"
     ):
         rewards.append(rollout.returns.cpu().numpy())
         lengths.append(rollout.lengths)
@@ -135,8 +135,9 @@ def episodes(
     prompts: Sequence[str],
     deterministic: bool = False,
     max_images: int,
+    keep: Keep = "steps",
 ) -> Iterator[Rollout]:
-    """Yield rollouts of one episode per lane, in the order of the seeds; the arguments are those of `evaluate`."""
+    """Yield rollouts of one episode per lane, in the order of the seeds; see `evaluate` and `collect`."""
     for start in range(0, len(seeds), env.num_envs):
         part = slice(start, start + env.num_envs)
         rollout = collect(
@@ -147,6 +148,7 @@ def episodes(
             generators=[[derived_generator(int(seed)) for seed in seeds[part]]],
             deterministic=deterministic,
             max_images=max(0, max_images - start),
+            keep=keep,
         )
         assert rollout is not None
         yield rollout

@@ -144,6 +144,9 @@ class Policy(nn.Module, ABC):
                     f"is {shape if key in found else 'none'}; make it from this environment's model or space"
                 )
 
+    def check_prompts(self, observation_space: Space, prompts: Sequence[str], negative_prompt: str) -> None:
+        """Raise ValueError if the policy would take an environment's prompts for others."""
+
     @property
     def needs_loss_scaling(self) -> bool:
         """Whether small gradients would vanish unless the loss is scaled up: with arithmetic in fp16."""
@@ -282,7 +285,7 @@ class Policy(nn.Module, ABC):
         for key, shape in self.needed_shapes.items():
             if key in observation and observation[key].ndim != len(shape) + 1:
                 raise ValueError(
-                    f"observations must be of a batch, {key} of shape [B, {', '.join(str(size) for size in shape)}], got "
+                    f"observations must be of a batch, {key} of {len(shape) + 1} dimensions, [B, ...]; got shape "
                     f"{list(observation[key].shape)}: {cure}"
                 )
 

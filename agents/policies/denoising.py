@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from gymnasium.spaces import Dict, Space
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from .base import Observation, Policy, Shape, read_config, write_config
 
 MixedPrecision = Literal["no", "fp16", "bf16"]
 
+_OF_TIME = {"latents", "timestep", "next_timestep", "prompt_id"}
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -133,8 +135,8 @@ class DenoisingPolicy(Policy):
             raise ValueError(f"mixed_precision must be one of {get_args(MixedPrecision)}, got {mixed_precision!r}")
         if mixed_precision != "no" and model.dtype not in (torch.float32, _AUTOCAST[mixed_precision]):
             raise ValueError(
-                f"mixed_precision={mixed_precision!r} cannot be mixed with a model of {model.dtype}: load the model with "
-                f'dtype="float32" (for LoRA {_AUTOCAST[mixed_precision]} goes too), or give mixed_precision="no"'
+                f"mixed_precision={mixed_precision!r} does not go with a model in {model.dtype}: load the model with "
+                f'dtype="float32" or in {_AUTOCAST[mixed_precision]}, or give mixed_precision="no"'
             )
         if use_lora and not (lora_alpha is None or 0 < lora_alpha < math.inf):
             raise ValueError(f"lora_alpha must be None, or positive and finite; got {lora_alpha}")
@@ -260,7 +262,7 @@ class DenoisingPolicy(Policy):
         return (ddim_scales(self.model.schedule, t, s, eta=self._eta_at(t))[2] > 0).numpy()
 
     def windowed(self, noisy: float, clean: float) -> "DenoisingPolicy":
-        """Return this policy with η = 0 outside a window: only steps from a time t with clean < t ≤ noisy stay as they are.
+        """Return this policy with η = 0 outside a window: steps from a time t with clean < t ≤ noisy stay as they are.
 
         It is another view of the same denoiser and generator; this policy itself does not change. In the window both
         have the same distributions, to the last bit.
@@ -280,9 +282,18 @@ class DenoisingPolicy(Policy):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.mixed_precision])
 
+    def check_prompts(self, observation_space: Space, prompts: Sequence[str], negative_prompt: str) -> None:
+        """Raise ValueError if prompts are looked up here, and are not the environment's in its order, or none."""
+        observed = set(observation_space) if isinstance(observation_space, Dict) else set()
+        if not observed - _OF_TIME and (list(self.prompts) != list(prompts) or self.negative_prompt != negative_prompt):
+            raise ValueError(
+                "the observations carry no embeddings, and the policy's prompts are not those that the environment "
+                "counts: make the policy with prompts=env.unwrapped.prompts.texts and the environment's "
+                f"negative_prompt={negative_prompt!r}, or the environment with observe_embeds=True"
+            )
+
     def _conditioning(self, observation: Observation) -> Conditioning:
-        times = ("latents", "timestep", "next_timestep", "prompt_id")
-        embeds = {key: value for key, value in observation.items() if key not in times}
+        embeds = {key: value for key, value in observation.items() if key not in _OF_TIME}
         if embeds:
             return embeds
         if not self.prompts:
@@ -291,7 +302,12 @@ class DenoisingPolicy(Policy):
                 "its prompts (and negative_prompt)"
             )
         table = self.model.encode_prompts(self.prompts, self.negative_prompt)
-        return {key: value[observation["prompt_id"][:, 0]] for key, value in table.items()}
+        index = observation["prompt_id"][:, 0]
+        outside = index < 0  # not of the prompt set: they have no row, and the environment refuses what comes of NaN
+        return {
+            key: value[index].masked_fill(outside.reshape(-1, *[1] * (value.ndim - 1)), torch.nan)
+            for key, value in table.items()
+        }
 
     # ------------------------------------------------------------------ files
     def save(self, folder: Path) -> None:

@@ -101,7 +101,7 @@ class TimePredictor(Policy):
         generator = torch.Generator().manual_seed(self.generator.initial_seed())
         float32 = {"dtype": torch.float32}
         self.conv = _drawn(skip_init(nn.Conv2d, channels, width, 3, padding=1, **float32), generator)
-        self.norm = nn.GroupNorm(1, width, **float32)
+        self.norm = nn.GroupNorm(1, width, dtype=torch.float32)
         self.modulation = _drawn(skip_init(nn.Linear, embedding, 2 * width, **float32), generator)
         self.down = _drawn(skip_init(nn.Conv2d, width, width, 3, stride=2, padding=1, **float32), generator)
         self.hidden = _drawn(skip_init(nn.Linear, width, width, **float32), generator)

@@ -65,6 +65,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     spaces.
 
     Attributes:
+        reward_queries: Images rewarded so far.
         reward_seconds: Seconds spent so far in decoding and rewarding final images. It is counted from one wait for the
             device to the next, so it holds on a GPU too.
     """
@@ -124,6 +125,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._started = self._interrupted = False
         self._rewarder: ThreadPoolExecutor | None = None
         self.reward_seconds = 0.0
+        self.reward_queries = 0
         self.closed = False
 
     @property
@@ -366,6 +368,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         lanes = np.flatnonzero(ended)
         index = self._to_device(lanes)
         began = time.perf_counter()
+        self.reward_queries += len(lanes)
         images = self.model.decode(self._lanes.latents[index])
         self._lanes.final_images = (index, images)
         valid = self._valid(lanes, self._lanes.finite[index], torch.isfinite(images).flatten(1).all(1))

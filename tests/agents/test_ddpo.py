@@ -51,8 +51,8 @@ def test_first_gradient_is_the_policy_gradient(emoji, make_env, algorithm, micro
             for total, gradient in zip(expected, torch.autograd.grad(log_prob.sum(), parameters), strict=True):
                 total -= advantages[lane] * gradient / 12
     found = []
-    step = learner._optimizer_step
-    monkeypatch.setattr(learner, "_optimizer_step", lambda: found.extend(p.grad.clone() for p in parameters) or step())
+    step = learner.optimizer_step
+    monkeypatch.setattr(learner, "optimizer_step", lambda: found.extend(p.grad.clone() for p in parameters) or step())
     learner.train(rollout)
     assert_gradients_close(found, expected)
 

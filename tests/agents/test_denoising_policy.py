@@ -281,3 +281,69 @@ def test_what_is_trained_is_a_sequence_and_not_with_lora(emoji, arguments):
 def test_names_that_no_weight_has_leave_nothing_to_train(emoji, make_env):
     with pytest.raises(ValueError, match="nothing to train"):
         DDPOSF(DenoisingPolicy(emoji, trained=("attention_of_another_model",)), make_env(), samples_per_epoch=4)
+
+
+# ---------------------------------------------------------------------- what is said at once
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (
+            {"use_lora": True, "lora_targets": "to_k"},
+            TypeError,
+            r"lora_targets must be a sequence .* such as \('to_k',\)",
+        ),
+        ({"use_lora": True, "lora_alpha": float("nan")}, ValueError, "lora_alpha must be None, or positive and finite"),
+        ({"eta": float("nan")}, ValueError, "eta must be in"),
+        ({"guidance_scale": float("inf")}, ValueError, "guidance_scale must be a finite number"),
+        ({"guidance_scale": -1.0}, ValueError, "guidance_scale must be a finite number"),
+    ],
+)
+def test_arguments_out_of_range_are_said_at_once(emoji, settings, error, message):
+    with pytest.raises(error, match=message):
+        DenoisingPolicy(emoji, **settings)
+
+
+def test_precisions_that_do_not_mix_are_said_at_once():
+    model = load_model("emoji", dtype="float16")
+    with pytest.raises(ValueError, match=r"mixed_precision='bf16' does not go with a model in torch\.float16"):
+        DenoisingPolicy(model, mixed_precision="bf16")
+
+
+def test_an_observation_of_a_single_environment_is_named(emoji):
+    import gymnasium as gym
+
+    policy = DenoisingPolicy(emoji, seed=0)
+    observation, _ = gym.make("DenoisingMDP-v0", model=emoji, num_steps=2).reset(seed=0)
+    with pytest.raises(TypeError, match=r"must be of torch tensors .* an algorithm's predict takes such ones too"):
+        policy.act(observation)
+    with pytest.raises(ValueError, match=r"must be of a batch, latents of 4 dimensions"):
+        policy.act({key: torch.as_tensor(value) for key, value in observation.items()})
+    assert policy.act({key: torch.as_tensor(value)[None] for key, value in observation.items()}).shape[0] == 1
+
+
+def test_prompts_that_are_looked_up_in_another_order_are_refused(emoji):
+    import gymnasium as gym
+
+    texts = ["a cat", "a dog"]
+    arguments = {"model": emoji, "num_steps": 1, "prompts": texts, "observe_embeds": False, "reward": "brightness"}
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=2, **arguments)
+    seen = gym.make_vec("DenoisingMDP-v0", num_envs=2, **{**arguments, "observe_embeds": True})
+    for prompts in (texts[::-1], []):
+        policy = DenoisingPolicy(emoji, prompts=prompts)
+        with pytest.raises(ValueError, match="the policy's prompts are not those that the environment counts"):
+            collect(env, policy)
+        collect(seen, policy)  # it observes the embeddings, and looks nothing up
+    policy = DenoisingPolicy(emoji, prompts=texts)
+    collect(env, policy)
+    observation, _ = env.reset(seed=0, options={"prompt": "a fox"})
+    assert policy.act(observation).isnan().all()  # rather than the last prompt's
+
+
+def test_a_policy_on_another_device_than_the_environment_is_named(emoji, monkeypatch):
+    import gymnasium as gym
+
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=2, model=emoji, num_steps=1)
+    policy = DenoisingPolicy(emoji)
+    policy.device = torch.device("cuda:1")
+    with pytest.raises(ValueError, match="the policy is on cuda:1, the environment on cpu"):
+        collect(env, policy)

@@ -1,8 +1,10 @@
 """Two processes on gloo against one with the same rollout and batch sizes: see `two_processes.py`."""
 
 import json
+import logging
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +149,7 @@ def test_the_main_process_alone_writes_files(alone, together):
 
 # ---------------------------------------------------------------------- without a second process
 def test_updates_have_as_many_episodes_of_each_batch_of_lanes():
-    learner = work.make("ddpo-sf")
+    learner = work.make("ddpo-is")
     rng = np.random.default_rng(0)
     order = learner._shuffled(np.arange(16), rng)
     assert sorted(order) == list(range(16))
@@ -176,7 +178,8 @@ def test_shares_of_a_replay_are_the_whole():
 
 def test_processes_that_accelerate_does_not_see_are_named(monkeypatch):
     PartialState(cpu=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}.items():
+        monkeypatch.setenv(name, value)
     try:
         with pytest.raises(RuntimeError, match="WORLD_SIZE is 2, but accelerate sees 1 process"):
             Processes()
@@ -189,3 +192,35 @@ def test_a_policy_on_another_process_s_device_is_named():
     processes.device = torch.device("cuda", 1)
     with pytest.raises(ValueError, match="is to compute on cuda:1, but its policy is on cpu"):
         processes.join([torch.nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize("stale", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "0"}])
+def test_a_stale_world_size_is_said_at_once(monkeypatch, stale):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in stale.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE=.* says that this process was launched with others.*unset"):
+        Processes()
+
+
+def test_an_empty_world_size_is_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert Processes().count == 1
+
+
+def test_who_waits_for_others_says_so(monkeypatch):
+    """All of a launcher's variables are there, and nobody comes."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}.items():
+        monkeypatch.setenv(name, value)
+    said = threading.Event()
+    monkeypatch.setattr("agents.distributed._PATIENCE", 0.0)
+    monkeypatch.setattr(logging.getLogger("agents.distributed"), "warning", lambda *_: said.set())
+
+    def never(**_):
+        assert said.wait(timeout=60)
+        raise TimeoutError
+
+    monkeypatch.setattr("agents.distributed.PartialState", never)
+    with pytest.raises(TimeoutError):
+        Processes()

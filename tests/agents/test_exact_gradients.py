@@ -112,7 +112,7 @@ def estimated_gradient(algorithm, monkeypatch):
         gradients.append(-take_gradient(algorithm.policy))
         return torch.zeros(())
 
-    monkeypatch.setattr(algorithm, "_optimizer_step", keep)
+    monkeypatch.setattr(algorithm, "optimizer_step", keep)
     algorithm.learn(ROLLOUTS * LANES * NUM_STEPS, log_interval=0)
     assert len(gradients) == ROLLOUTS
     return mean_and_error(gradients)

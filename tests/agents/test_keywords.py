@@ -45,6 +45,7 @@ class Trace(KVWriter):
     average: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     passes: list[int] = field(default_factory=list)
     x_axis: list[int] = field(default_factory=list)
+    pictures: set[str] = field(default_factory=set)
     rewarded_in_threads: bool = False
     learner: Any = None
     files: list[str] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Trace(KVWriter):
 
     def write(self, key_values, key_excluded, step=0):
         self.x_axis.append(step)
+        self.pictures |= {name for name in key_values if name.startswith("images/")}
 
 
 def weights_of(policy):
@@ -96,6 +98,7 @@ ALL = {
     "on_nonfinite": Change("skip", sign=lambda trace: trace.learner.guard.on_nonfinite),
     "tensorboard_log": Change("", sign=lambda trace: len(trace.files) > 0),  # the test's folder
     "log_x_axis": Change("reward_queries", sign=lambda trace: trace.x_axis),
+    "log_images": Change(0, sign=lambda trace: trace.pictures),
     "verbose": Change(1, sign=lambda trace: trace.printed),
     "seed": Change(5),
 }

@@ -6,7 +6,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
@@ -258,8 +257,8 @@ def test_the_penalty_of_ddpo_is_in_nats_whatever_the_reduction(mixture, monkeypa
     trained = list(learner.policy.parameters())
     expected = torch.autograd.grad(loss / len(k), trained)
     found = []
-    step = learner._optimizer_step
-    monkeypatch.setattr(learner, "_optimizer_step", lambda: found.extend(p.grad.clone() for p in trained) or step())
+    step = learner.optimizer_step
+    monkeypatch.setattr(learner, "optimizer_step", lambda: found.extend(p.grad.clone() for p in trained) or step())
     metrics = learner.train(rollout)
     assert_gradients_close(found, expected)
     assert float(metrics["kl"]) == pytest.approx(float(kl.detach().sum(0).mean()), rel=1e-3)
@@ -314,58 +313,11 @@ def test_a_window_of_steps_is_stochastic_and_learnt_from(mixture, monkeypatch):
     assert windows == {(0, 1), (1, 2), (2,)}  # the fourth step goes to the clean end
 
 
-def test_outside_of_its_rollouts_a_policy_has_no_window(mixture, tmp_path):
-    learner = learner_on(mixture, sde_window=1)
-    assert learner.sde_window_range == (0, 2)
-    during = []
-    learner.learn(1, callback=lambda local, _: during.append(learner.policy.sde_window) or True, log_interval=0)
-    assert len(set(during)) == 1
-    assert None not in during
-    assert learner.policy.sde_window is None
-    learner.learn(32, callback=lambda *_: False, log_interval=0)
-    assert learner.policy.sde_window is None
-    learner.save(tmp_path / "run")
-    assert RLOO.load(tmp_path / "run", learner.env).sde_window == 1
-
-
-def test_an_error_leaves_no_window_behind(mixture, monkeypatch):
-    learner = learner_on(mixture, sde_window=1)
-
-    def broken(*_, **__):
-        raise FloatingPointError("the loss is NaN")
-
-    monkeypatch.setattr(learner, "_optimizer_step", broken)
-    with pytest.raises(FloatingPointError):
-        learner.learn(1, log_interval=0)
-    assert learner.policy.sde_window is None
-    monkeypatch.setattr("agents.algorithm.collect", broken)
-    with pytest.raises(FloatingPointError):
-        learner.learn(1, log_interval=0)
-    assert learner.policy.sde_window is None
-
-
 def test_a_window_needs_a_density(mixture):
     with pytest.raises(
         ValueError, match=r"\(0, 4\) allows a window of 1 steps without a density: steps \[3\] have none"
     ):
         learner_on(mixture, sde_window=1, sde_window_range=(0, 4))
-
-
-def test_callbacks_around_a_rollout_evaluate_the_policy_without_a_window(mixture):
-    seen = []
-
-    class Watch(BaseCallback):
-        def _on_rollout_start(self):
-            seen.append(self.model.policy.sde_window)
-
-        _on_rollout_end = _on_rollout_start
-
-        def _on_step(self):
-            return True
-
-    learner = learner_on(mixture, sde_window=1)
-    learner.learn(2 * learner.samples_per_epoch * learner.env.unwrapped.num_steps, Watch(), log_interval=0)
-    assert seen == [None] * 4
 
 
 def test_the_ratio_is_one_within_a_window(mixture, tmp_path):

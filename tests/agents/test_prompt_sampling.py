@@ -53,7 +53,7 @@ def test_groups_of_one_noise_take_turns_with_it(mixture):
     assert (drawn[:, ::2] == drawn[:, 1::2]).all()
     env = gym.make_vec("DenoisingMDP-v0", num_envs=4, model=mixture, autoreset_mode="DISABLED")
     learner = RLOO(DenoisingPolicy(mixture), env, group_size=2, same_noise=True, prompt_sampling="round_robin")
-    seeds, options = learner._starts().reset(0, 0)
+    seeds, options = learner._starts().reset(0, range(4))
     noise = env.reset(seed=seeds, options=options)[0]["latents"]
     assert torch.equal(noise[::2], noise[1::2])
     assert not torch.equal(noise[0], noise[2])
@@ -72,3 +72,8 @@ def test_prompts_are_drawn_by_their_weights(mixture, group_size):
 def test_another_sampling_is_refused(mixture):
     with pytest.raises(ValueError, match="prompt_sampling must be one of"):
         prompts_of(mixture, iterations=1, prompt_sampling="in turn")
+
+
+def test_weights_that_a_sampling_ignores_are_said(mixture):
+    with pytest.warns(UserWarning, match="the weights that prompts have are not looked at"):
+        prompts_of(mixture, iterations=1, prompts={"east": 3.0, "west": 1.0}, prompt_sampling="round_robin")

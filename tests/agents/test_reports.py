@@ -102,6 +102,7 @@ def test_the_reward_under_an_image_has_its_unit(model, monkeypatch):
     assert {reward.split(" ")[1] for _, reward in drawn[0][1]} == {"kB"}
 
 
+@pytest.mark.filterwarnings("ignore:the ratio of a whole trajectory of latents")
 @pytest.mark.parametrize(
     ("algorithm", "arguments"),
     [

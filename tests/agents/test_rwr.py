@@ -123,7 +123,7 @@ def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch, n
     gradients = []
     monkeypatch.setattr(
         learner,
-        "_optimizer_step",
+        "optimizer_step",
         lambda: gradients.append([p.grad.clone() for p in policy.parameters()]) or drawn[0][1].sum(),
     )
     metrics = learner.train(rollout)
@@ -301,7 +301,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(line, tmp_path):
     ("arguments", "message"),
     [
         ({"batch_size": 3}, r"batch_size must divide samples_per_epoch \(8\), got 3"),
-        ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
+        ({"n_epochs": 0}, "n_epochs must be an integer of at least 1, got 0"),
         ({"noise_draws": 0}, "noise_draws must be an integer of at least 1, got 0"),
         ({"time_range": (0.5, 0.5)}, r"time_range must be \(low, high\) with 0 ≤ low < high ≤ 1, got \(0\.5, 0\.5\)"),
         ({"time_range": (float("nan"), 1.0)}, r"time_range must be a finite number in \[0, 1\], got nan"),

@@ -326,3 +326,23 @@ def test_mean_length_that_is_learnt_from_is_the_policys(env, tiny):
         if "final_info" in info:
             first_to_end.extend(info["final_info"]["nfe"][info["_final_info"]].tolist())
     assert np.mean(first_to_end[:32]) < np.mean(produced) - 3 * error
+
+
+@pytest.mark.parametrize("concentration", [2.0, float("nan"), float("inf")])
+def test_a_concentration_out_of_range_is_said_at_once(concentration):
+    with pytest.raises(ValueError, match=r"initial_concentration .*above 2 and finite"):
+        ContextFreeSchedule([0.5], initial_concentration=concentration)
+
+
+def test_another_default_precision_changes_no_head(emoji):
+    env = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model=emoji, max_steps=3, reward="brightness")
+    expected = TimePredictor(env.single_observation_space, seed=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = TimePredictor(env.single_observation_space, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert found.state_dict()[name].dtype == value.dtype == torch.float32
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=1e-7)

@@ -181,10 +181,10 @@ def a_loss_is_infinite_in_one(folder, rank):
     """Return how many updates are left out, and the weights, when the last process's loss is infinite."""
     learner = make("ddpo-sf", on_nonfinite="skip")
     loss = sum(parameter.sum() for parameter in trained(learner))
-    learner._backward(loss + float("inf") if rank == learner.processes.count - 1 else loss)
+    learner.backward(loss + float("inf") if rank == learner.processes.count - 1 else loss)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        learner._optimizer_step()
+        learner.optimizer_step()
     return [learner.guard.num_skipped, learner.num_updates, *(float(p.detach().sum()) for p in trained(learner))]
 
 

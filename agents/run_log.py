@@ -1,0 +1,67 @@
+"""Where a run's log is written: into a folder of its own, also when it goes on later."""
+
+import re
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import final
+
+from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.utils import get_latest_run_id
+
+_IDENTITY_FILE = "run_identity"
+
+
+def new_identity() -> str:
+    """Return what tells a run from all others."""
+    return secrets.token_hex(8)
+
+
+@final
+class RunLogger(Logger):
+    """SB3's logger, with an x-axis of one's own: callbacks that dump it name the number of environment steps.
+
+    Args:
+        folder: Where TensorBoard's files are; None: there are none.
+        printed: Print a table.
+        x: Where the run is on the x-axis; None: at the step that is dumped.
+    """
+
+    def __init__(self, folder: Path | None, *, printed: bool, x: Callable[[], int] | None = None) -> None:
+        outputs: list[KVWriter] = [HumanOutputFormat(sys.stdout)] if printed else []
+        if folder is not None:
+            outputs.append(TensorBoardOutputFormat(str(folder)))
+        super().__init__(None if folder is None else str(folder), outputs)
+        self._x = x
+        if folder is not None:
+            self.log(f"Logging to {folder}")
+
+    def dump(self, step: int = 0) -> None:
+        """Write what was recorded."""
+        super().dump(step if self._x is None else self._x())
+
+
+def own_folder(root: Path | str, identity: str, *, name: str, given: bool) -> Path:
+    """Return the run's own folder, in which it goes on, or a new one, `name_1`, `name_2` …, for a run that has none.
+
+    Args:
+        root: Where the folders of all runs are.
+        identity: The run's: its folder has it in a file.
+        name: What a new folder is named after.
+        given: The user named it: a folder of the run's by another name is then another log.
+    """
+    root = Path(root)
+    for file in root.glob(f"*/{_IDENTITY_FILE}"):
+        folder = file.parent
+        is_named_so = not given or folder.name == name or re.sub(r"_\d+$", "", folder.name) == name
+        if file.read_text() == identity and is_named_so:
+            return folder
+    while True:
+        folder = root / f"{name}_{get_latest_run_id(str(root), name) + 1}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run took the number in the meantime
+            continue
+        (folder / _IDENTITY_FILE).write_text(identity)
+        return folder
