@@ -6,8 +6,8 @@ With LoRA, averaged weights, Muon, fp16, a reward that learns its scale, prompts
 callback with a state. A process goes on from the newest checkpoint and is killed (SIGKILL) at a random moment, while it
 loads, draws, learns or saves. Each time the newest whole checkpoint is compared, file by file, with that of the same
 iteration of the training that was left alone: weights, averages, optimizer, counters, statistics, the state of reward
-and callback. So are the ends. A training that comes to its end before so many kills is begun again. Seen, on two busy cores:
-100 kills, 15 of them within a save, in 2 trainings; 0 of 102 comparisons differ.
+and callback. So are the ends. A training that comes to its end before so many kills is begun again. Seen, on two busy
+cores: 100 kills, 15 of them within a save, in 2 trainings; 0 of 102 comparisons differ.
 
 Processes are forked from one that has imported all and runs on one thread, so that a kill costs a second. Says how many
 were killed within a save, and ends with an error if anything differs.
