@@ -150,8 +150,8 @@ def train(args: Training, reward: Reward) -> None:
     gain, error = after.gain_over(before)
     print(f"after:  {after.mean:.4f} ± {after.standard_error:.4f} {reward.name}")
     print(
-        f"paired difference: {gain:+.4f} ± {error:.4f} (over prompts, of this one policy) after "
-        f"{algorithm.reward_queries} reward queries"
+        f"paired difference: {gain:+.4f} ± {error:.4f} after {algorithm.reward_queries} reward queries; the error is "
+        "over prompts, and of this one policy"
     )
     algorithm.save(args.output / "model")
     draw_before_after(before, after, args.output / "before_after.png", unit="")
