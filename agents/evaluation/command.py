@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pkgutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,16 +63,23 @@ def parser() -> argparse.ArgumentParser:
 
 def reward(text: str) -> RewardSource:
     """Return what `make_reward` takes; argparse's error has this function's name."""
-    if text.startswith("{"):
-        return json.loads(text)
-    module, _, name = text.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
-        return text
-    try:
-        found = pkgutil.resolve_name(text)
-    except (ImportError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be imported: {error}") from error
-    return found() if isinstance(found, type) else found
+    return json.loads(text) if text.startswith("{") else text
+
+
+def _reward_of(args: argparse.Namespace, saved: Mapping[str, Any]) -> Reward:
+    """Return the reward that was given, or the one that the run was trained for.
+
+    Raises:
+        SystemExit: the run says none, or one that would run code or ask a server because a file says so.
+    """
+    source = _setting(args, "reward", saved)
+    names = [source] if isinstance(source, str) else list(source)
+    if args.reward is None and any(":" in name for name in names):
+        raise SystemExit(
+            f"{args.run} was trained for {source!r}: what a file names is neither imported nor asked over the network "
+            "unless you say so: give --reward"
+        )
+    return make_reward(source)
 
 
 def _setting(args: argparse.Namespace, name: str, saved: Mapping[str, Any], default: object = None) -> Any:
@@ -159,7 +165,7 @@ class Setup:
         if saved.get("observe_embeds") is not False:  # the policy saw the environment's embeddings, not its own
             policy.negative_prompt = saved.get("negative_prompt", policy.negative_prompt)
         is_emoji = policy.model.source == "emoji"
-        reward = make_reward(_setting(args, "reward", saved))
+        reward = _reward_of(args, saved)
         usual = "emoji_alignment" if is_emoji and reward.name != "emoji_alignment" else "none"
         held_out = args.held_out or usual
         return cls(
