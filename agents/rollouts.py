@@ -124,7 +124,7 @@ class Rollout:
         """Yield the indices (steps, lanes) of those transitions that are here, on the device, `size` at a time."""
         here = self.own(lanes)
         index = to_device(np.stack([steps[here], lanes[here]]).astype(np.int64), self.returns.device)
-        yield from ((part[0], part[1]) for part in index.split(size, dim=1))
+        yield from ((part[0], part[1]) for part in index.split(size, dim=1) if part.shape[1])
 
 
 class _Tape:

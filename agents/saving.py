@@ -135,7 +135,7 @@ class SavedRun:
                 "told_apart_by": _told_apart_by(env),
                 "learning_rate": None if callable(self._learning_rate) else self._learning_rate,
                 "seed": self.seed,
-                "log_identity": self.log_identity,
+                **({} if self.settings.tensorboard_log is None else {"log_identity": self.log_identity}),
                 **self._at_boundary,
                 **{counter: getattr(self, counter) for counter in _COUNTERS},
                 "guard": self.guard.state_dict(),

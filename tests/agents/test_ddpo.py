@@ -112,9 +112,20 @@ def test_hyperparameters_survive_a_checkpoint(emoji, make_env, tmp_path):
 
 
 def test_learning_rate_schedule(emoji, make_env, tmp_path):
+    """It sees the progress after each rollout, as in SB3's PPO: half, then none is left."""
     learner = make(DDPOIS, emoji, make_env(), learning_rate=lambda remaining: 1e-4 * remaining)
-    learner.learn(24, log_interval=0)
-    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
+    rates = []
+
+    class Watch(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_start(self):
+            rates.append(self.model.optimizer.param_groups[0]["lr"])
+
+    learner.learn(24, Watch(), log_interval=0)
+    assert rates[1] == pytest.approx(0.5e-4)
+    assert learner.optimizer.param_groups[0]["lr"] == 0
     learner.save(tmp_path / "run")
     with pytest.raises(ValueError, match="give it again"):
         DDPOIS.load(tmp_path / "run", make_env())
@@ -248,7 +259,8 @@ def test_callbacks_see_every_step_and_can_stop(emoji, make_env):
     spy = Spy()
     learner = make(DDPOSF, emoji, make_env())
     learner.learn(1000, callback=spy)
-    assert learner.num_timesteps == 20
+    assert spy.num_timesteps == 20
+    assert learner.num_timesteps == 12  # what was not learnt from is not counted
     assert spy.calls == ("start", "end", "start")
     assert learner.iteration == 1
     seen = []
@@ -329,9 +341,9 @@ def test_sb3s_callback_logs_every_so_many_steps(capsys):
 @pytest.mark.parametrize(
     ("algorithm", "num_envs", "arguments", "message"),
     [
-        (DDPOIS, 48, {}, r"multiple of .* \(48\), got 256; .* default: give samples_per_epoch"),
-        (DDPOIS, 4, {"samples_per_epoch": 16}, r"divide samples_per_epoch \(16\), got 64; .* default: .* batch_size"),
-        (RLOO, 2, {}, r"divide num_envs \(2\), got 4; .* default: .* group_size"),
+        (DDPOIS, 48, {}, r"multiple of .* \(48\), got 256; .* default.*: give samples_per_epoch"),
+        (DDPOIS, 4, {"samples_per_epoch": 16}, r"divide samples_per_epoch \(16\), got 64; .* default.*: .* batch_size"),
+        (RLOO, 2, {}, r"divide num_envs \(2\), got 4; .* default.*: .* group_size"),
     ],
 )
 def test_sizes_that_nobody_gave_are_said_to_be_defaults(algorithm, num_envs, arguments, message):

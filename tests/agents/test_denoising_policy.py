@@ -335,8 +335,9 @@ def test_prompts_that_are_looked_up_in_another_order_are_refused(emoji):
         collect(seen, policy)  # it observes the embeddings, and looks nothing up
     policy = DenoisingPolicy(emoji, prompts=texts)
     collect(env, policy)
-    observation, _ = env.reset(seed=0, options={"prompt": "a fox"})
-    assert policy.act(observation).isnan().all()  # rather than the last prompt's
+    observation, _ = env.reset(seed=0)
+    outside = observation | {"prompt_id": torch.full((2, 1), -1)}
+    assert policy.act(outside).isnan().all()  # rather than the last prompt's
 
 
 def test_a_policy_on_another_device_than_the_environment_is_named(emoji, monkeypatch):

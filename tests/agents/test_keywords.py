@@ -153,7 +153,7 @@ KEYWORDS = {
         "beta": Change(0.5),
         "advantage_clip": Change(0.5),
         "kl_coefficient": Change(10.0),
-        "max_decay": Change(0.0, {"learning_rate": 1.0}),
+        "max_decay": Change(0.0, {"learning_rate": 0.1}),
         "per_prompt_buffer_size": Change(4),
         "per_prompt_min_count": Change(16, {"per_prompt_buffer_size": 16}),
     },

@@ -73,10 +73,10 @@ def test_the_sampler_is_the_linear_chain(gaussian):
 
 @pytest.mark.parametrize("beta", [0.3, 0.4])
 def test_training_reaches_the_tilt_of_the_samplers_own_law(gaussian, beta):
-    """Within 3 % (mean) and 4 % (variance); the tilts of another β and of the data's law are farther away.
+    """Within 7 % (mean) and 8 % (variance); the tilts of another β and of the data's law are farther away.
 
-    Measured with 20,480 samples: 0.508 ± 0.003 for 0.512 and 0.379 for 0.384; variances 0.157 ± 0.002 for 0.153. The
-    last per cent is the noise of 100 updates.
+    Eight trainings with β = 0.3 and other seeds ended 1.8 ± 1.8 % below that mean and 3 ± 1.3 % above that variance
+    (mean and standard deviation): the noise of 100 updates. The 20,480 samples add 0.5 % and 1 %.
     """
     variance, _ = variance_of_the_sampler(gaussian, 20)
     learner = learner_on(
@@ -87,11 +87,11 @@ def test_training_reaches_the_tilt_of_the_samplers_own_law(gaussian, beta):
     mean, spread = float(x.mean()), float(x.var())
 
     def is_tilted_by(other, law=variance):
-        return mean == pytest.approx(law / other, rel=0.03) and spread == pytest.approx(law, rel=0.04)
+        return mean == pytest.approx(law / other, rel=0.07) and spread == pytest.approx(law, rel=0.08)
 
     assert is_tilted_by(beta)
     assert not is_tilted_by(0.7 - beta)
-    assert not is_tilted_by(1.1 * beta)
+    assert not is_tilted_by(1.2 * beta)
     assert not is_tilted_by(beta, DATA_STD**2)
 
 

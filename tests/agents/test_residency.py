@@ -245,6 +245,7 @@ def test_residency_of_an_update_with_a_kl_penalty_and_a_window(on_device, named_
     reference = policy.reference()
     on_device(env, policy)
     move(reference.denoiser)
+    reference.device = torch.device(DEVICE)
     sizes = {"samples_per_epoch": 3, "batch_size": 3, "micro_batch_size": 2, "per_prompt_buffer_size": None}
     learner = DDPOIS(policy, env, sde_window=1, kl_coefficient=0.1, kl_place="exact", reference=reference, **sizes)
     learner.learn(6)

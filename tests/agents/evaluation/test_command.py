@@ -218,7 +218,7 @@ def test_guidance_moves_away_from_what_it_did_in_the_training(mixture, tmp_path,
     prompts = ("north", "south")
     policy = DenoisingPolicy(mixture, seed=0, guidance_scale=2.0, prompts=prompts, negative_prompt="west")
     save_run(tmp_path / "run", mixture, prompts=listed(tmp_path / "some.txt", *prompts), policy=policy,
-             negative_prompt="east", observe_embeds=observed)  # fmt: skip
+             negative_prompt="west" if observed is False else "east", observe_embeds=observed)  # fmt: skip
     made, make_vec = [], gym.make_vec
     monkeypatch.setattr(gym, "make_vec", lambda *args, **kwargs: made.append(kwargs) or make_vec(*args, **kwargs))
     evaluated(tmp_path / "run", "--unseen")

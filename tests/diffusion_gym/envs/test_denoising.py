@@ -341,7 +341,7 @@ def test_arguments_of_vector_environments_are_not_for_single_ones(env_id, option
 
 
 def test_unknown_model_is_named():
-    with pytest.raises(FileNotFoundError, match="no model named 'stable'"):
+    with pytest.raises(FileNotFoundError, match="unknown model 'stable': there is no folder"):
         make_vec(model="stable")
 
 
