@@ -86,7 +86,7 @@ def main(args: Args, *, icons: Sequence[IconSource] = ICONS, names: IconSource =
         scorer=args.work / "scorer" / "scorer",
     )
     if args.quick:
-        judged = replace(judged, steps=(2, 20), per_animal=2, per_prompt=1)
+        judged = replace(judged, steps=(1, 4), per_animal=2, per_prompt=1)
     evaluate.main(judged)
 
 
