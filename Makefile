@@ -31,7 +31,7 @@ test-numerics: $(VENV)/.installed  ## run the numerical tests as on another proc
 	$(OTHER_CPU) $(MALLOC) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow" $(NUMERICS)
 
 test-lowest: $(VENV)/.lowest  ## run all tests with the lowest versions that pyproject.toml allows
-	$(MALLOC) OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -n auto --dist loadfile
+	$(MALLOC) OMP_NUM_THREADS=1 $(VENV)/lowest/bin/python -m pytest -n auto --dist loadfile -W default
 
 check: $(VENV)/.installed  ## run all that CI runs: formatting, linting, types, tests
 	$(BIN)/ruff format --check .
