@@ -40,7 +40,11 @@ def discrete_schedule(
         )
     check_values(config, scheduler_type, SCHEDULER, file)
     own = keys_of(scheduler_type)
-    values: dict[str, Any] = {**own, **{key: value for key, value in config.items() if key in own}}
+    passed_over = {key for key, understood in SCHEDULER.items() if not understood.is_refused}  # the folder's own walk
+    values: dict[str, Any] = {
+        **own,
+        **{key: value for key, value in config.items() if key in own and key not in passed_over},
+    }
     if steps_offset is not None and "steps_offset" in own:
         values["steps_offset"] = steps_offset
     try:
@@ -53,7 +57,7 @@ def discrete_schedule(
         total, expected = schedule.num_train_timesteps, values["num_train_timesteps"]
         if total != expected:
             raise ValueError(f"trained_betas holds {total} numbers, num_train_timesteps is {expected}")
-    except (ValueError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ValueError(f"{file} describes no noise process ({error})") from error
     warn_of_other_times(str(name), schedule.spacing, file)
     no_signal = schedule.alphas_cumprod[-1] <= 2**-24  # which some of diffusers' schedulers write for 0

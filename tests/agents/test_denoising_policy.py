@@ -234,7 +234,7 @@ def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(em
         pipeline = StableDiffusionPipeline.from_pretrained(EMOJI)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft and diffusers talk about missing text-encoder layers
-            pipeline.load_lora_weights(tmp_path)
+            pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     else:
         pipeline = StableDiffusionPipeline.from_pretrained(
             EMOJI, unet=UNet2DConditionModel.from_pretrained(tmp_path / "unet")

@@ -110,6 +110,7 @@ def test_noise_processes_that_are_not_understood_are_refused(folder, values, mes
     ("class_name", "values"),
     [
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": {}}),
         ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
         ("EulerDiscreteScheduler", {"use_beta_sigmas": True}),
         ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
