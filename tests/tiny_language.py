@@ -50,6 +50,7 @@ def _llava_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],  # as LLaVA's own
     )
 
 

@@ -123,7 +123,7 @@ def pretrained(load: Callable[..., T], source: str | Path, *, what: str, keyword
     without_hub = not Path(source).exists() and not hub_answers()
     try:
         return load(source, local_files_only=True) if without_hub else load(source)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         owner, _, rest = source.partition("/")
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if without_hub:

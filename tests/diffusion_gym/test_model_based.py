@@ -9,6 +9,7 @@ import time
 import gymnasium as gym
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 from torch import nn
 
@@ -195,6 +196,7 @@ def test_without_a_network_the_cache_is_enough(without_network, tmp_path, monkey
     clip, cache = make_tiny_clip(tmp_path / "clip"), tmp_path / "cache"
     in_the_hubs_cache(clip, cache, "owner/clip")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(cache), raising=False)  # before version 5
     began = time.monotonic()
     reward = make_reward("clip_score", options={"clip": "owner/clip"})
     images = torch.rand(2, 3, 32, 32)
