@@ -18,7 +18,7 @@ from .distributed import Processes
 from .files import existing_folder, load_optimizer, replaced_folder, save_optimizer
 from .guard import GradientGuard
 from .manifest import whole_checkpoint, write_manifest
-from .options import Schedule
+from .options import Schedule, Settings
 from .policies import Policy, load_policy
 from .policies.base import CONFIG_FILE, write_config
 from .reports import RewardingEnv, environment_settings
@@ -59,6 +59,7 @@ class SavedRun:
     num_updates: int
     evaluation_queries: int
     log_identity: str
+    settings: Settings
     _at_boundary: Mapping[str, int]
     _reward_at_boundary: Mapping[str, Any]
     callback_states: dict[str, Any]
