@@ -420,11 +420,6 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return the rewards of all lanes, and what to report of those that ended; the valid ones' images these are."""
         output = judge(images) if valid.any() else RewardOutput(images.new_zeros(0, dtype=torch.float32))
-        if output.values.device != images.device:
-            raise ValueError(
-                f"the values of the reward {self.reward.name!r} must be on the images' device, {images.device}; "
-                f"got {output.values.device}"
-            )
         finite = valid.copy()
         finite[valid] = self._read_flags(torch.isfinite(output.values)) if valid.any() else True
         if self.on_invalid_reward == "raise" and not finite.all():
