@@ -1,16 +1,17 @@
 """Policy-gradient algorithms that train a diffusion model inside `diffusion_gym`'s environments."""
 
-from .algorithm import Algorithm
-from .checkpoints import Checkpoints
+from .callbacks import HeldOutEvaluation
 from .ddpo import DDPOIS, DDPOSF
-from .distributed import Processes
-from .evaluation import Evaluation, HeldOutEvaluation, evaluate
+from .evaluation import Evaluation, evaluate
+from .experience.replay import Replay
+from .experience.rollouts import Rollout, collect
 from .nft import DiffusionNFT
 from .policies import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Policy, TimePredictor
-from .replay import Replay
 from .rloo import RLOO
-from .rollouts import Rollout, collect
+from .runs.checkpoints import Checkpoints
 from .rwr import RWR
+from .training.algorithm import Algorithm
+from .updates.distributed import Processes
 
 __all__ = [
     "DDPOIS",

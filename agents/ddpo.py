@@ -16,12 +16,12 @@ from typing_extensions import Unpack
 from diffusion_gym.transitions import Reduction
 
 from .advantages import PerPromptStats, clip_advantages, normalise, texts_of
-from .diagnostics import ratio_metrics
+from .experience.rollouts import Rollout
+from .logs.diagnostics import ratio_metrics
 from .losses import approximate_kl, clipped_surrogate_loss, score_function_loss
-from .options import require_number, require_used
 from .policies import Policy
-from .rollouts import Rollout
-from .trajectories import TrajectoryAlgorithm, TrajectoryOptions
+from .training.options import require_number, require_used
+from .training.policy_gradient import TrajectoryAlgorithm, TrajectoryOptions
 
 
 class DDPOOptions(TrajectoryOptions, total=False):

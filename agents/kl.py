@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .options import require_number, require_used
+from .experience.rollouts import Rollout
 from .policies import DenoisingPolicy, Policy
 from .policies.base import Observation
-from .rollouts import Rollout
+from .training.options import require_number, require_used
 
 KLPlace = Literal["exact", "loss", "reward"]
 

@@ -17,12 +17,12 @@ from typing_extensions import Unpack
 from diffusion_gym.predictions import broadcast_to
 
 from .advantages import PerPromptStats, grouped_by_prompt, texts_of, warn_of_lonely
-from .diagnostics import Metrics, mean_of
-from .forward import ForwardOptions, ForwardProcessAlgorithm
-from .options import require_number, require_used
+from .experience.replay import Replay
+from .experience.rollouts import Rollout
+from .logs.diagnostics import Metrics, mean_of
 from .policies import DenoisingPolicy, Policy
-from .replay import Replay
-from .rollouts import Rollout
+from .training.options import require_number, require_used
+from .training.regression import ForwardOptions, ForwardProcessAlgorithm
 
 _BEHAVIOUR_FOLDER = "behaviour"
 

@@ -19,13 +19,13 @@ from typing_extensions import Unpack
 from diffusion_gym.transitions import Reduction
 
 from .advantages import AdvantageScale, GroupBaseline, clip_advantages, group_advantages
-from .diagnostics import ratio_metrics
+from .experience.rollouts import Rollout
+from .experience.starts import Starts
+from .logs.diagnostics import ratio_metrics
 from .losses import approximate_kl, clipped_surrogate_coefficients, clipped_surrogate_loss
-from .options import require_number, require_used, require_whole
 from .policies import Policy
-from .rollouts import Rollout
-from .starts import Starts
-from .trajectories import TrajectoryAlgorithm, TrajectoryOptions
+from .training.options import require_number, require_used, require_whole
+from .training.policy_gradient import TrajectoryAlgorithm, TrajectoryOptions
 
 Ratio = Literal["trajectory", "step"]
 

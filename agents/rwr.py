@@ -13,12 +13,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .advantages import normalise, warn_of_lonely
-from .diagnostics import Metrics, effective_sample_size, mean_of
-from .forward import ForwardOptions, ForwardProcessAlgorithm
-from .options import require_number, require_used
+from .experience.replay import Replay
+from .experience.rollouts import Rollout
+from .logs.diagnostics import Metrics, effective_sample_size, mean_of
 from .policies import Policy
-from .replay import Replay
-from .rollouts import Rollout
+from .training.options import require_number, require_used
+from .training.regression import ForwardOptions, ForwardProcessAlgorithm
 
 
 def softmax_weights(rewards: Tensor, *, inverse_temperature: float, groups: np.ndarray | None = None) -> Tensor:

@@ -30,7 +30,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, Checkpoints, DenoisingPolicy
-from agents.manifest import MANIFEST_FILE, find_damage
+from agents.runs.manifest import MANIFEST_FILE, find_damage
 from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.rewards.normalised import Normalised
 

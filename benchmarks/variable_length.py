@@ -18,7 +18,7 @@ from gymnasium.vector import VectorEnv
 
 import diffusion_gym  # noqa: F401
 from agents import ContextFreeSchedule, collect
-from agents.rollouts import Rollout
+from agents.experience.rollouts import Rollout
 from diffusion_gym.envs.time_prediction import TimePredictionVectorEnv
 from diffusion_gym.models import load_model
 

@@ -30,7 +30,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, evaluate
-from agents.algorithm import Algorithm
+from agents.training.algorithm import Algorithm
 from diffusion_gym.naming import unknown_name
 from diffusion_gym.rewards import make_reward, to_uint8
 

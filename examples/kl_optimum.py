@@ -23,8 +23,8 @@ from torch import Tensor
 
 import diffusion_gym  # noqa: F401
 from agents import RLOO, DenoisingPolicy, collect
+from agents.experience.rollouts import Rollout
 from agents.kl import KLPlace
-from agents.rollouts import Rollout
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import MixtureModel, write_mixture
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, RLOO, DenoisingPolicy, Policy, evaluate
-from agents.algorithm import Algorithm
+from agents.training.algorithm import Algorithm
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import MixtureModel
 

@@ -8,7 +8,7 @@ far than AdamW. Prints the reward before and after on the training's prompts and
 with the standard error of the paired difference (over prompts, of this one policy: seeds of the training differ by
 more), and writes `runs/rloo_denoising/model/`: the trained `unet/` in diffusers' format, and the state from which
 `RLOO.load` goes on. With more updates the number rises further than the images bear:
-`python -m agents.evaluate runs/rloo_denoising` shows what they pay.
+`python -m agents.evaluation runs/rloo_denoising` shows what they pay.
 """
 
 import time

@@ -31,7 +31,7 @@ BELOW = {
 }
 OF_DIFFUSION_GYM = {"checks", "transfer", "lines", "schedules", "grids", "predictions", "transitions", "models"}
 HEAVY = {
-    "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py", "agents/averaging.py"},
+    "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py", "agents/updates/averaging.py"},
     "transformers": {
         "diffusion_gym/models",
         "diffusion_gym/loading.py",
@@ -46,18 +46,16 @@ HEAVY = {
         "diffusion_gym/rewards/bertscore.py",
     },
     "peft": {"diffusion_gym/models", "agents/policies"},
-    "accelerate": {"agents/distributed.py"},
+    "accelerate": {"agents/updates/distributed.py"},
     "fastapi": {"diffusion_gym/rewards/server.py"},
     "starlette": {"diffusion_gym/rewards/server.py"},
     "uvicorn": {"diffusion_gym/rewards/server.py"},
     "stable_baselines3": {
-        "agents/algorithm.py",
-        "agents/checkpoints.py",
-        "agents/evaluation/callback.py",
-        "agents/reports.py",
+        "agents/training",
+        "agents/runs/checkpoints.py",
+        "agents/callbacks",
+        "agents/logs",
         "agents/rloo.py",
-        "agents/run_log.py",
-        "agents/trajectories.py",
         "agents/adapters",
     },
 }
@@ -86,7 +84,12 @@ def test_imports_go_down(path):
             assert top != "agents", f"{name} imports {module}"
             if top == "diffusion_gym" and rest and rest[0] in BELOW and rest[0] != room:
                 assert rest[0] in BELOW[room], f"{name} imports {module}"
-        elif top == "diffusion_gym" and rest and rest[0] in BELOW and not room.startswith(("evaluation", "benchmark")):
+        elif (
+            top == "diffusion_gym"
+            and rest
+            and rest[0] in BELOW
+            and not room.startswith(("evaluation", "callbacks", "benchmark"))
+        ):
             assert rest[0] in OF_DIFFUSION_GYM, f"{name} imports {module}"
         assert "adapters" not in rest or "adapters" in name, f"{name} imports {module}"
         if top in HEAVY:

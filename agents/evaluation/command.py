@@ -1,4 +1,4 @@
-"""The command `python -m agents.evaluate`."""
+"""The command `python -m agents.evaluation`."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ _FEATURES = {
 def parser() -> argparse.ArgumentParser:
     """Return the command's arguments."""
     made = argparse.ArgumentParser(
-        prog="python -m agents.evaluate",
+        prog="python -m agents.evaluation",
         description="Compare a trained policy with the pretrained model, on the prompts that it was trained on and on "
         "unseen ones, and write a page (index.html) and all numbers (results.json).",
     )

@@ -8,9 +8,9 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from ..experience.rollouts import Keep, Rollout, collect
+from ..experience.seeding import derived_generator
 from ..policies.base import Policy
-from ..rollouts import Keep, Rollout, collect
-from ..seeding import derived_generator
 
 
 def standard_error(values: np.ndarray, prompts: Sequence[str] | None = None) -> float:

@@ -13,8 +13,8 @@ from torch import Tensor
 from diffusion_gym.naming import unknown_name
 from diffusion_gym.rewards import Reward, to_uint8
 
+from ..experience.rollouts import Rollout
 from ..policies import Policy
-from ..rollouts import Rollout
 from .episodes import episodes
 
 Features = Callable[[Tensor, Tensor], Tensor]

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..manifest import find_checkpoints, whole_checkpoint
 from ..policies import DenoisingPolicy, load_policy
-from ..saving import STATE_FILE
+from ..runs.manifest import find_checkpoints, whole_checkpoint
+from ..runs.saving import STATE_FILE
 from .curves import Curves, read_curves
 
 

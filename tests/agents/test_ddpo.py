@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, collect
 from agents.advantages import texts_of
-from agents.files import replaced_folder
+from agents.runs.files import replaced_folder
 from tests.gradients import assert_gradients_close
 
 ALGORITHMS = [DDPOSF, DDPOIS]
@@ -385,7 +385,7 @@ def test_a_failing_save_leaves_the_last_one_whole(emoji, make_env, tmp_path, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("agents.saving.save_optimizer", full)
+    monkeypatch.setattr("agents.runs.saving.save_optimizer", full)
     with pytest.raises(OSError, match="No space left"):
         learner.save(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "training_state.json").read_text()) == before

@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DDPOSF, DenoisingPolicy, reports
+from agents import DDPOIS, DDPOSF, DenoisingPolicy
 from agents.ddpo import _DDPO
-from agents.guard import GradientGuard
+from agents.logs import reports
+from agents.updates.guard import GradientGuard
 from diffusion_gym.envs.core import DiffusionVectorEnv
 from diffusion_gym.envs.lanes import Lanes
 from diffusion_gym.envs.time_prediction import TimePredictionVectorEnv

@@ -10,8 +10,8 @@ from stable_baselines3.common.logger import configure
 import diffusion_gym  # noqa: F401
 from agents import DDPOSF, RLOO, ContextFreeSchedule, DenoisingPolicy, FixedSchedule, TimePredictor, collect
 from agents.advantages import group_advantages, normalise
+from agents.experience.rollouts import Rollout
 from agents.losses import clipped_surrogate_coefficients, clipped_surrogate_loss
-from agents.rollouts import Rollout
 from diffusion_gym.models import load_model
 from tests.gradients import assert_gradients_close
 from tests.tiny import make_tiny_stable_diffusion

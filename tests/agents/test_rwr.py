@@ -11,7 +11,7 @@ from PIL import Image
 
 import diffusion_gym  # noqa: F401
 from agents import RWR, ContextFreeSchedule, DenoisingPolicy, Replay, collect, evaluate
-from agents.diagnostics import effective_sample_size
+from agents.logs.diagnostics import effective_sample_size
 from agents.rwr import best_weights, softmax_weights
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import write_mixture

@@ -19,7 +19,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from agents.files import replaced_folder
+from agents.runs.files import replaced_folder
 
 from .sources import WORK
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.files import existing_folder, load_optimizer, replaced_folder, save_optimizer
+from agents.runs.files import existing_folder, load_optimizer, replaced_folder, save_optimizer
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,8 @@
-"""`python -m agents.evaluate`, from a run's folder to the page."""
+"""`python -m agents.evaluation`, from a run's folder to the page."""
 
 import ast
 import base64
 import html.parser
-import importlib
 import json
 import re
 import runpy
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 from stable_baselines3.common.logger import configure
 
-import agents
 import diffusion_gym  # noqa: F401
 from agents import RLOO, Checkpoints, ContextFreeSchedule, DenoisingPolicy
 from agents.evaluation.charts import COLOURS, gains_chart, trade_chart
@@ -24,8 +22,8 @@ from agents.evaluation.curves import read_curves
 from agents.evaluation.measures import Samples
 from agents.evaluation.runs import policy_folder
 from agents.evaluation.study import Comparison, findings
-from agents.reports import environment_settings
-from agents.saving import STATE_FILE
+from agents.logs.reports import environment_settings
+from agents.runs.saving import STATE_FILE
 from diffusion_gym.envs.denoising import DenoisingVectorEnv
 from diffusion_gym.models import load_model
 from diffusion_gym.rewards import CallableReward, make_reward
@@ -377,12 +375,9 @@ def test_findings_call_a_fall_a_fall():
     assert "63% of the gain on" in findings(sets, reward="r", unit=" kB", held_out=None)[1]
 
 
-def test_the_command_has_help_and_the_function_keeps_its_name(monkeypatch, capsys):
+def test_the_command_has_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", "--help"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("agents.evaluate", run_name="__main__")
+        runpy.run_module("agents.evaluation", run_name="__main__")
     assert ended.value.code == 0
     assert "--held-out" in capsys.readouterr().out
-    with pytest.raises(ImportError, match="import evaluate from agents"):
-        importlib.import_module("agents.evaluate")
-    assert callable(agents.evaluate)

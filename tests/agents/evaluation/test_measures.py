@@ -6,7 +6,7 @@ import torch
 import diffusion_gym  # noqa: F401
 from agents import DenoisingPolicy, FixedSchedule, evaluate
 from agents.evaluation.measures import draw_samples, latent_features, make_features
-from agents.seeding import derived_generator
+from agents.experience.seeding import derived_generator
 from diffusion_gym.models import load_model
 from diffusion_gym.prompts import PromptSet
 from diffusion_gym.rewards import CallableReward

@@ -1,0 +1,5 @@
+"""The command `python -m agents.evaluation RUN`."""
+
+from .command import main
+
+main()

@@ -1,0 +1,1 @@
+"""Whole episodes of a vector environment: how they begin, are collected, kept and read."""

@@ -1,0 +1,1 @@
+"""Files of a run: what is saved, checkpoints, which of them are whole."""

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from torch import nn
+
+from agents import DDPOSF, DenoisingPolicy
+from agents.runs.files import load_optimizer, save_optimizer
+from agents.updates.optimizers import MuonWithAdamW
+from diffusion_gym.models import load_model
+from tests.tiny import make_tiny_stable_diffusion
+
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 1e-3, "eps": 1e-8}
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)).to(
+        memory_format=torch.channels_last
+    )
+
+
+def give_gradients(parameters, step):
+    generator = torch.Generator().manual_seed(step)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def test_steps_are_those_of_torchs_muon_on_kernels_and_of_adamw_on_the_rest(network):
+    own = list(network.parameters())
+    matrices = [nn.Parameter(one.detach().flatten(1).clone()) for one in own if one.ndim > 1]
+    others = [nn.Parameter(one.detach().clone()) for one in own if one.ndim == 1]
+    muon = torch.optim.Muon(matrices, lr=1e-2, momentum=0.9, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, **OPTIONS)
+    optimizer = MuonWithAdamW(own, **OPTIONS)
+    for step in range(3):
+        give_gradients(own, step)
+        for copies, chosen in ((matrices, [p for p in own if p.ndim > 1]), (others, [p for p in own if p.ndim == 1])):
+            for copy, parameter in zip(copies, chosen, strict=True):
+                copy.grad = parameter.grad.reshape(copy.shape)
+        rate = 1e-2 / (step + 1)
+        optimizer.param_groups[0]["lr"] = muon.param_groups[0]["lr"] = adamw.param_groups[0]["lr"] = rate
+        for one in (optimizer, muon, adamw):
+            one.step()
+    expected = iter(matrices), iter(others)
+    for parameter in own:
+        reference = next(expected[0] if parameter.ndim > 1 else expected[1])
+        torch.testing.assert_close(parameter.detach().flatten(), reference.detach().flatten(), rtol=0, atol=0)
+
+
+def test_a_step_is_as_long_in_every_direction_of_a_matrix():
+    matrix = nn.Parameter(torch.zeros(16, 64))
+    optimizer = MuonWithAdamW([matrix], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-8)
+    torch.manual_seed(0)
+    matrix.grad = torch.randn(16, 64) + 10 * torch.ones(16, 64)
+    before = torch.linalg.svdvals(matrix.grad)
+    optimizer.step()
+    after = torch.linalg.svdvals(matrix.detach())
+    assert float(before[0] / before[-1]) > 20
+    assert float(after[0] / after[-1]) < 2
+    assert float(matrix.detach().square().mean().sqrt()) == pytest.approx(0.2, rel=0.3)
+
+
+def test_state_survives_a_file(network, tmp_path):
+    own = list(network.parameters())
+    optimizer = MuonWithAdamW(own, **OPTIONS)
+    give_gradients(own, 0)
+    optimizer.step()
+    save_optimizer(optimizer, tmp_path / "optimizer.safetensors")
+    weights = [parameter.detach().clone() for parameter in own]
+    give_gradients(own, 1)
+    optimizer.step()
+    expected = [parameter.detach().clone() for parameter in own]
+    with torch.no_grad():
+        for parameter, weight in zip(own, weights, strict=True):
+            parameter.copy_(weight)
+    other = MuonWithAdamW(own, **{**OPTIONS, "lr": 1.0})
+    load_optimizer(other, tmp_path / "optimizer.safetensors")
+    give_gradients(own, 1)
+    other.step()
+    for parameter, value in zip(own, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
+
+
+def test_a_loaded_run_with_muon_goes_on_exactly_where_it_was(make_env, tmp_path):
+    # a small one: Muon's matrix products are in bfloat16, which some processors have no instructions for
+    model = load_model(make_tiny_stable_diffusion(tmp_path / "model"))
+    options = {"optimizer": "muon", "samples_per_epoch": 4, "batch_size": 4, "learning_rate": 1e-4, "seed": 3}
+    first = DDPOSF(DenoisingPolicy(model, seed=0), make_env(model=model), **options)
+    before = [parameter.detach().clone() for parameter in first.policy.parameters()]
+    first.learn(12, log_interval=0)
+    first.save(tmp_path / "run")
+    first.learn(12, log_interval=0, reset_num_timesteps=False)
+    resumed = DDPOSF.load(tmp_path / "run", make_env(model=model))
+    assert isinstance(resumed.optimizer, MuonWithAdamW)
+    resumed.learn(12, log_interval=0, reset_num_timesteps=False)
+    assert first.num_updates == 2
+    for old, new, again in zip(before, first.policy.parameters(), resumed.policy.parameters(), strict=True):
+        assert torch.equal(new, again)
+        assert not torch.equal(old, new)
+
+
+def test_optimizers_that_there_are_not_are_named(emoji, make_env):
+    with pytest.raises(ValueError, match=r"optimizer must be one of \('adamw', 'muon'\), got 'sgd'"):
+        DDPOSF(DenoisingPolicy(emoji), make_env(), samples_per_epoch=4, batch_size=4, optimizer="sgd")
+    with pytest.raises(ValueError, match='use_8bit_adam goes with optimizer="adamw"'):
+        DDPOSF(
+            DenoisingPolicy(emoji), make_env(), samples_per_epoch=4, batch_size=4, optimizer="muon", use_8bit_adam=True
+        )
