@@ -14,22 +14,28 @@ BELOW = {
     "loading": set(),
     "checks": set(),
     "transfer": set(),
+    "parts": {"naming"},
+    "samplers": {"schedules", "parts", "checks", "transfer"},
     "schedules": set(),
     "grids": {"schedules"},
     "predictions": set(),
-    "transitions": {"schedules", "predictions", "transfer"},
-    "models": {"naming", "checks", "transfer", "loading", "schedules", "predictions", "transitions"},
-    "sampling": {"transitions", "models"},
+    "transitions": {"schedules", "predictions", "samplers", "transfer"},
+    "models": {"naming", "checks", "transfer", "loading", "schedules", "predictions", "samplers", "transitions"},
+    "sampling": {"samplers", "transitions", "models"},
     "rewards": {"naming", "checks", "loading"},
     "prompts": {"naming", "lines"},
     "envs": {
-        *("naming", "checks", "transfer", "transitions", "schedules", "grids"),
+        *("naming", "checks", "transfer", "samplers", "transitions", "schedules", "grids"),
         *("models", "sampling", "rewards", "prompts"),
     },
     "testing": set(),
     "__init__": set(),
 }
-OF_DIFFUSION_GYM = {"checks", "transfer", "lines", "schedules", "grids", "predictions", "transitions", "models"}
+OF_DIFFUSION_GYM = {
+    *("naming", "checks", "parts", "transfer", "lines", "schedules", "grids", "predictions", "samplers", "transitions"),
+    *("models", "envs.contract"),
+}
+ROOMS_ABOVE = ("evaluation", "callbacks", "benchmark")
 HEAVY = {
     "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py", "agents/updates/averaging.py"},
     "transformers": {

@@ -1,0 +1,67 @@
+"""Parts: what varies is a small frozen dataclass that its owner is given, and that can be written down."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from .naming import unknown_name
+
+GIVEN_AGAIN: Mapping[str, object] = {"given_again": True}
+
+_NAME = "part"
+
+AnyPart = TypeVar("AnyPart", bound="Part")
+
+
+class Part:
+    """The base of all parts: frozen dataclasses whose fields are their keywords and whose methods are their facts.
+
+    A field with `metadata=GIVEN_AGAIN` holds what JSON cannot: it is not written down, and has to be given again.
+    """
+
+    @classmethod
+    def from_fields(cls: type[AnyPart], values: Mapping[str, Any]) -> AnyPart:
+        """Return the part whose fields have these values."""
+        return cls(**values)
+
+
+def described(value: Any) -> Any:
+    """Return a part as a dict that JSON can hold, `{"part": its class, field: value …}`; other values as they are."""
+    if isinstance(value, Part):
+        assert is_dataclass(value)
+        written = {field.name: getattr(value, field.name) for field in fields(value) if is_written(field.metadata)}
+        return {_NAME: type(value).__name__, **{name: described(field) for name, field in written.items()}}
+    return [described(item) for item in value] if isinstance(value, tuple) else value
+
+
+def is_written(metadata: Mapping[Any, Any]) -> bool:
+    """Return whether a field with this metadata is written down."""
+    return not metadata.get("given_again", False)
+
+
+def made(description: Any, kind: type[AnyPart]) -> AnyPart:
+    """Return the part that `described` wrote down.
+
+    Args:
+        description: The dict.
+        kind: What the part is: one of its subclasses, or itself. No other name means anything.
+
+    Raises:
+        ValueError: it is no such part, or of a class that this process has not imported.
+    """
+    known = {part.__name__: part for part in _subclasses(kind)}
+    if not isinstance(description, Mapping) or description.get(_NAME) not in known:
+        name = description.get(_NAME) if isinstance(description, Mapping) else description
+        raise ValueError(unknown_name(kind.__name__, str(name), sorted(known)))
+    values = {name: _remade(value) for name, value in description.items() if name != _NAME}
+    return known[description[_NAME]].from_fields(values)
+
+
+def _remade(value: Any) -> Any:
+    if isinstance(value, Mapping) and _NAME in value:
+        return made(value, Part)
+    return tuple(_remade(item) for item in value) if isinstance(value, list) else value
+
+
+def _subclasses(kind: type[AnyPart]) -> list[type[AnyPart]]:
+    return [kind, *(part for child in kind.__subclasses__() for part in _subclasses(child))]
