@@ -1,13 +1,19 @@
-"""From rewards to advantages."""
+"""From rewards to advantages: the parts that algorithms are given, and the functions behind them."""
 
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, final, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffusion_gym.checks import checked_integer, checked_number
+from diffusion_gym.parts import Part
+from diffusion_gym.transfer import to_host
 
 GroupBaseline = Literal["leave_one_out", "group_mean"]
 AdvantageScale = Literal["none", "rollout", "global", "group"]
@@ -133,11 +139,10 @@ class PerPromptStats:
     """
 
     def __init__(self, buffer_size: int = 16, min_count: int = 16) -> None:
+        buffer_size = checked_integer("buffer_size", buffer_size, at_least=1)
+        min_count = checked_integer("min_count", min_count, at_least=1)
         if not 1 <= min_count <= buffer_size:
-            raise ValueError(
-                f"min_count must be between 1 and buffer_size ({buffer_size}), got {min_count}; algorithms call them "
-                "per_prompt_min_count and per_prompt_buffer_size: give both"
-            )
+            raise ValueError(f"min_count must be between 1 and buffer_size ({buffer_size}), got {min_count}")
         self.buffer_size = buffer_size
         self.min_count = min_count
         self._rewards: dict[str, deque[float]] = {}
@@ -166,11 +171,200 @@ class PerPromptStats:
         self._rewards = {prompt: deque(rewards, maxlen=self.buffer_size) for prompt, rewards in state.items()}
 
 
-def texts_of(prompt_ids: np.ndarray, prompts: Sequence[str]) -> list[str | None]:
-    """Return the texts of prompts, as `PerPromptStats.update` takes them; None for those outside the set."""
-    return [None if index < 0 else prompts[index] for index in prompt_ids.tolist()]
-
-
 def clip_advantages(advantages: Tensor, clip: float | None) -> Tensor:
     """Return the advantages within ±clip; as they are for None."""
     return advantages if clip is None else torch.clamp(advantages, -clip, clip)
+
+
+@dataclass(frozen=True, eq=False)
+class Rewards:
+    """The rewards of a rollout's B episodes, and what they are compared by.
+
+    Args:
+        values: [B] float32; NaN where an episode has no valid reward.
+        valid: [B] bool on the host.
+        prompt_id: [B] int64 on the host; −1 is a prompt outside of the environment's set.
+        texts: The environment's prompts.
+        group_size: So many episodes side by side have one prompt.
+    """
+
+    values: Tensor
+    valid: np.ndarray
+    prompt_id: np.ndarray
+    texts: Sequence[str]
+    group_size: int
+
+    def prompts(self) -> list[str | None]:
+        """Return the prompts' texts; None for those outside of the set."""
+        return [None if index < 0 else self.texts[index] for index in self.prompt_id.tolist()]
+
+
+class Advantages(Part, ABC):
+    """How good each episode of a rollout is beside others."""
+
+    def memory(self) -> PerPromptStats | None:
+        """Return a new memory of rewards, for `estimate`; None: it needs none."""
+        return None
+
+    def check(self, group_size: int) -> None:
+        """Raise ValueError if it cannot compare episodes in groups of this size."""
+
+    @final
+    def of(self, rewards: Rewards, memory: PerPromptStats | None = None) -> Tensor:
+        """Return the advantage of each episode, [B]: 0 where there is no valid reward, which count for no other's."""
+        if rewards.valid.all() or self.compares_groups:
+            return self.estimate(rewards, memory)
+        rows = np.flatnonzero(rewards.valid)
+        kept = torch.from_numpy(rows).to(rewards.values.device)
+        valid = Rewards(
+            rewards.values[kept], rewards.valid[rows], rewards.prompt_id[rows], rewards.texts, rewards.group_size
+        )
+        advantages = self.estimate(valid, memory)
+        return advantages.new_zeros(len(rewards.values)).index_copy(0, kept, advantages)
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether it needs whole groups, those without a valid reward too."""
+        return False
+
+    @abstractmethod
+    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
+        """Return the advantage of each episode, [B]; all rewards are valid unless `compares_groups`."""
+
+
+def _check_clip(clip: float | None) -> None:
+    if clip is not None:
+        checked_number("clip", clip, "(0, inf)")
+
+
+@final
+@dataclass(frozen=True)
+class PerPrompt(Advantages):
+    """Rewards relative to what the same prompt earned lately, see `PerPromptStats`.
+
+    Source: Black et al., 2023, section 4.3 and appendix D, https://arxiv.org/abs/2305.13301.
+
+    Args:
+        buffer_size: Rewards remembered per prompt (ddpo-pytorch: 16, for aesthetics and alignment 32).
+        min_count: Rewards from which on a prompt is compared to itself; None: `buffer_size`.
+        clip: Advantages are clamped to ±this; None: not at all. The paper does not say; ddpo-pytorch has 5, the
+            authors' JAX code 10.
+        center: Subtract the rollout's mean advantage. Statistics over past rollouts lag behind a reward that moves; the
+            common offset that this leaves adds variance and nothing else. No published code does it.
+
+    Raises:
+        TypeError, ValueError: a number is out of its range.
+    """
+
+    buffer_size: int = 16
+    min_count: int | None = None
+    clip: float | None = 5.0
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        self.memory()
+        _check_clip(self.clip)
+
+    def memory(self) -> PerPromptStats:
+        """Return an empty memory of prompts' rewards."""
+        return PerPromptStats(self.buffer_size, self.buffer_size if self.min_count is None else self.min_count)
+
+    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
+        """Return the advantages, [B]; the memory then knows these rewards too."""
+        assert memory is not None
+        advantages = memory.update(rewards.prompts(), to_host(rewards.values).tolist())
+        if self.center:
+            advantages -= advantages.mean()
+        return clip_advantages(torch.from_numpy(advantages).to(rewards.values.device), self.clip)
+
+
+@final
+@dataclass(frozen=True)
+class Batch(Advantages):
+    """Rewards relative to those of the whole rollout: (r − mean)/std.
+
+    Args:
+        clip: Advantages are clamped to ±this; None: not at all.
+    """
+
+    clip: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip)
+
+    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
+        """Return the advantages, [B]."""
+        return clip_advantages(normalise(rewards.values), self.clip)
+
+
+@final
+@dataclass(frozen=True)
+class Groups(Advantages):
+    """Rewards relative to those of the group, the episodes of one prompt side by side: see `group_advantages`.
+
+    Args:
+        baseline: What an episode is compared with: "leave_one_out" (RLOO) or "group_mean" (GRPO).
+        scale: What the difference is divided by: "none" (the published RLOO codes; Adam makes up for most of a reward's
+            scale), the standard deviation of all advantages of the "rollout", of all its rewards ("global": Flow-GRPO's
+            code), or of each "group" (GRPO).
+        clip: Advantages are clamped to ±this (Flow-GRPO: 5); None: not at all.
+
+    Raises:
+        TypeError, ValueError: a value is none of those, or has no effect.
+    """
+
+    baseline: GroupBaseline = "leave_one_out"
+    scale: AdvantageScale = "none"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("baseline", GroupBaseline), ("scale", AdvantageScale)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}")
+        if self.scale == "rollout" and self.baseline != "leave_one_out":
+            raise ValueError(
+                f'baseline={self.baseline!r} has no effect with scale="rollout", which divides out the factor by which '
+                "baselines differ: give another scale, or leave the baseline out"
+            )
+        _check_clip(self.clip)
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whole groups: an episode without a valid reward is left out of its own."""
+        return True
+
+    def check(self, group_size: int) -> None:
+        """Raise ValueError if the groups are of one."""
+        if group_size < 2:
+            raise ValueError(
+                "advantages=Groups(…) compares the episodes of a prompt: group_size must be at least 2, got "
+                f"{group_size}; give rollouts=Rollouts(group_size=4)"
+            )
+
+    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
+        """Return the advantages, [B]."""
+        groups = rewards.values.reshape(-1, rewards.group_size)
+        advantages = group_advantages(groups, baseline=self.baseline, scale=self.scale).flatten()
+        return clip_advantages(advantages, self.clip)
+
+
+@final
+@dataclass(frozen=True)
+class PromptMeans(Advantages):
+    """Rewards less the mean of their prompt's in the rollout, over the standard deviation of all (DiffusionNFT).
+
+    Source: Zheng et al., 2025 (DiffusionNFT), train_nft_sd3.py, https://arxiv.org/abs/2509.16117.
+
+    Args:
+        clip: Advantages are clamped to ±this.
+    """
+
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip)
+
+    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
+        """Return the advantages, [B]."""
+        warn_of_lonely(rewards.prompt_id, "nothing is learnt from it")
+        return clip_advantages(grouped_by_prompt(rewards.values, rewards.prompt_id), self.clip)

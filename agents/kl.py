@@ -8,16 +8,19 @@ https://arxiv.org/abs/1909.08593.
 import dataclasses
 import math
 import weakref
+from dataclasses import dataclass, field
 from typing import Any, Literal, final, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_gym.checks import checked_number
+from diffusion_gym.parts import GIVEN_AGAIN, Part
+
 from .experience.rollouts import Rollout
-from .policies import DenoisingPolicy, Policy
+from .policies import Distribution, Policy
 from .policies.base import Observation
-from .training.options import require_number, require_used
 
 KLPlace = Literal["exact", "loss", "reward"]
 
@@ -74,13 +77,13 @@ class RememberedReference:
     @torch.no_grad()
     def __init__(self, reference: Policy, rollout: Rollout, micro_batch_size: int) -> None:
         self.rollout = weakref.ref(rollout)
-        self._device, self._first = rollout.actions.device, rollout.first
+        self._device, self._first = rollout.actions.device, rollout.first_episode
         self._back_on = rollout.returns.device
         self._template: Any = None
         self._tables: dict[str, Tensor] = {}
         steps, lanes = np.nonzero(rollout.scored)
-        for k, b in rollout.micro_batches(steps, lanes, micro_batch_size):
-            distribution = reference.distribution(rollout.observation(k, b))
+        for step, lane in rollout.micro_batches(steps, lanes, micro_batch_size):
+            distribution = reference.distribution(rollout.observation(step, lane))
             if not dataclasses.is_dataclass(distribution):
                 return
             self._template = distribution
@@ -88,89 +91,95 @@ class RememberedReference:
                 if isinstance(value, Tensor):
                     shape = (rollout.num_steps, rollout.actions.shape[1], *value.shape[1:])
                     table = self._tables.setdefault(name, torch.zeros(shape, dtype=value.dtype, device=self._device))
-                    table[self._here(k, b)] = value.to(self._device)
+                    table[self._here(step, lane)] = value.to(self._device)
 
-    def _here(self, k: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return k.to(self._device), (b - self._first).to(self._device)
+    def _here(self, steps: Tensor, lanes: Tensor) -> tuple[Tensor, Tensor]:
+        return steps.to(self._device), (lanes - self._first).to(self._device)
 
-    def at(self, k: Tensor, b: Tensor) -> Any:
-        """Return the distributions of M transitions, given their indices (steps, lanes); None if there are none."""
+    def at(self, steps: Tensor, lanes: Tensor) -> Distribution | None:
+        """Return the distributions of M transitions, given their indices; None if they could not be remembered."""
         if self._template is None:
             return None
-        index = self._here(k, b)
+        index = self._here(steps, lanes)
         rows = {name: table[index].to(self._back_on) for name, table in self._tables.items()}
         return dataclasses.replace(self._template, **rows)
 
 
 @final
-class KLPenalty:
-    """β·Σ_t KL_t, KL_t = KL(π(·|s_t) ‖ π_ref(·|s_t)) in closed form and in nats, summed over an action's dimensions.
+@dataclass(frozen=True)
+class KL(Part):
+    """A pull to a frozen policy: β·Σ_t KL_t, KL_t = KL(π(·|s_t) ‖ π_ref(·|s_t)), in nats, summed over dimensions.
 
     The objective E[R] − β·E[Σ_t KL_t] has the gradient
 
         E[ Σ_t ∇log π(a_t|s_t)·(R − β·Σ_{t'>t} KL_{t'}) ] − β·E[ Σ_t ∇KL_t ]
 
-    since an action decides in which states the later divergences are taken. "exact" is all of it. "loss" leaves out the
-    later divergences, as Flow-GRPO and DPOK do. "reward" takes Σ_t KL_t from the return and leaves out the last term,
-    as TPDM does: it misses the pull on the very step that pays.
+    since an action decides in which states the later divergences are taken. β has one meaning in all places and for
+    both reductions of the log-probs. Steps without a density have no KL.
+
+    Args:
+        coefficient: β > 0. It stands after what is done to the advantages ("reward": before).
+        place: "exact": all of the gradient, at the price of one more pass of both policies over the rollout. "loss", as
+            Flow-GRPO and DPOK do: without the later divergences. "reward", as TPDM does: Σ_t KL_t is taken from the
+            return, once, at sampling, and the last term is left out: it misses the pull on the very step that pays.
+        reference: π_ref, a policy of the same environment; it is frozen, not saved, and to be given to `load` again.
+            None: the untrained policy, `policy.reference()`: of a `DenoisingPolicy` the model that it was made from,
+            without a copy; of others a copy made now, part of a checkpoint. Where it is needed more than once ("exact",
+            n_epochs above 1) what it says of a rollout is kept beside it: as much memory as its actions take.
+        target: Adapt β after each rollout, so that Σ_t KL_t (the log's `train/kl`) becomes this, in nats; None: keep β.
+        horizon: β ← β·(1 + e/horizon), e = clip(KL/target − 1, ±0.2): 10, as published, is 2 % a rollout at the most.
+
+    Raises:
+        TypeError, ValueError: a value is of the wrong kind or out of its range.
+    """
+
+    coefficient: float
+    place: KLPlace = "loss"
+    reference: Policy | None = field(default=None, metadata=GIVEN_AGAIN)
+    target: float | None = None
+    horizon: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.place not in get_args(KLPlace):
+            raise ValueError(f"place must be one of {get_args(KLPlace)}, got {self.place!r}")
+        checked_number("coefficient", self.coefficient, "(0, inf)")
+        checked_number("horizon", self.horizon, "[1, inf)")
+        if self.target is not None:
+            checked_number("target", self.target, "(0, inf)")
+        elif self.horizon != 10.0:
+            raise ValueError(f"horizon={self.horizon!r} has no effect: it needs target")
+        if not isinstance(self.reference, Policy | None):
+            raise TypeError(f"reference must be a Policy, such as policy.reference(); got {self.reference!r}")
+
+
+@final
+class KLPenalty:
+    """The `KL` of a run: its reference, and β as it is now.
 
     Args:
         policy: What is trained.
-        kl_coefficient: β; 0: no penalty.
-        kl_place: "exact", "loss" or "reward".
-        reference: π_ref; None: `policy.reference()`.
-        target_kl: Adapt β until Σ_t KL_t is this; None: β stays.
-        kl_horizon: See `adapted_coefficient`.
+        part: What the algorithm was given.
 
     Attributes:
-        coefficient: β as it is now.
-        reference: π_ref, frozen; None where there is no penalty.
-        saved_reference: The same, where it is a copy that has to be part of a checkpoint.
+        coefficient: β.
+        reference: π_ref, frozen.
+        saved_reference: The same, where it is a copy that has to be part of a checkpoint; else None.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of its range, or the reference would be trained.
+        ValueError: the reference would be trained.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        kl_coefficient: float,
-        kl_place: KLPlace,
-        reference: Policy | None,
-        target_kl: float | None,
-        kl_horizon: float,
-    ) -> None:
-        if kl_place not in get_args(KLPlace):
-            raise ValueError(f"kl_place must be one of {get_args(KLPlace)}, got {kl_place!r}")
-        require_number("[0, inf)", kl_coefficient=kl_coefficient)
-        require_number("[1, inf)", kl_horizon=kl_horizon)
-        require_number("(0, inf)", none=True, target_kl=target_kl)
-        if target_kl is not None and kl_coefficient == 0:
-            raise ValueError(
-                f"target_kl scales kl_coefficient, which has to start above 0; got {target_kl} and {kl_coefficient}"
-            )
-        require_used("a kl_coefficient above 0", kl_coefficient > 0, kl_place=(kl_place, "loss"))
-        require_used("target_kl", target_kl is not None, kl_horizon=(kl_horizon, 10.0))
-        if reference is not None and not kl_coefficient:
-            raise ValueError(
-                f"reference needs a kl_coefficient above 0, got {kl_coefficient}: without it there is no KL"
-            )
-        self.coefficient = kl_coefficient
-        self.place: KLPlace = kl_place
-        self.target_kl = target_kl
-        self.horizon = kl_horizon
-        self._given = reference is not None
-        self.reference = self._frozen(policy, reference) if kl_coefficient else None
-        remade = self._given or isinstance(policy, DenoisingPolicy)
-        self.saved_reference = None if remade else self.reference
+    def __init__(self, policy: Policy, part: KL) -> None:
+        self.part = part
+        self.coefficient = part.coefficient
+        self.reference = self._frozen(policy, part.reference)
+        is_remade = part.reference is not None or policy.reference_is_free
+        self.saved_reference = None if is_remade else self.reference
 
     @staticmethod
     def _frozen(policy: Policy, reference: Policy | None) -> Policy:
         if reference is None:
             return policy.reference()
-        if not isinstance(reference, Policy):
-            raise TypeError(f"reference must be a Policy, such as policy.reference(); got {reference!r}")
         trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
         if any(id(parameter) in trained for parameter in reference.parameters()):
             raise ValueError("reference must not share what is trained: give policy.reference(), or None for the same")
@@ -179,31 +188,16 @@ class KLPenalty:
     @property
     def is_measured_first(self) -> bool:
         """Whether every KL_t of a rollout is needed before the first update."""
-        return self.reference is not None and self.place != "loss"
+        return self.part.place != "loss"
 
     @property
     def is_in_the_loss(self) -> bool:
         """Whether ∇KL_t is part of the gradient."""
-        return self.reference is not None and self.place != "reward"
+        return self.part.place != "reward"
 
-    def remembered(
-        self, policy: Policy, rollout: Rollout, *, passes: float, micro_batch_size: int
-    ) -> RememberedReference | None:
-        """Return the `RememberedReference` of a rollout; None where it is not worth it, or not one thing.
-
-        Args:
-            policy: What is trained.
-            rollout: The rollout.
-            passes: How often each of its transitions is looked up.
-            micro_batch_size: Transitions that are asked for at once.
-        """
-        # With train_cfg=False a DenoisingPolicy, and so its reference, scores otherwise where gradients are on.
-        is_one_thing = not isinstance(policy, DenoisingPolicy) or policy.train_cfg
-        if self.reference is None or passes <= 1 or not is_one_thing:
-            return None
-        return RememberedReference(self.reference, rollout, micro_batch_size)
-
-    def divergence(self, distribution: Any, observation: Observation, remembered: Any = None) -> Tensor:
+    def divergence(
+        self, distribution: Distribution, observation: Observation, remembered: Distribution | None = None
+    ) -> Tensor:
         """Return KL_t of the policy's distributions for these observations, [M], with gradients where they are on.
 
         Args:
@@ -211,17 +205,19 @@ class KLPenalty:
             observation: What they are of.
             remembered: The reference's for them, where they are known; None: ask it.
         """
-        assert self.reference is not None
         return distribution.kl(self.reference.distribution(observation) if remembered is None else remembered, "sum")
 
     def adapt(self, kl: float) -> None:
-        """Move β toward `target_kl`, given the last rollout's mean Σ_t KL_t; one that is NaN leaves β as it is."""
-        if self.target_kl is not None and not math.isnan(kl):
-            self.coefficient = adapted_coefficient(self.coefficient, kl, target_kl=self.target_kl, horizon=self.horizon)
+        """Move β toward the target, given the last rollout's mean Σ_t KL_t; one that is NaN leaves β as it is."""
+        target = self.part.target
+        if target is not None and not math.isnan(kl):
+            self.coefficient = adapted_coefficient(
+                self.coefficient, kl, target_kl=target, horizon=self.part.horizon
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as JSON can hold it."""
-        return {"coefficient": self.coefficient, "reference_given": self._given}
+        return {"coefficient": self.coefficient, "reference_given": self.part.reference is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned.
@@ -229,6 +225,6 @@ class KLPenalty:
         Raises:
             ValueError: the run had a reference of the user's, and now has none.
         """
-        if state["reference_given"] and not self._given:
+        if state["reference_given"] and self.part.reference is None:
             raise ValueError("the run's KL divergence is to a policy that was given to it: give it again, reference=…")
         self.coefficient = state["coefficient"]

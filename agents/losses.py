@@ -1,5 +1,8 @@
 """Policy-gradient losses as pure functions: one value per transition, to be averaged by the caller."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -67,6 +70,41 @@ def clipped_surrogate_coefficients(
     ratio = bounded_ratio(log_prob, old_log_prob)
     held = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
     return torch.where(held | ((log_prob - old_log_prob).abs() > _MAX_LOG_RATIO), 0.0, -advantages * ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """What a loss says of M actions, as constants: its gradient is that of Σ coefficient·log π.
+
+    So the log-prob of a whole trajectory is differentiated step by step, as that of a single step is.
+
+    Args:
+        loss: [M] the loss of each action.
+        coefficient: [M] ∂loss/∂log π.
+        metrics: [M] each: what else is logged, by name; the mean is.
+    """
+
+    loss: Tensor
+    coefficient: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def score_function_surrogate(log_prob: Tensor, advantages: Tensor) -> Surrogate:
+    """Return `score_function_loss` as a `Surrogate`; the arguments are without gradients."""
+    return Surrogate(score_function_loss(log_prob, advantages), -advantages)
+
+
+def clipped_surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, *, clip_range: float) -> Surrogate:
+    """Return `clipped_surrogate_loss` as a `Surrogate`, with the share of ratios beyond the clip, `clip_fraction`.
+
+    Args are those of `clipped_surrogate_loss`, without gradients.
+    """
+    outside = (torch.exp(log_prob - old_log_prob) - 1).abs() > clip_range
+    return Surrogate(
+        clipped_surrogate_loss(log_prob, old_log_prob, advantages, clip_range=clip_range),
+        clipped_surrogate_coefficients(log_prob, old_log_prob, advantages, clip_range=clip_range),
+        {"clip_fraction": outside.float()},
+    )
 
 
 def approximate_kl(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:

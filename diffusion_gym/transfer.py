@@ -1,4 +1,4 @@
-"""From the host to the device, without waiting for it."""
+"""From the host to the device without waiting for it, and back, which waits."""
 
 import numpy as np
 import torch
@@ -20,3 +20,8 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type != "mps")
+
+
+def to_host(tensor: Tensor) -> np.ndarray:
+    """Return a tensor's values on the host: the only function that waits for the device."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()

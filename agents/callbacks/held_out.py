@@ -10,7 +10,7 @@ from diffusion_gym.rewards import Reward, make_reward
 
 from ..evaluation.measures import FeatureName, Samples, choose_prompts, draw_samples, make_features
 from ..evaluation.statistics import distance_between, distance_within, probability_of_no_rise
-from ..policies import DenoisingPolicy, Policy
+from ..policies import Policy
 from ..training.algorithm import Algorithm
 
 
@@ -107,7 +107,7 @@ class HeldOutEvaluation(BaseCallback):
     def _texts(self) -> Sequence[str]:
         if self.prompts is not None:
             return self.prompts
-        texts = self._algorithm.env.unwrapped.prompts.texts  # type: ignore[attr-defined]
+        texts = self._algorithm.base_env.prompts.texts
         return [texts[row] for row in choose_prompts(len(texts), self.max_prompts or len(texts))]
 
     def _draw(self, policy: Policy, reference: Policy | None) -> Samples:
@@ -124,14 +124,14 @@ class HeldOutEvaluation(BaseCallback):
     def _on_training_start(self) -> None:
         algorithm = self._algorithm
         policy = algorithm.policy
-        for reward in (algorithm.env.unwrapped.reward, self.held_out):  # type: ignore[attr-defined]
+        for reward in (algorithm.base_env.reward, self.held_out):
             if reward.state_dict():
                 raise ValueError(
                     f"the reward {reward.name!r} learns from what it judges, so evaluations would change it and could "
                     "not be compared: give it its statistics, Normalised(reward, mean=…, std=…)"
                 )
         _require_two(self._texts)
-        if algorithm.iteration and not isinstance(policy, DenoisingPolicy):
+        if algorithm.iteration and not policy.reference_is_free:
             raise ValueError(
                 f"after {algorithm.iteration} iterations a {type(policy).__name__} no longer knows what it was before "
                 "the training, which HeldOutEvaluation compares it with: go on without this callback"

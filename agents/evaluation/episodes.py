@@ -8,6 +8,9 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from diffusion_gym.transfer import to_host
+
+from ..experience.environment import torch_env
 from ..experience.rollouts import Keep, Rollout, collect
 from ..experience.seeding import derived_generator
 from ..policies.base import Policy
@@ -104,7 +107,7 @@ def evaluate(
         ValueError: the numbers of seeds, prompts and lanes do not fit.
     """
     if prompts is None:
-        texts = env.unwrapped.prompts  # type: ignore[attr-defined]
+        texts = torch_env(env).prompts
         prompts = [texts[int(seed) % len(texts)] for seed in seeds]
     if len(seeds) != len(prompts) or len(seeds) % env.num_envs:
         raise ValueError(
@@ -115,9 +118,9 @@ def evaluate(
     for rollout in episodes(
         env, policy, seeds=seeds, prompts=prompts, deterministic=deterministic, max_images=max_images, keep="ends"
     ):
-        rewards.append(rollout.returns.cpu().numpy())
+        rewards.append(to_host(rollout.returns))
         lengths.append(rollout.lengths)
-        images.append(rollout.images.cpu())
+        images.append(torch.from_numpy(to_host(rollout.images)))
     return Evaluation(
         rewards=np.concatenate(rewards),
         lengths=np.concatenate(lengths),

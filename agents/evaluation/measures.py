@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from diffusion_gym.naming import unknown_name
 from diffusion_gym.rewards import Reward, to_uint8
+from diffusion_gym.transfer import to_host
 
+from ..experience.environment import torch_env
 from ..experience.rollouts import Rollout
 from ..policies import Policy
 from .episodes import episodes
@@ -75,11 +77,11 @@ def path_kl(policy: Policy, reference: Policy, rollout: Rollout, lanes: np.ndarr
     """Return Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) of some episodes of a rollout by π, [len(lanes)], in nats."""
     steps, columns = np.nonzero(rollout.scored[:, lanes])
     total = rollout.returns.new_zeros(rollout.num_episodes)
-    for k, b in rollout.micro_batches(steps, lanes[columns], rollout.num_episodes):
-        observation = rollout.observation(k, b)
-        own: Any = policy.distribution(observation)
-        total = total.index_add(0, b, own.kl(reference.distribution(observation), "sum"))
-    return total.cpu().numpy()[lanes]
+    for step, lane in rollout.micro_batches(steps, lanes[columns], rollout.num_episodes):
+        observation = rollout.observation(step, lane)
+        distribution = policy.distribution(observation)
+        total = total.index_add(0, lane, distribution.kl(reference.distribution(observation), "sum"))
+    return to_host(total)[lanes]
 
 
 @torch.no_grad()
@@ -111,19 +113,18 @@ def draw_samples(
     filled = -(-count // env.num_envs) * env.num_envs
     texts = [prompts[index % len(prompts)] for index in range(filled)]
     parts: dict[str, list[np.ndarray]] = {"rewards": [], "held_out": [], "features": [], "kl": [], "images": []}
-    ends_are_latents = env.metadata.get("action_is_next_latents", False)
+    base_env = torch_env(env)
     has_density = False
     rollouts = episodes(env, policy, seeds=range(filled), prompts=texts, max_images=filled)
     for start, rollout in zip(range(0, filled, env.num_envs), rollouts, strict=True):
-        own = texts[start : start + env.num_envs]
-        parts["rewards"].append(rollout.returns.cpu().numpy())
-        latents = rollout.ends if ends_are_latents else env.unwrapped.model.encode(rollout.images)  # type: ignore[attr-defined]
-        parts["features"].append(features(rollout.images, latents).cpu().numpy())
+        part = texts[start : start + env.num_envs]
+        parts["rewards"].append(to_host(rollout.returns))
+        latents = rollout.ends if base_env.action_is_next_latents else base_env.model.encode(rollout.images)
+        parts["features"].append(to_host(features(rollout.images, latents)))
         parts["images"].append(to_uint8(rollout.images).numpy())
         if held_out is not None:
-            metadata = env.unwrapped.prompts.metadata_of(own)  # type: ignore[attr-defined]
-            values = held_out(rollout.images, own, metadata).values
-            parts["held_out"].append(values.float().cpu().numpy())
+            values = held_out(rollout.images, part, base_env.prompts.metadata_of(part)).values
+            parts["held_out"].append(to_host(values.float()))
         firsts = np.arange(min(env.num_envs, len(prompts) - start))
         if reference is not None and len(firsts):
             parts["kl"].append(path_kl(policy, reference, rollout, firsts))

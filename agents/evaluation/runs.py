@@ -33,11 +33,11 @@ def load_denoiser(folder: Path, device: str) -> DenoisingPolicy:
         ValueError: it is no `DenoisingPolicy`.
     """
     policy = load_policy(folder, device=device)
-    if not isinstance(policy, DenoisingPolicy):
+    if not policy.moves_latents:
         raise ValueError(
             f"{folder} holds a {type(policy).__name__}: only a DenoisingPolicy has a model to compare with"
         )
-    return policy
+    return policy  # type: ignore[return-value]
 
 
 def training_state(folder: Path) -> dict[str, Any]:

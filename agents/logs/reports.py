@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from stable_baselines3.common.logger import CSVOutputFormat, HParam, HumanOutputFormat, Image, JSONOutputFormat, Logger
 from torch import Tensor
+
+from diffusion_gym.envs.contract import TorchVectorEnv
+from diffusion_gym.transfer import to_host
 
 from ..experience.rollouts import Rollout
 from ..policies import Policy
@@ -22,27 +24,6 @@ _NOT_AS_TEXT = ("stdout", "log", "json", "csv")
 _EXACT_IN_FLOAT = 2**53
 
 
-class _Reward(Protocol):
-    name: str
-    unit: str
-
-
-class RewardingEnv(Protocol):
-    """What is reported of an environment of `diffusion_gym`, beside its rollouts."""
-
-    num_envs: int
-    metadata: dict[str, Any]
-    spec: Any
-    reward: _Reward
-    reward_seconds: float
-    negative_prompt: str
-    observe_embeds: bool
-
-    @property
-    def prompts(self) -> Sequence[str]:
-        """The prompts that `prompt_id` counts."""
-
-
 class Stopwatch:
     """The seconds that a round takes: rollout, reward within it, update.
 
@@ -54,7 +35,7 @@ class Stopwatch:
         num_timesteps: Where the counting of steps per second begins.
     """
 
-    def __init__(self, env: RewardingEnv, num_timesteps: int) -> None:
+    def __init__(self, env: TorchVectorEnv, num_timesteps: int) -> None:
         self._env = env
         self._first_timestep = num_timesteps
         self._started = time.monotonic()
@@ -82,7 +63,7 @@ class Stopwatch:
 
 
 def record_hyperparameters(
-    logger: Logger, hyperparameters: Mapping[str, object], *, policy: Policy, env: RewardingEnv
+    logger: Logger, hyperparameters: Mapping[str, object], *, policy: Policy, env: TorchVectorEnv
 ) -> None:
     """Record what a run is made with, for TensorBoard's tab of that name; written with the first report.
 
@@ -101,7 +82,7 @@ def record_hyperparameters(
     logger.record("hyperparameters", HParam(scalars, {_MAIN_METRIC: 0.0}), exclude=_NOT_AS_TEXT)
 
 
-def environment_settings(env: RewardingEnv) -> dict[str, bool | int | float | str | None]:
+def environment_settings(env: TorchVectorEnv) -> dict[str, bool | int | float | str | None]:
     """Return the scalars that an environment was made with, its number of lanes, its reward, what it observes.
 
     A reward and prompts that were given, but not by a name or a file's, are None there, for what else they are called
@@ -136,7 +117,7 @@ def report(
     rollout: Rollout,
     metrics: Mapping[str, Tensor],
     *,
-    env: RewardingEnv,
+    env: TorchVectorEnv,
     stopwatch: Stopwatch,
     num_timesteps: int,
     counters: Mapping[str, float],
@@ -157,7 +138,7 @@ def report(
     """
     valid = rollout.valid
     numbers = {"returns": rollout.returns, **rollout.extras, **{f"train/{name}": metrics[name] for name in metrics}}
-    if env.metadata.get("action_is_next_latents"):
+    if env.action_is_next_latents:
         diversity = latent_diversity(rollout.ends, rollout.prompt_id)
         numbers |= {} if diversity is None else {"rollout/latent_diversity": diversity}
     host = read_numbers(numbers)
@@ -194,7 +175,7 @@ def report(
 def read_numbers(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Read tensors from the device of the first, as float32 and all at once: waits for it."""
     device = next(iter(tensors.values())).device
-    flat = torch.cat([tensor.detach().to(device, torch.float32).flatten() for tensor in tensors.values()]).cpu().numpy()
+    flat = to_host(torch.cat([tensor.detach().to(device, torch.float32).flatten() for tensor in tensors.values()]))
     ends = np.cumsum([tensor.numel() for tensor in tensors.values()])
     parts = zip(tensors.items(), np.split(flat, ends[:-1]), strict=True)
     return {name: part.reshape(tuple(tensor.shape)) for (name, tensor), part in parts}

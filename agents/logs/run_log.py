@@ -5,12 +5,41 @@ import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import final
+from dataclasses import dataclass
+from typing import Literal, final, get_args
 
 from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import get_latest_run_id
 
+from diffusion_gym.checks import checked_integer
+from diffusion_gym.parts import Part
+
+LogXAxis = Literal["timesteps", "reward_queries"]
+
 _IDENTITY_FILE = "run_identity"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Log(Part):
+    """What is logged beside scalars, and over what.
+
+    Args:
+        images: Images of each logged rollout in TensorBoard, at most 256 pixels wide each; 0: none.
+        x_axis: What TensorBoard draws over: environment steps, as in SB3, or images rewarded so far, by which
+            algorithms of different step counts compare.
+
+    Raises:
+        ValueError: a value is none of those.
+    """
+
+    images: int = 16
+    x_axis: LogXAxis = "timesteps"
+
+    def __post_init__(self) -> None:
+        checked_integer("images", self.images, at_least=0)
+        if self.x_axis not in get_args(LogXAxis):
+            raise ValueError(f"x_axis must be one of {get_args(LogXAxis)}, got {self.x_axis!r}")
 
 
 def new_identity() -> str:

@@ -8,6 +8,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from ..training.algorithm import Algorithm
 from .files import clear_leftovers, remove_folder
+from .saving import require_savable
 from .manifest import CHECKPOINT_PREFIX, checkpoint_name, find_checkpoints, find_damage, iteration_of
 
 
@@ -62,7 +63,7 @@ class Checkpoints(BaseCallback):
         return self.model
 
     def _on_training_start(self) -> None:
-        self._algorithm.require_savable()
+        require_savable(self._algorithm)
         if not self._algorithm.processes.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -5,44 +5,47 @@ callbacks, its logger and its scalar names are used as they are.
 """
 
 import contextlib
+import dataclasses
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, final
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
-from typing_extensions import Unpack
 
+from diffusion_gym import transfer
 from diffusion_gym.checks import checked_integer, checked_number
+from diffusion_gym.parts import described, is_written
 from diffusion_gym.transitions import Reduction
 
-from ..experience.rollouts import Keep, Rollout, check_fit, collect, require_torch_env
+from ..experience.environment import check_fit, torch_env
+from ..experience.rollouts import Keep, Rollout, Rollouts, collect
 from ..experience.seeding import derived_generator, derived_seed
 from ..experience.starts import Starts
 from ..logs.diagnostics import Metrics
 from ..logs.reports import Stopwatch, record_hyperparameters, report
-from ..logs.run_log import RunLogger, new_identity, own_folder
+from ..logs.run_log import Log, RunLogger, new_identity, own_folder
 from ..policies import Policy
-from ..runs.saving import SavedRun
-from ..updates.averaging import WeightAverage
+from ..runs.saving import load_run, save_run
 from ..updates.distributed import Processes, gathered
-from ..updates.guard import GradientGuard
-from .options import Options, Settings, require_known
+from ..updates.optimizers import AdamW, Optimizer
+from ..updates.updates import Updates
+from .sizes import Sizes
 
+LearningRate = float | Callable[[float], float]
 MaybeCallback = BaseCallback | Sequence[BaseCallback] | Callable[[dict[str, Any], dict[str, Any]], bool] | None
 Self = TypeVar("Self", bound="Algorithm")
 
 _POLICY_STREAM, _UPDATE_STREAM = 1, 2
-_SIZES = (
-    "; what you did not give is a default, or the saved run's: give samples_per_epoch, batch_size and group_size that "
-    "fit num_envs, to load too"
-)
+_NOT_DESCRIBED = ("policy", "env", "learning_rate", "tensorboard_log", "verbose", "seed")
 
 
 class _ProgressBar(ProgressBarCallback):
@@ -58,14 +61,17 @@ class _ProgressBar(ProgressBarCallback):
         return True
 
 
-class Algorithm(SavedRun, ABC):
-    """A policy-gradient algorithm: collect whole episodes, update, log, repeat.
+@dataclass(eq=False, repr=False)
+class Algorithm(ABC):
+    """An algorithm that trains a policy: collect whole episodes, update, log, repeat.
 
     Every random number of a run is a function of `seed` and the iteration, so a loaded run goes on exactly where it
     was saved.
 
-    A subclass gives `train`, which calls `backward(loss)` and `optimizer_step()` in the place of torch's: so gradients
-    are scaled, checked, clipped and summed over processes, and updates are counted and averaged.
+    A subclass is a dataclass too: its fields are its keywords, with their defaults, and `save` writes them. It gives
+    `train`, which calls `self.updates.backward(loss)` and `self.updates.apply()` in the place of torch's: so gradients
+    are scaled, checked, clipped and summed over processes, and updates are counted and averaged. What else it makes in
+    its constructor, it makes in `__post_init__`, after `super().__post_init__()`.
 
     In an environment with on_invalid_reward="nan", episodes whose reward is NaN or infinite are left out of advantages,
     losses and statistics, and counted as `rollout/invalid_rewards`; else such a reward raises.
@@ -74,26 +80,15 @@ class Algorithm(SavedRun, ABC):
     `agents.updates.distributed`). Callbacks run in all of them; when one ends the training, all stop after the rollout.
     Logs and saved folders are written by the main process.
 
-    Args:
-        policy: What is trained.
-        env: A torch vector environment.
-        log_prob_reduction: How log-probs are reduced over an action's dimensions.
-        n_epochs: Passes over a rollout.
-        own: A subclass's keywords that JSON can hold, for `save`; `load` gives them to the constructor again.
-        options: Those that `agents.training.options.Settings` describes.
-
     Attributes:
-        settings: What it was told.
-        policy: What is trained.
-        optimizer: Its optimizer; `optimizer_step` steps it.
-        micro_batch_size: Transitions that a forward and backward pass is to hold.
+        sizes: How many episodes a rollout, an update, a pass and a group have.
+        run_seed: The seed, also where none was given.
+        updates: The optimizer, its gradient checks, and the average of the weights.
         num_timesteps: Environment steps so far, over all lanes.
         iteration: Rollouts learnt from so far.
         reward_queries: Images of the training rewarded so far.
         evaluation_queries: Images that callbacks had rewarded besides, to judge the policy; they add what they ask for.
-        num_updates: Optimizer steps so far.
         callback_states: What callbacks keep in checkpoints, each under a name of its own, as JSON can hold it.
-        guard: Counts the updates that were left out (`guard.num_skipped`, `guard.num_overflows`).
         logger: SB3's logger.
         processes: The processes that train together.
 
@@ -102,107 +97,104 @@ class Algorithm(SavedRun, ABC):
             or the policy does not fit the environment.
     """
 
-    logger: Logger
-    samples_per_epoch: int
-    batch_size: int
-    micro_batch_size: int
-    group_size: int
-    keep: Keep = "steps"
-    """What of a rollout `train` looks at: see `collect`."""
+    policy: Policy
+    """What is trained."""
+    env: VectorEnv
+    """A torch vector environment; where episodes differ in length, with autoreset_mode "DISABLED"."""
+    _: KW_ONLY
+    learning_rate: LearningRate = 1e-5
+    """The optimizer's, or a function of the remaining progress (1 … 0)."""
+    batch_size: int | None = None
+    """Images per optimizer step, of all processes together, a divisor of the rollout's; None: all of the rollout.
+    (ddpo-pytorch: `train.batch_size` × `train.gradient_accumulation_steps`.)"""
+    n_epochs: int = 1
+    """Passes over a rollout."""
+    optimizer: Optimizer = AdamW()
+    """`AdamW(…)` or `Muon(…)`, with what belongs to its steps: warm-up, clipping, averaging."""
+    rollouts: Rollouts = Rollouts()
+    """How many images are drawn before each round of updates, from which prompts, and how they are kept."""
+    log: Log = Log()
+    """What is logged beside scalars, and over which x-axis."""
+    tensorboard_log: str | None = None
+    """The folder for TensorBoard; None: no such log."""
+    verbose: int = 0
+    """1 prints the log's table."""
+    seed: int | None = None
+    """Of everything that is drawn in training; None: one is drawn."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        env: VectorEnv,
-        *,
-        log_prob_reduction: Reduction,
-        own: Mapping[str, Any],
-        n_epochs: int = 1,
-        **options: Unpack[Options],
-    ) -> None:
-        if not isinstance(policy, Policy):
-            raise TypeError(f"policy must be a Policy, such as DenoisingPolicy(env.unwrapped.model); got {policy!r}")
-        require_torch_env(env)
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, Policy):
+            raise TypeError(
+                f"policy must be a Policy, such as DenoisingPolicy(env.unwrapped.model); got {self.policy!r}"
+            )
+        self.base_env = torch_env(self.env)
         self.processes = Processes()
-        self.policy = policy
-        self.env = env
-        self._check_fit()
-        require_known(type(self), options)
-        self.settings = Settings(**options)
-        self.n_epochs = n_epochs
-        self._set_sizes()
-        self.storage = self.settings.storage()
-        self.storage.check(env)
-        self.log_prob_reduction: Reduction = log_prob_reduction
-        seed = self.settings.seed
-        seed = derived_seed(time.time_ns()) if seed is None else checked_integer("seed", seed, at_least=0)
-        self.seed = self.processes.from_main(seed)
-        self.num_timesteps = self.iteration = self.reward_queries = self.evaluation_queries = self.num_updates = 0
+        self._check_parts()
+        self.check_fit()
+        self.n_epochs = checked_integer("n_epochs", self.n_epochs, at_least=1)
+        self.sizes = Sizes.resolved(
+            self.rollouts, self.batch_size, num_envs=self.env.num_envs, num_processes=self.processes.count
+        )
+        self.storage = self.rollouts.storage()
+        self.storage.check(self.base_env)
+        self._draw_seed()
+        self.num_timesteps = self.iteration = self.reward_queries = self.evaluation_queries = 0
         self.callback_states: dict[str, Any] = {}
-        self._mark_boundary()
-        weights = env.unwrapped.prompts.weights or ()  # type: ignore[attr-defined]
-        if self.settings.prompt_sampling == "round_robin" and len(set(weights)) > 1:
-            warnings.warn(
-                'prompt_sampling="round_robin" takes every prompt as often as any other: the weights that prompts have '
-                'are not looked at; "random" does so',
-                stacklevel=2,
-            )
-        if self.processes.count > 1 and self._reward_at_boundary:
-            raise ValueError(
-                f"each process would have its own statistics of the reward {env.unwrapped.reward.name!r}: "  # type: ignore[attr-defined]
-                "give them to it, Normalised(reward, mean=…, std=…)"
-            )
+        self.mark_boundary()
+        self._check_reward()
         self._progress_remaining = 1.0
-        self._learning_rate = self.settings.learning_rate
         self._has_own_logger = False
         self.logger = Logger(None, [])
         self.log_identity = new_identity()
-        sizes = {"samples_per_epoch": self.samples_per_epoch, "batch_size": self.batch_size}
-        self._hyperparameters = {**own, **self.settings.hyperparameters(), **sizes}
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         if not trained:
-            raise ValueError(f"{type(policy).__name__} has nothing to train")
+            raise ValueError(f"{type(self.policy).__name__} has nothing to train")
         self.processes.join(trained)
-        self.optimizer = self.settings.make_optimizer(trained, self._current_learning_rate())
-        self._steps_taken = 0
-        self.optimizer.register_step_post_hook(self._count_step)
-        on_nonfinite, ema_decay = self.settings.on_nonfinite, self.settings.ema_decay
-        self.guard = GradientGuard(policy.device, on_nonfinite=on_nonfinite, scale_losses=policy.needs_loss_scaling)
-        self.average = None if ema_decay is None else WeightAverage(trained, ema_decay)
+        self.updates = Updates(
+            trained,
+            self.optimizer,
+            learning_rate=self._scheduled_learning_rate,
+            processes=self.processes,
+            scale_losses=self.policy.needs_loss_scaling,
+            where=lambda: f"iteration {self.iteration}",
+        )
 
-    def _set_sizes(self) -> None:
-        num_envs = self.env.num_envs
-        together = num_envs * self.processes.count
-        sizes = {"samples_per_epoch": together, "batch_size": None, "micro_batch_size": num_envs, "group_size": 1}
-        for name, default in sizes.items():
-            given = getattr(self.settings, name)
-            size = default or self.samples_per_epoch if given is None else given
-            setattr(self, name, checked_integer(name, size, at_least=1))
-        self.n_epochs = checked_integer("n_epochs", self.n_epochs, at_least=1)
-        if self.samples_per_epoch % together:
-            times = f" × {self.processes.count} processes" if self.processes.count > 1 else ""
-            raise ValueError(
-                f"samples_per_epoch must be a multiple of the environment's num_envs ({num_envs}){times}, "
-                f"got {self.samples_per_epoch}{_SIZES}"
-            )
-        if self.samples_per_epoch % self.batch_size:
-            raise ValueError(
-                f"batch_size must divide samples_per_epoch ({self.samples_per_epoch}), got {self.batch_size}{_SIZES}"
-            )
-        if num_envs % self.group_size:
-            raise ValueError(f"group_size must divide num_envs ({num_envs}), got {self.group_size}{_SIZES}")
-        if self.settings.async_rewards and self.samples_per_epoch == together:
-            warnings.warn(
-                "async_rewards has no effect: it hides rewards behind the next images of a rollout, and all of these "
-                f"({together}) are drawn at once; give a larger samples_per_epoch, or fewer num_envs",
-                stacklevel=4,
-            )
+    def _check_parts(self) -> None:
+        for name, kind in (("optimizer", Optimizer), ("rollouts", Rollouts), ("log", Log)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a part, such as {kind.__name__}(…); got {getattr(self, name)!r}")
+        checked_integer("verbose", self.verbose, at_least=0)
+        if not callable(self.learning_rate):
+            checked_number("learning_rate", self.learning_rate, "[0, inf)")
 
-    def _check_fit(self) -> None:
+    def check_fit(self) -> None:
         """Raise TypeError or ValueError if the policy cannot act in the environment, or be trained there."""
         check_fit(self.env, self.policy)
+        mode = self.base_env.autoreset_mode
+        if self.base_env.num_steps is None and mode is not AutoresetMode.DISABLED:
+            raise ValueError(
+                "episodes differ in length here, and lanes that reset themselves would favour the short ones: make the "
+                f'environment with autoreset_mode="DISABLED", got {mode.name}'
+            )
 
-    # ------------------------------------------------------------------ what an algorithm has to provide
+    def _draw_seed(self) -> None:
+        drawn = derived_seed(time.time_ns()) if self.seed is None else checked_integer("seed", self.seed, at_least=0)
+        self.seed = self.run_seed = self.processes.from_main(drawn)
+
+    def _check_reward(self) -> None:
+        weights = self.base_env.prompts.weights or ()
+        if self.rollouts.prompt_sampling == "round_robin" and len(set(weights)) > 1:
+            warnings.warn(
+                'prompt_sampling="round_robin" takes every prompt as often as any other: the weights that prompts have '
+                'are not looked at; "random" does so',
+                stacklevel=4,
+            )
+        if self.processes.count > 1 and self.reward_at_boundary:
+            raise ValueError(
+                f"each process would have its own statistics of the reward {self.base_env.reward.name!r}: "
+                "give them to it, Normalised(reward, mean=…, std=…)"
+            )
+
     @abstractmethod
     def train(self, rollout: Rollout) -> Metrics:
         """Update the policy from one rollout; return scalars to log, each a tensor on the device."""
@@ -212,7 +204,39 @@ class Algorithm(SavedRun, ABC):
         """The policy that rollouts are collected with: the one that is trained, unless an algorithm says otherwise."""
         return self.policy
 
-    # ------------------------------------------------------------------ SB3's interface
+    @property
+    def reduction(self) -> Reduction:
+        """How log-probs are reduced over an action's dimensions."""
+        return "sum"
+
+    @property
+    def keep(self) -> Keep:
+        """What of a rollout `train` looks at: see `collect`."""
+        return "steps"
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps so far."""
+        return self.updates.num_updates
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside weights, optimizer and counts, as JSON can hold it."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` returned."""
+
+    def saved_policies(self) -> Mapping[str, Policy]:
+        """Return the policies that a checkpoint holds beside the trained one, by the name of their folder."""
+        return {}
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the keywords that a saved run keeps, as JSON can hold them; `load` gives them to the constructor."""
+        written = [field for field in dataclasses.fields(self) if field.init and is_written(field.metadata)]
+        return {
+            field.name: described(getattr(self, field.name)) for field in written if field.name not in _NOT_DESCRIBED
+        }
+
     @property
     def device(self) -> torch.device:
         """Where the policy is."""
@@ -266,16 +290,16 @@ class Algorithm(SavedRun, ABC):
         if reset_num_timesteps:
             self.num_timesteps = 0
             self.callback_states = {}
-            self._mark_boundary()
+            self.mark_boundary()
         else:
             total_timesteps += self.num_timesteps
-        self._start_log(tb_log_name, anew=reset_num_timesteps)
+        self._start_log(tb_log_name, is_new=reset_num_timesteps)
         callbacks = self._callbacks(callback, progress_bar and self.processes.is_main)
         callbacks.init_callback(self)  # type: ignore[arg-type]
         callbacks.on_training_start(locals(), globals())
         if log_interval and self.processes.is_main:
-            record_hyperparameters(self.logger, self._described(), policy=self.policy, env=self.env.unwrapped)  # type: ignore[arg-type]
-        stopwatch = Stopwatch(self.env.unwrapped, self.num_timesteps)  # type: ignore[arg-type]
+            record_hyperparameters(self.logger, self._described(), policy=self.policy, env=self.base_env)
+        stopwatch = Stopwatch(self.base_env, self.num_timesteps)
         while self.num_timesteps < total_timesteps:
             if not self._iterate(callbacks, total_timesteps, stopwatch, log_interval):
                 break
@@ -304,7 +328,7 @@ class Algorithm(SavedRun, ABC):
         alone = all(np.shape(value) == spaces[key].shape for key, value in observation.items())  # type: ignore[index]
         tensors = {key: torch.as_tensor(value).to(self.policy.device) for key, value in observation.items()}
         batch = {key: value[None] for key, value in tensors.items()} if alone else tensors
-        actions = self.policy.act(batch, deterministic=deterministic).float().cpu().numpy()
+        actions = transfer.to_host(self.policy.act(batch, deterministic=deterministic).float())
         return actions[0] if alone else actions, None
 
     @contextlib.contextmanager
@@ -312,14 +336,13 @@ class Algorithm(SavedRun, ABC):
         """Give the policy its averaged weights within the block, for evaluation or `policy.save`; return the policy.
 
         Raises:
-            RuntimeError: there is no average: `ema_decay` is None.
+            RuntimeError: there is no average: the optimizer's `ema_decay` is None.
         """
-        if self.average is None:
-            raise RuntimeError("there are no averaged weights: make the algorithm with ema_decay, for instance 0.99")
-        with self.average.applied():
+        if self.updates.average is None:
+            raise RuntimeError("there are no averaged weights: give the algorithm optimizer=AdamW(ema_decay=0.99)")
+        with self.updates.average.applied():
             yield self.policy
 
-    # ------------------------------------------------------------------ its parts
     def _callbacks(self, callback: MaybeCallback, progress_bar: bool) -> BaseCallback:
         if isinstance(callback, Sequence):
             callback = CallbackList(list(callback))
@@ -329,75 +352,73 @@ class Algorithm(SavedRun, ABC):
             callback = ConvertCallback(callback)
         return CallbackList([callback, _ProgressBar()]) if progress_bar else callback
 
-    def _start_log(self, given: str | None, *, anew: bool) -> None:
+    def _start_log(self, name: str | None, *, is_new: bool) -> None:
         """Make the logger of a `learn`, unless the user has given one, or that of the last one goes on."""
         if self._has_own_logger:
             return
         folder = None
-        if anew:
+        if is_new:
             self.log_identity = new_identity()
-        if self.settings.tensorboard_log is not None and self.processes.is_main:
-            name = given or type(self).__name__
-            folder = own_folder(self.settings.tensorboard_log, self.log_identity, name=name, given=given is not None)
+        if self.tensorboard_log is not None and self.processes.is_main:
+            is_named = name is not None
+            folder = own_folder(
+                self.tensorboard_log, self.log_identity, name=name or type(self).__name__, given=is_named
+            )
             if self.logger.dir == str(folder):
                 return
         self.logger.close()
         self.logger = RunLogger(
             folder,
-            printed=bool(self.settings.verbose) and self.processes.is_main,
-            x=(lambda: self.reward_queries) if self.settings.log_x_axis == "reward_queries" else None,
+            printed=bool(self.verbose) and self.processes.is_main,
+            x=(lambda: self.reward_queries) if self.log.x_axis == "reward_queries" else None,
         )
 
     def _iterate(self, callbacks: BaseCallback, total_timesteps: int, stopwatch: Stopwatch, log_interval: int) -> bool:
         """Collect a rollout and learn from it; return whether no callback has ended the training."""
         learnt = False
-        extra = self._extra_state()
-        self.guard.clear(self.optimizer)
+        state = self.state()
+        self.updates.clear()
         stopwatch.start_rollout()
         try:
             rollout = self._collect(callbacks)
             if rollout is not None:
                 self._progress_remaining = max(0.0, 1 - self.num_timesteps / total_timesteps)
                 stopwatch.start_update()
-                metrics = {**self._train(rollout), **self.guard.counts()}
+                metrics = {**self._train(rollout), **self.updates.guard.counts()}
                 learnt = True
         finally:
             if not learnt:
-                self._take_back(extra)
+                self._take_back(state)
         if rollout is None:
             return False
         self.iteration += 1
-        self._mark_boundary()
+        self.mark_boundary()
         if log_interval and self.iteration % log_interval == 0 and self.processes.is_main:
             self._report(rollout, metrics, stopwatch)
         return True
 
-    def _take_back(self, extra: dict[str, Any]) -> None:
+    def _take_back(self, state: Mapping[str, Any]) -> None:
         """Forget what an iteration that is not finished counted, remembered of rewards, and left of a gradient."""
-        self.guard.clear(self.optimizer)
-        self.num_timesteps, self.reward_queries = (
-            self._at_boundary["num_timesteps"],
-            self._at_boundary["reward_queries"],
-        )
-        self.env.unwrapped.reward.load_state_dict(self._reward_at_boundary)  # type: ignore[attr-defined]
-        self._load_extra_state(extra)
+        self.updates.clear()
+        self.num_timesteps = self.counts_at_boundary["num_timesteps"]
+        self.reward_queries = self.counts_at_boundary["reward_queries"]
+        self.base_env.reward.load_state_dict(self.reward_at_boundary)
+        self.load_state(state)
 
     def _train(self, rollout: Rollout) -> Metrics:
-        """Call `train`, and warn where it goes around `optimizer_step`."""
-        steps, updates = self._steps_taken, self.num_updates
+        """Call `train`, and warn where it goes around `updates.apply`."""
+        before = self.updates.num_steps_around
         metrics = self.train(rollout)
-        around = self._steps_taken - steps - (self.num_updates - updates)
+        around = self.updates.num_steps_around - before
         if around > 0:
             warnings.warn(
                 f"{type(self).__name__}.train stepped the optimizer itself ({around} times): such updates are neither "
                 "checked for NaN nor clipped, counted, averaged or shared with other processes. Call "
-                "self.backward(loss) and self.optimizer_step() in the place of loss.backward() and optimizer.step()",
+                "self.updates.backward(loss) and self.updates.apply() in the place of loss.backward() and "
+                "optimizer.step()",
                 stacklevel=2,
             )
         return metrics
-
-    def _count_step(self, *_: object) -> None:
-        self._steps_taken += 1
 
     def _collect(self, callbacks: BaseCallback) -> Rollout | None:
         """Return the next rollout, or None when a callback ends the training."""
@@ -420,11 +441,11 @@ class Algorithm(SavedRun, ABC):
             seeds=[seeds for seeds, _ in resets],
             options=[options for _, options in resets],
             generators=[[self._policy_generator(episode) for episode in batch] for batch in batches],
-            reduction=self.log_prob_reduction,
+            reduction=self.reduction,
             after_step=after_step,
-            max_images=self.settings.log_images,
+            max_images=self.log.images,
             storage=self.storage,
-            async_rewards=self.settings.async_rewards,
+            async_rewards=self.rollouts.async_rewards,
             keep=self.keep,
         )
         stopped, taken = self.processes.totals(rollout is None, taken)
@@ -443,89 +464,68 @@ class Algorithm(SavedRun, ABC):
     def _starts(self) -> Starts:
         """Return where the episodes begin."""
         return Starts(
-            prompts=self.env.unwrapped.prompts,  # type: ignore[attr-defined]
-            seed=self.seed,
-            num_episodes=self.samples_per_epoch,
-            group_size=self.group_size,
-            prompt_sampling=self.settings.prompt_sampling,
+            prompts=self.base_env.prompts,
+            seed=self.run_seed,
+            num_episodes=self.sizes.samples,
+            rollouts=self.rollouts,
         )
 
     def _episodes(self) -> range:
         """Return which of a rollout's episodes this process draws."""
-        return self.processes.share(self.samples_per_epoch)
+        return self.processes.share(self.sizes.samples)
 
     def _policy_generator(self, episode: int) -> torch.Generator:
         """Return where the policy's draws of an episode of this iteration come from."""
-        return derived_generator(self.seed, _POLICY_STREAM, self.iteration, episode)
+        return derived_generator(self.run_seed, _POLICY_STREAM, self.iteration, episode)
 
-    def _update_generator(self, *key: int) -> np.random.Generator:
+    def update_generator(self, *key: int) -> np.random.Generator:
         """Return the generator of this iteration's shuffles, or of a part of it."""
-        return np.random.default_rng(derived_seed(self.seed, _UPDATE_STREAM, self.iteration, *key))
+        return np.random.default_rng(derived_seed(self.run_seed, _UPDATE_STREAM, self.iteration, *key))
 
-    def _shuffled(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def shuffled(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return episodes in a random order that deals them out evenly over the updates of a pass.
 
         Each update has one of every few episodes side by side, so that it has as many of each process as of any other.
         """
         order = rng.permutation(rows)
-        blocks = order // (self.samples_per_epoch // self.batch_size)
+        blocks = order // (self.sizes.samples // self.sizes.batch)
         turns = np.empty_like(order)
         for block in np.unique(blocks):
             turns[blocks == block] = np.arange((blocks == block).sum())
         return order[np.argsort(turns, kind="stable")]
 
-    def _current_learning_rate(self) -> float:
-        rate = self._learning_rate
-        warm = min(1.0, (self.num_updates + 1) / max(1, self.settings.warmup_updates))
-        return warm * checked_number(
+    def _scheduled_learning_rate(self) -> float:
+        """Return the learning rate for the progress so far."""
+        rate = self.learning_rate
+        return checked_number(
             "learning_rate", float(rate(self._progress_remaining) if callable(rate) else rate), "[0, inf)"
         )
 
-    @final
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate a loss's gradient: every backward pass of every algorithm."""
-        self.guard.backward(loss)
-
-    @final
-    def optimizer_step(self) -> Tensor:
-        """Apply the gradient that all processes accumulated if it is finite; return its norm before clipping.
-
-        Raises:
-            FloatingPointError: it is not, and `on_nonfinite` is "raise".
-        """
-        parameters = self.optimizer.param_groups[0]["params"]
-        self.processes.sum_gradients(parameters)
-        self.guard.agree(self.processes)
-        self.guard.unscale(self.optimizer)
-        max_norm = self.settings.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._current_learning_rate()
-        where = f"iteration {self.iteration}, after {self.num_updates} updates"
-        if self.guard.step(self.optimizer, norm, where=where):
-            self.num_updates += 1
-            if self.average is not None:
-                self.average.update()
-        return norm
+    def mark_boundary(self) -> None:
+        """Note what a resumed run begins with: one that is saved within a rollout plays it again."""
+        self.counts_at_boundary = {"num_timesteps": self.num_timesteps, "reward_queries": self.reward_queries}
+        self.reward_at_boundary = self.base_env.reward.state_dict()
 
     def _described(self) -> dict[str, object]:
         """Return what TensorBoard shows as the run's hyperparameters."""
-        rate = self._learning_rate
+        rate = self.learning_rate
         return {
             "algorithm": type(self).__name__,
             "learning_rate": f"{rate(1.0):g}, scheduled" if callable(rate) else rate,
-            "seed": self.seed,
-            **self._hyperparameters,
+            "seed": self.run_seed,
+            **flattened(self.hyperparameters()),
+            **dataclasses.asdict(self.sizes),
         }
 
     def _report(self, rollout: Rollout, metrics: Metrics, stopwatch: Stopwatch) -> None:
         """Write a rollout and its updates into the log."""
-        counters = {"train/learning_rate": self.optimizer.param_groups[0]["lr"], "train/n_updates": self.num_updates}
+        rate = self.updates.optimizer.param_groups[0]["lr"]
+        counters = {"train/learning_rate": rate, "train/n_updates": self.num_updates}
         report(
             self.logger,
             rollout,
             metrics,
-            env=self.env.unwrapped,  # type: ignore[arg-type]
+            env=self.base_env,
             stopwatch=stopwatch,
             num_timesteps=self.num_timesteps,
             counters=counters,
@@ -539,4 +539,78 @@ class Algorithm(SavedRun, ABC):
         self.logger.record("time/reward_queries", self.reward_queries)
         if self.evaluation_queries:
             self.logger.record("time/evaluation_queries", self.evaluation_queries)
-        self.logger.dump(step=self.num_timesteps if self.settings.log_x_axis == "timesteps" else self.reward_queries)
+        self.logger.dump(step=self.num_timesteps if self.log.x_axis == "timesteps" else self.reward_queries)
+
+    def save(self, path: str | Path) -> None:
+        """Write the trained weights and all that is needed to go on, into a folder: see `agents.runs.saving.save_run`.
+
+        Raises:
+            FileExistsError: there is a file at `path`.
+            OSError: the disk is full, or the like; an earlier checkpoint at `path` is still there.
+            TypeError: the constructor has arguments that are no fields, so that `load` could not give them again.
+            RuntimeError: the policy has its averaged weights: `policy.save` writes these.
+        """
+        save_run(self, path)
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        path: str | Path,
+        env: VectorEnv,
+        *,
+        policy: Policy | None = None,
+        reference: Policy | None = None,
+        learning_rate: LearningRate | None = None,
+        batch_size: int | None = None,
+        rollouts: Rollouts | None = None,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+    ) -> Self:
+        """Return a saved run; `learn(total - run.num_timesteps, reset_num_timesteps=False)` continues it.
+
+        Args:
+            path: What `save` was given; or a folder of checkpoints, of which the newest whole one is taken, with a
+                warning that names newer ones and what is wrong with them.
+            env: The environment to go on in.
+            policy: A policy of the saved one's shape, to read the weights into; None: one on the environment's model.
+            reference: The policy that the run's KL divergence is to, if one was given to it: such a one is not saved.
+            learning_rate: None: the saved one. A schedule (a callable) cannot be saved and is to be given again.
+            batch_size: None: the saved one; another where the environment has other lanes.
+            rollouts: Likewise.
+            tensorboard_log: As in the constructor.
+            verbose: As in the constructor.
+
+        Raises:
+            TypeError: `env` is no torch vector environment.
+            FileNotFoundError: there is no saved run.
+            ValueError: it is damaged, or a run of another algorithm or in an environment of another kind or model, or
+                its learning rate was a callable and is not given again.
+
+        Warns:
+            UserWarning: the environment has another reward, other prompts, another number of steps or the like than the
+                saved one, or a model of other weights.
+        """
+        given = {"batch_size": batch_size, "rollouts": rollouts, "learning_rate": learning_rate}
+        return load_run(
+            cls,
+            path,
+            env,
+            policy=policy,
+            reference=reference,
+            changed={name: value for name, value in given.items() if value is not None},
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+        )
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings and those of their parts, as "part/field"; a part's own name stands for the part."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat[prefix + name] = value["part"]
+            fields = {field: inner for field, inner in value.items() if field != "part"}
+            flat |= flattened(fields, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -2,13 +2,15 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..training.options import OnNonfinite
+from diffusion_gym import transfer
+
 from .distributed import Processes
+from .optimizers import OnNonfinite
 
 
 class GradientGuard:
@@ -25,14 +27,9 @@ class GradientGuard:
     Attributes:
         num_skipped: Updates that "skip" has left out.
         num_overflows: Updates that fp16's loss scale has left out.
-
-    Raises:
-        ValueError: `on_nonfinite` is neither.
     """
 
     def __init__(self, device: torch.device, *, on_nonfinite: OnNonfinite, scale_losses: bool) -> None:
-        if on_nonfinite not in get_args(OnNonfinite):
-            raise ValueError(f"on_nonfinite must be one of {get_args(OnNonfinite)}, got {on_nonfinite!r}")
         self.on_nonfinite = on_nonfinite
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_losses)
         self.scaler.scale(torch.zeros((), device=device))  # a process that has no loss needs the scale too
@@ -64,7 +61,9 @@ class GradientGuard:
         Raises:
             FloatingPointError: a loss or the gradient is not finite, and `on_nonfinite` is "raise".
         """
-        sound_losses, sound_gradient = self._read_flags(torch.stack([self._losses_are_finite, torch.isfinite(norm)]))
+        sound_losses, sound_gradient = transfer.to_host(
+            torch.stack([self._losses_are_finite, torch.isfinite(norm)])
+        ).tolist()
         overflow = not sound_gradient and self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if sound_losses and sound_gradient:
             self.scaler.step(optimizer)
@@ -87,14 +86,9 @@ class GradientGuard:
             "lower learning_rate, a smaller clip_range or advantage_clip, or a mixed_precision other than fp16"
         )
         if self.on_nonfinite == "raise":
-            raise FloatingPointError(f'{message}; on_nonfinite="skip" leaves such updates out')
+            raise FloatingPointError(f'{message}; optimizer=AdamW(on_nonfinite="skip") leaves such updates out')
         self.num_skipped += 1
         warnings.warn(message, stacklevel=4)
-
-    @staticmethod
-    def _read_flags(flags: Tensor) -> list[bool]:
-        """Read booleans from the device, once for each update: waits for it."""
-        return flags.tolist()
 
     def counts(self) -> dict[str, Tensor]:
         """Return how many updates were left out so far, as scalars to log, where that can be."""

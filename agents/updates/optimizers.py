@@ -1,25 +1,129 @@
-"""The optimizers that algorithms can be told to use: AdamW, its 8-bit form, and Muon with AdamW."""
+"""The optimizers that algorithms can be given: AdamW, its 8-bit form, and Muon with AdamW."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
 
+from diffusion_gym.checks import checked_integer, checked_number
+from diffusion_gym.parts import Part
 
-def adamw_class(*, use_8bit_adam: bool) -> type[torch.optim.AdamW]:
-    """Return torch's AdamW, or bitsandbytes' with 8-bit states.
+OnNonfinite = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Part, ABC):
+    """How a gradient becomes new weights; the learning rate is the algorithm's.
+
+    Args:
+        weight_decay: Of all weights.
+        betas: AdamW's β₁ and β₂; the first is Muon's momentum too.
+        epsilon: AdamW's ε.
+        warmup_updates: So many first updates have 1/n, 2/n … of the learning rate, for Adam knows little then of the
+            gradient's size.
+        max_grad_norm: The gradient is clipped to this norm; None: not at all.
+        on_nonfinite: What an update whose loss or gradient is NaN or infinite does, before it touches the weights:
+            "raise", or "skip" with a warning, counted as `train/skipped_updates`. With a policy in fp16, gradients that
+            overflow because of the loss scale are no such case: torch's `GradScaler` skips them and halves the scale
+            (`train/overflowed_updates`).
+        ema_decay: Keep an average of the trained weights over the updates, see `WeightAverage`; None: none.
 
     Raises:
-        ImportError: bitsandbytes is missing.
+        TypeError, ValueError: a number is out of its range.
     """
-    if not use_8bit_adam:
-        return torch.optim.AdamW
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ImportError("use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
-    return AdamW8bit
+
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    warmup_updates: int = 0
+    max_grad_norm: float | None = 1.0
+    on_nonfinite: OnNonfinite = "raise"
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        checked_number("weight_decay", self.weight_decay, "[0, inf)")
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise TypeError(f"betas must be two numbers, (0.9, 0.999); got {self.betas!r}")
+        for beta in self.betas:
+            checked_number("betas", beta, "[0, 1)")
+        checked_number("epsilon", self.epsilon, "(0, inf)")
+        checked_integer("warmup_updates", self.warmup_updates, at_least=0)
+        if self.max_grad_norm is not None:
+            checked_number("max_grad_norm", self.max_grad_norm, "(0, inf)")
+        if self.on_nonfinite not in get_args(OnNonfinite):
+            raise ValueError(f"on_nonfinite must be one of {get_args(OnNonfinite)}, got {self.on_nonfinite!r}")
+        if self.ema_decay is not None:
+            checked_number("ema_decay", self.ema_decay, "(0, 1)")
+
+    @abstractmethod
+    def make(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+        """Return torch's optimizer of some parameters."""
+
+    def warmed(self, learning_rate: float, num_updates: int) -> float:
+        """Return the learning rate of the update that follows on `num_updates`."""
+        return min(1.0, (num_updates + 1) / max(1, self.warmup_updates)) * learning_rate
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """AdamW, as all the published codes have it.
+
+    Source: Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101.
+
+    Args are those of `Optimizer`, and:
+        eight_bit: bitsandbytes' AdamW with 8-bit states (needs a GPU and `pip install bitsandbytes`).
+    """
+
+    eight_bit: bool = False
+
+    def make(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+        """Return torch's AdamW, or bitsandbytes'.
+
+        Raises:
+            ImportError: bitsandbytes is missing.
+        """
+        kind: type[torch.optim.AdamW] = torch.optim.AdamW
+        if self.eight_bit:
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError as error:
+                raise ImportError("AdamW(eight_bit=True) needs bitsandbytes: pip install bitsandbytes") from error
+            kind = AdamW8bit
+        return kind(
+            parameters, lr=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.epsilon
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Muon(Optimizer):
+    """Muon for matrices and convolution kernels, AdamW for all other weights: see `MuonWithAdamW`.
+
+    Its steps follow the gradient's noise less far than AdamW's; the learning rates of the two compare only roughly.
+
+    Args are those of `Optimizer`.
+    """
+
+    def make(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+        """Return the optimizer.
+
+        Raises:
+            ValueError: all weights are Muon's, and AdamW's numbers have no effect.
+        """
+        weights = list(parameters)
+        if all(weight.ndim >= 2 for weight in weights):
+            for name, value, default in (("betas[1]", self.betas[1], 0.999), ("epsilon", self.epsilon, 1e-8)):
+                if value != default:
+                    raise ValueError(
+                        f"{name}={value!r} has no effect: it needs a weight that is no matrix, for Muon takes all of these"
+                    )
+        return MuonWithAdamW(
+            weights, lr=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.epsilon
+        )
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -38,9 +142,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: AdamW's; the first is Muon's momentum too.
         weight_decay: Of both.
         eps: AdamW's ε.
-
-    Raises:
-        ImportError: torch is older than 2.9, and has no Muon.
     """
 
     def __init__(
@@ -52,19 +153,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float,
         eps: float,
     ) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise ImportError(f'optimizer="muon" needs torch 2.9 or later, this is {torch.__version__}')
         super().__init__(parameters, {"lr": lr})
-        own = self.param_groups[0]["params"]
-        self._matrices = {one: nn.Parameter(one.detach().flatten(1).clone()) for one in own if one.ndim >= 2}
+        weights = self.param_groups[0]["params"]
+        self._matrices = {one: nn.Parameter(one.detach().flatten(1).clone()) for one in weights if one.ndim >= 2}
         self._parts: list[tuple[torch.optim.Optimizer, list[int]]] = []
         if self._matrices:
             scale: dict[str, Any] = {"momentum": betas[0], "adjust_lr_fn": "match_rms_adamw"}
             muon = torch.optim.Muon(self._matrices.values(), lr=lr, weight_decay=weight_decay, **scale)
-            self._parts.append((muon, [place for place, one in enumerate(own) if one.ndim >= 2]))
-        if others := [one for one in own if one.ndim < 2]:
+            self._parts.append((muon, [place for place, one in enumerate(weights) if one.ndim >= 2]))
+        if others := [one for one in weights if one.ndim < 2]:
             adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-            self._parts.append((adamw, [place for place, one in enumerate(own) if one.ndim < 2]))
+            self._parts.append((adamw, [place for place, one in enumerate(weights) if one.ndim < 2]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -84,7 +183,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         parts = [(part.state_dict()["state"], places) for part, places in self._parts]
         groups = [{**self.param_groups[0], "params": list(range(len(self.param_groups[0]["params"])))}]
         return {
-            "state": {places[k]: one for state, places in parts for k, one in state.items()},
+            "state": {places[number]: one for state, places in parts for number, one in state.items()},
             "param_groups": groups,
         }
 
@@ -93,5 +192,5 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups[0]["lr"] = state_dict["param_groups"][0]["lr"]
         state = state_dict["state"]
         for part, places in self._parts:
-            own = {k: state[place] for k, place in enumerate(places) if place in state}
-            part.load_state_dict({**part.state_dict(), "state": own})
+            found = {number: state[place] for number, place in enumerate(places) if place in state}
+            part.load_state_dict({**part.state_dict(), "state": found})

@@ -1,0 +1,96 @@
+"""One object between a loss and new weights: accumulated, checked, clipped, summed over processes, applied, averaged."""
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from .averaging import WeightAverage
+from .distributed import Processes
+from .guard import GradientGuard
+from .optimizers import Optimizer
+
+
+@final
+class Updates:
+    """The updates of a run: `backward(loss)` as often as it takes, then `apply()`.
+
+    Args:
+        parameters: What is trained.
+        part: The optimizer that the algorithm was given.
+        learning_rate: Returns the learning rate of the next update, before it is warmed up.
+        processes: Those that train together.
+        scale_losses: The arithmetic is in fp16, where small gradients vanish unless the loss is scaled up.
+        where: Returns the place in the training, for errors.
+
+    Attributes:
+        optimizer: torch's. Its `register_step_pre_hook` shows gradients as they are applied.
+        guard: Counts the updates that were left out.
+        average: The average of the weights; None: there is none.
+        num_updates: Optimizer steps so far.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        part: Optimizer,
+        *,
+        learning_rate: Callable[[], float],
+        processes: Processes,
+        scale_losses: bool,
+        where: Callable[[], str],
+    ) -> None:
+        self._where = where
+        self.part = part
+        self.num_updates = 0
+        self._steps = self._applied = 0
+        self._learning_rate = learning_rate
+        self._processes = processes
+        self.optimizer = part.make(parameters, self.learning_rate)
+        self.optimizer.register_step_post_hook(self._count_step)
+        device = parameters[0].device
+        self.guard = GradientGuard(device, on_nonfinite=part.on_nonfinite, scale_losses=scale_losses)
+        self.average = None if part.ema_decay is None else WeightAverage(parameters, part.ema_decay)
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        return self.part.warmed(self._learning_rate(), self.num_updates)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate a loss's gradient: in the place of `loss.backward()`."""
+        self.guard.backward(loss)
+
+    def apply(self) -> Tensor:
+        """Apply the gradient that all processes accumulated if it is finite; return its norm before clipping.
+
+        Raises:
+            FloatingPointError: it is not finite, and the optimizer's `on_nonfinite` is "raise".
+        """
+        parameters = self.optimizer.param_groups[0]["params"]
+        self._processes.sum_gradients(parameters)
+        self.guard.agree(self._processes)
+        self.guard.unscale(self.optimizer)
+        max_norm = self.part.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        if self.guard.step(self.optimizer, norm, where=f"{self._where()}, after {self.num_updates} updates"):
+            self._applied += 1
+            self.num_updates += 1
+            if self.average is not None:
+                self.average.update()
+        return norm
+
+    def clear(self) -> None:
+        """Forget the gradient that was accumulated."""
+        self.guard.clear(self.optimizer)
+
+    @property
+    def num_steps_around(self) -> int:
+        """Steps of the optimizer that somebody made without `apply`."""
+        return self._steps - self._applied
+
+    def _count_step(self, *_: object) -> None:
+        self._steps += 1
