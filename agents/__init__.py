@@ -12,7 +12,7 @@ from .kl import KL
 from .logs.run_log import Log
 from .losses import Surrogate
 from .nft import DiffusionNFT
-from .policies import LoRA, ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Full, Only, Policy, TimePredictor
+from .policies import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Full, LoRA, Only, Policy, TimePredictor
 from .rloo import RLOO
 from .runs.checkpoints import Checkpoints
 from .rwr import RWR, Best, Softmax
@@ -44,8 +44,8 @@ __all__ = [
     "Full",
     "Groups",
     "HeldOutEvaluation",
-    "Log",
     "LoRA",
+    "Log",
     "Muon",
     "Noising",
     "Only",

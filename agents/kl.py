@@ -211,9 +211,7 @@ class KLPenalty:
         """Move β toward the target, given the last rollout's mean Σ_t KL_t; one that is NaN leaves β as it is."""
         target = self.part.target
         if target is not None and not math.isnan(kl):
-            self.coefficient = adapted_coefficient(
-                self.coefficient, kl, target_kl=target, horizon=self.part.horizon
-            )
+            self.coefficient = adapted_coefficient(self.coefficient, kl, target_kl=target, horizon=self.part.horizon)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as JSON can hold it."""

@@ -7,10 +7,10 @@ from typing import Literal, final, get_args
 
 import numpy as np
 import torch
+from diffusion_gym.envs.contract import TorchVectorEnv
 from torch import Tensor
 
 from diffusion_gym.checks import checked_number
-from diffusion_gym.envs.contract import TorchVectorEnv
 from diffusion_gym.parts import Part
 
 from .experience.rollouts import Rollout
@@ -135,9 +135,7 @@ class Steps(Part):
                 f"DenoisingMDP-v0; got {type(policy).__name__}"
             )
 
-    def choose(
-        self, scored: np.ndarray, lanes: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def choose(self, scored: np.ndarray, lanes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return (steps, lanes) of the transitions to learn from, [M] each, in the order of time.
 
         With a `fraction`, each episode gives the first of its own random order of those times at which there is a

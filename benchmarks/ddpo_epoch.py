@@ -10,13 +10,14 @@ JPEG reward, the optimizer and Python.
 import resource
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import gymnasium as gym
 import torch
 import tyro
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy
+from agents import DDPOIS, DenoisingPolicy, Rollouts
 
 
 @dataclass
@@ -31,8 +32,8 @@ class Args:
     """Images drawn together, and transitions per backward pass."""
     num_steps: int = 20
     """Denoising steps."""
-    mixed_precision: str = "no"
-    """Precision of the UNet's arithmetic: "no" or "bf16"."""
+    precision: Literal["bf16"] | None = None
+    """Precision of the UNet's arithmetic: "bf16", or None, that of its weights."""
     num_threads: int = 2
     """CPU threads."""
 
@@ -58,8 +59,9 @@ def main() -> None:
     args = tyro.cli(Args)
     torch.set_num_threads(args.num_threads)
     env = gym.make_vec("DenoisingMDP-v0", num_envs=args.num_envs, num_steps=args.num_steps)
-    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision=args.mixed_precision, seed=0)
-    algorithm = DDPOIS(policy, env, samples_per_epoch=args.samples_per_epoch, batch_size=args.samples_per_epoch, seed=0)
+    policy = DenoisingPolicy(env.unwrapped.model, precision=args.precision, seed=0)
+    rollouts = Rollouts(samples=args.samples_per_epoch)
+    algorithm = DDPOIS(policy, env, batch_size=None, rollouts=rollouts, seed=0)
     timesteps = args.samples_per_epoch * args.num_steps
     algorithm.learn(timesteps, log_interval=0)
 

@@ -16,6 +16,7 @@ import gymnasium as gym
 import torch
 import tyro
 from diffusers import StableDiffusionPipeline
+from diffusion_gym.samplers import DDIM
 
 import diffusion_gym  # noqa: F401
 from agents import DenoisingPolicy, collect
@@ -67,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(args.num_threads)
     env = gym.make_vec("DenoisingMDP-v0", num_envs=args.num_envs, num_steps=args.num_steps, reward=no_reward)
     model = env.unwrapped.model
-    policy = DenoisingPolicy(model, eta=args.eta, guidance_scale=args.guidance_scale, seed=0)
+    policy = DenoisingPolicy(model, sampler=DDIM(args.eta), guidance_scale=args.guidance_scale, seed=0)
     pipeline = StableDiffusionPipeline.from_pretrained(model.path)
     pipeline.set_progress_bar_config(disable=True)
     prompts = list(env.unwrapped.prompts)[: args.num_envs]

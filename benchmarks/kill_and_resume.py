@@ -29,7 +29,7 @@ import tyro
 from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, Checkpoints, DenoisingPolicy
+from agents import DDPOIS, KL, Checkpoints, DenoisingPolicy, LoRA, Muon, PerPrompt, Rollouts
 from agents.runs.manifest import MANIFEST_FILE, find_damage
 from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.rewards.normalised import Normalised
@@ -78,20 +78,14 @@ def train(model: DiffusionModel, folder: Path, iterations: int, keep: int) -> No
         algorithm = DDPOIS.load(folder, env)
     else:
         algorithm = DDPOIS(
-            DenoisingPolicy(model, use_lora=True, mixed_precision="fp16", seed=0),
+            DenoisingPolicy(model, adaptation=LoRA(), precision="fp16", seed=0),
             env,
             learning_rate=1e-3,
-            optimizer="muon",
-            warmup_updates=4,
-            ema_decay=0.9,
-            samples_per_epoch=2 * LANES,
             batch_size=LANES,
-            group_size=2,
-            prompt_sampling="round_robin",
-            per_prompt_buffer_size=8,
-            per_prompt_min_count=2,
-            kl_coefficient=0.1,
-            target_kl=0.05,
+            optimizer=Muon(warmup_updates=4, ema_decay=0.9),
+            rollouts=Rollouts(samples=2 * LANES, group_size=2, prompt_sampling="round_robin"),
+            advantages=PerPrompt(8, min_count=2),
+            kl=KL(0.1, target=0.05),
             seed=3,
         )
     left = iterations * 2 * LANES * STEPS - algorithm.num_timesteps

@@ -13,7 +13,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
-from agents import RWR, DenoisingPolicy
+from agents import RWR, Best, DenoisingPolicy, Muon, Noising, Rollouts, Softmax
 
 LANES, STEPS = 32, 10
 
@@ -41,7 +41,7 @@ def main() -> None:
         reward="incompressibility",
         autoreset_mode="DISABLED",
     )
-    weighted, equal = {"inverse_temperature": 3.0}, {"best_share": 1.0}
+    weighted, equal = Softmax(3.0, per_prompt=True), Best(1.0, per_prompt=True)
     arms = {
         "guided, weighted": (True, weighted),
         "guided, equal": (True, equal),
@@ -50,21 +50,16 @@ def main() -> None:
     }
     runs = {}
     for name, (is_guided, weights) in arms.items():
-        policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=0, train_cfg=is_guided)
         runs[name] = RWR(
-            policy,
+            DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=0),
             env,
-            group_size=8,
-            samples_per_epoch=LANES,
-            prompt_sampling="round_robin",
-            optimizer="muon",
             learning_rate=3e-4,
-            warmup_updates=4,
-            noise_draws=4,
             n_epochs=1,
-            per_prompt=True,
+            optimizer=Muon(warmup_updates=4),
+            rollouts=Rollouts(samples=LANES, group_size=8, prompt_sampling="round_robin"),
+            weights=weights,
+            noising=Noising(draws=4, guidance_scale=None if is_guided else 1.0),
             seed=0,
-            **weights,
         )
     print("round", *runs, sep=" | ")
     for number in range(1, args.rounds + 1):

@@ -65,3 +65,15 @@ def _remade(value: Any) -> Any:
 
 def _subclasses(kind: type[AnyPart]) -> list[type[AnyPart]]:
     return [kind, *(part for child in kind.__subclasses__() for part in _subclasses(child))]
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings and those of the parts that `described` wrote down, "part/field"; a part itself is its name."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat[prefix + name] = value[_NAME]
+            flat |= flattened({field: inner for field, inner in value.items() if field != _NAME}, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -29,26 +29,45 @@ from PIL import Image
 from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DDPOSF, RLOO, RWR, Checkpoints, DenoisingPolicy, DiffusionNFT, evaluate
+from agents import (
+    DDPOIS,
+    DDPOSF,
+    GRPO,
+    RLOO,
+    RWR,
+    AdamW,
+    Best,
+    Checkpoints,
+    DenoisingPolicy,
+    DiffusionNFT,
+    Groups,
+    Muon,
+    Noising,
+    PerPrompt,
+    Rollouts,
+    Softmax,
+    Steps,
+    Window,
+    evaluate,
+)
 from agents.training.algorithm import Algorithm
 from diffusion_gym.naming import unknown_name
 from diffusion_gym.rewards import make_reward, to_uint8
 
-_POLICY_GRADIENT = {"learning_rate": 1e-3, "step_weights": "inverse_sensitivity"}
-_DDPO = {"per_prompt_min_count": 4, "center_advantages": True}
+_POLICY_GRADIENT = {"learning_rate": 1e-3, "optimizer": Muon(warmup_updates=4)}
+_DDPO = {"advantages": PerPrompt(16, min_count=4, center=True)}
 _CLIP = {"clip_range": 1e-4 * 16_384 / 1_024}
-_GROUPS = {"same_noise": True, "advantage_scale": "rollout"}
-_RWR = {"learning_rate": 1e-4, "noise_draws": 4, "n_epochs": 1, "per_prompt": True}
-_NFT = {"learning_rate": 3e-4, "noise_draws": 8, "time_range": (0.8, 1.0), "common_noise": True}
+_RWR = {"learning_rate": 1e-4, "n_epochs": 1, "noising": Noising(draws=4)}
+_NFT = {"learning_rate": 3e-4, "noising": Noising(draws=8, time_range=(0.8, 1.0), common=True)}
 _ALGORITHMS: Mapping[str, tuple[Callable[..., Algorithm], Mapping[str, Any]]] = {
     "DDPO-IS": (DDPOIS, _POLICY_GRADIENT | _DDPO | _CLIP),
     "DDPO-SF": (DDPOSF, _POLICY_GRADIENT | _DDPO),
-    "RLOO": (RLOO, _POLICY_GRADIENT | _GROUPS),
-    "GRPO": (RLOO, _POLICY_GRADIENT | _GROUPS | {"baseline": "group_mean", "advantage_scale": "group"}),
-    "RWR": (RWR, _RWR | {"inverse_temperature": 3.0}),
-    "RWR-sparse": (RWR, _RWR | {"best_share": 1 / 8}),
-    "NFT": (DiffusionNFT, _NFT | {"per_prompt_buffer_size": 8}),
-    "DDPO-IS, plain": (DDPOIS, _DDPO | _CLIP | {"optimizer": "adamw", "learning_rate": 2e-4}),
+    "RLOO": (RLOO, _POLICY_GRADIENT | {"advantages": Groups(scale="rollout")}),
+    "GRPO": (GRPO, _POLICY_GRADIENT | {"advantages": Groups("group_mean", scale="group")}),
+    "RWR": (RWR, _RWR | {"weights": Softmax(3.0, per_prompt=True)}),
+    "RWR-sparse": (RWR, _RWR | {"weights": Best(1 / 8, per_prompt=True)}),
+    "NFT": (DiffusionNFT, _NFT | {"advantages": PerPrompt(8, min_count=4, clip=None)}),
+    "DDPO-IS, plain": (DDPOIS, _DDPO | _CLIP | {"optimizer": AdamW(warmup_updates=4), "learning_rate": 2e-4}),
 }
 """Each algorithm's class and settings; IS makes two updates of each rollout, the others one. The policy gradients learn
 from the first steps alone, with Muon; the last line is the control: all steps, as they are, with AdamW. The published
@@ -90,20 +109,19 @@ class Args:
 
 def make_algorithm(name: str, env: VectorEnv, seed: int, args: Args) -> Algorithm:
     """Return an untrained run of one of the algorithms."""
-    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=seed)
-    algorithm, own = _ALGORITHMS[name]
-    options = {
-        "group_size": args.group_size,
-        "samples_per_epoch": args.num_envs,
-        "prompt_sampling": "round_robin",
-        "optimizer": "muon",
-        "warmup_updates": 4,
-        "seed": seed,
-        **own,
-    }
-    if "step_weights" in own:
-        options |= {"sde_window": args.noisy_steps, "sde_window_range": (0, args.noisy_steps)}
-    if name.startswith("DDPO-IS"):
+    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=seed)
+    algorithm, settings = _ALGORITHMS[name]
+    rollouts = Rollouts(
+        samples=args.num_envs,
+        group_size=args.group_size,
+        same_noise=algorithm in (RLOO, GRPO),
+        prompt_sampling="round_robin",
+    )
+    options = {"optimizer": Muon(warmup_updates=4), "rollouts": rollouts, "seed": seed, **settings}
+    if settings.get("learning_rate") == 1e-3:
+        window = Window(args.noisy_steps, within=(0, args.noisy_steps))
+        options["steps"] = Steps(weights="inverse_sensitivity", window=window)
+    if algorithm is DDPOIS:
         options["batch_size"] = args.num_envs // 2
     return algorithm(policy, env, **options)
 

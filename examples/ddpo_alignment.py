@@ -29,7 +29,17 @@ import tyro
 from ddpo_incompressibility import draw_before_after
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, Checkpoints, DenoisingPolicy, Processes, evaluate
+from agents import (
+    DDPOIS,
+    Checkpoints,
+    DenoisingPolicy,
+    Full,
+    LoRA,
+    PerPrompt,
+    Processes,
+    Rollouts,
+    evaluate,
+)
 from diffusion_gym.rewards import Reward
 from diffusion_gym.rewards.prompt_alignment import DEBERTA, LLAVA_13B, PromptAlignment
 
@@ -58,8 +68,8 @@ class Training:
     """Train LoRA layers; without it the whole denoiser (then the paper's learning rate is 1e-5)."""
     learning_rate: float = 3e-4
     """AdamW's."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """One of "no", "bf16" and "fp16"."""
+    precision: Literal["bf16", "fp16"] | None = "bf16"
+    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: half the speed, much less memory."""
     device: str = "cuda"
@@ -106,11 +116,9 @@ def make_algorithm(args: Training, env: gym.vector.VectorEnv, policy: DenoisingP
         policy,
         env,
         learning_rate=args.learning_rate,
-        samples_per_epoch=args.samples_per_epoch,
         batch_size=args.batch_size,
-        per_prompt_buffer_size=32,
-        per_prompt_min_count=16,
-        async_rewards=True,
+        rollouts=Rollouts(samples=args.samples_per_epoch, async_rewards=True),
+        advantages=PerPrompt(32, min_count=16),
         tensorboard_log=log,
         seed=args.seed,
     )
@@ -133,8 +141,8 @@ def train(args: Training, reward: Reward) -> None:
     policy = DenoisingPolicy(
         env.unwrapped.model,
         guidance_scale=args.guidance_scale,
-        use_lora=args.use_lora,
-        mixed_precision=args.mixed_precision,
+        adaptation=LoRA() if args.use_lora else Full(),
+        precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing,
         seed=args.seed,
     )

@@ -29,7 +29,21 @@ from PIL import Image, ImageDraw
 from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy, Evaluation, Policy, Processes, evaluate
+from agents import (
+    DDPOIS,
+    DenoisingPolicy,
+    Evaluation,
+    Full,
+    LoRA,
+    Muon,
+    PerPrompt,
+    Policy,
+    Processes,
+    Rollouts,
+    Steps,
+    Window,
+    evaluate,
+)
 from diffusion_gym.prompts import make_prompts
 from diffusion_gym.rewards import to_uint8
 
@@ -65,8 +79,8 @@ class Args:
     """Of the ratio of mean log-probs: the published 1e-4 times 16, for latents of a sixteenth of the size."""
     use_lora: bool = False
     """Train LoRA layers instead of the whole denoiser."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """One of "no", "bf16" and "fp16"."""
+    precision: Literal["bf16", "fp16"] | None = "bf16"
+    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights."""
     device: str = "cpu"
     """A torch device; of many processes each has the one that accelerate gives it."""
     num_eval: int = 128
@@ -139,25 +153,18 @@ def main() -> None:
         num_steps=args.num_steps,
         device=processes.device or args.device,
     )
-    policy = DenoisingPolicy(
-        env.unwrapped.model, use_lora=args.use_lora, mixed_precision=args.mixed_precision, seed=args.seed
-    )
+    adaptation = LoRA() if args.use_lora else Full()
+    policy = DenoisingPolicy(env.unwrapped.model, adaptation=adaptation, precision=args.precision, seed=args.seed)
     algorithm = DDPOIS(
         policy,
         env,
         learning_rate=args.learning_rate,
-        warmup_updates=4,
-        samples_per_epoch=args.num_envs,
         batch_size=args.num_envs // 2,
-        group_size=args.group_size,
-        prompt_sampling="round_robin",
-        per_prompt_min_count=4,
-        center_advantages=True,
         clip_range=args.clip_range,
-        sde_window=args.noisy_steps,
-        sde_window_range=(0, args.noisy_steps),
-        step_weights="inverse_sensitivity",
-        optimizer="muon",
+        optimizer=Muon(warmup_updates=4),
+        rollouts=Rollouts(samples=args.num_envs, group_size=args.group_size, prompt_sampling="round_robin"),
+        advantages=PerPrompt(16, min_count=4, center=True),
+        steps=Steps(weights="inverse_sensitivity", window=Window(args.noisy_steps, within=(0, args.noisy_steps))),
         tensorboard_log=str(args.output / "tensorboard"),
         seed=args.seed,
     )

@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 
 import diffusion_gym  # noqa: F401
-from agents import RLOO, DenoisingPolicy, collect
+from agents import KL, RLOO, AdamW, DenoisingPolicy, Rollouts, collect
 from agents.experience.rollouts import Rollout
 from agents.kl import KLPlace
 from diffusion_gym.models import load_model
@@ -102,15 +102,12 @@ def main() -> None:
     learner = RLOO(
         policy,
         env,
-        group_size=args.num_envs,
-        same_noise=False,
-        log_prob_reduction="sum",
-        clip_range=0.2,
-        micro_batch_size=args.num_envs * args.num_steps,
-        kl_coefficient=beta,
-        kl_place=args.kl_place,
         learning_rate=lambda remaining: args.learning_rate * remaining,
-        max_grad_norm=None,
+        clip_range=0.2,
+        log_prob_reduction="sum",
+        optimizer=AdamW(weight_decay=0.0, max_grad_norm=None),
+        rollouts=Rollouts(group_size=args.num_envs, micro_batch_size=args.num_envs * args.num_steps),
+        kl=KL(beta, place=args.kl_place),
         seed=args.seed,
     )
 

@@ -20,7 +20,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, RLOO, DenoisingPolicy, Policy, evaluate
+from agents import DDPOIS, KL, RLOO, DenoisingPolicy, Policy, Rollouts, evaluate
 from agents.training.algorithm import Algorithm
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import MixtureModel
@@ -75,18 +75,14 @@ def main() -> None:
     )
     shared = {"learning_rate": args.learning_rate, "seed": args.seed}
     algorithms: dict[str, Algorithm] = {
-        "DDPO-IS": DDPOIS(
-            DenoisingPolicy(model), env, samples_per_epoch=None, batch_size=None, clip_range=1e-2, **shared
-        ),
+        "DDPO-IS": DDPOIS(DenoisingPolicy(model), env, batch_size=None, clip_range=1e-2, rollouts=Rollouts(), **shared),
         f"RLOO, KL {args.kl_coefficient:g}": RLOO(
             DenoisingPolicy(model),
             env,
-            group_size=args.num_envs,
-            same_noise=False,
-            ratio="step",
             log_prob_reduction="sum",
             clip_range=0.2,
-            kl_coefficient=args.kl_coefficient,
+            rollouts=Rollouts(group_size=args.num_envs),
+            kl=KL(args.kl_coefficient),
             **shared,
         ),
     }

@@ -52,7 +52,7 @@ def train(env: gym.vector.VectorEnv, policy: DenoisingPolicy, args: Args) -> Non
 def main() -> None:
     args = tyro.cli(Args)
     env = gym.make_vec("DenoisingMDP-v0", num_envs=args.num_envs, num_steps=args.num_steps, reward="brightness")
-    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=0)
+    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=0)
     before = evaluate(env, policy, seeds=range(args.num_eval))
     train(env, policy, args)
     after = evaluate(env, policy, seeds=range(args.num_eval))

@@ -19,7 +19,7 @@ import gymnasium as gym
 import tyro
 
 import diffusion_gym  # noqa: F401
-from agents import RLOO, DenoisingPolicy, evaluate
+from agents import RLOO, DenoisingPolicy, Groups, Muon, Rollouts, Steps, Window, evaluate
 
 
 @dataclass
@@ -58,20 +58,15 @@ def main() -> None:
         reward=args.reward,
         autoreset_mode="DISABLED",
     )
-    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=args.seed)
+    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=args.seed)
     algorithm = RLOO(
         policy,
         env,
-        group_size=args.group_size,
-        prompt_sampling="round_robin",
-        same_noise=True,
-        advantage_scale="rollout",
-        sde_window=args.noisy_steps,
-        sde_window_range=(0, args.noisy_steps),
-        step_weights="inverse_sensitivity",
-        optimizer="muon",
         learning_rate=args.learning_rate,
-        warmup_updates=4,
+        optimizer=Muon(weight_decay=0.0, warmup_updates=4),
+        rollouts=Rollouts(group_size=args.group_size, same_noise=True, prompt_sampling="round_robin"),
+        advantages=Groups(scale="rollout"),
+        steps=Steps(weights="inverse_sensitivity", window=Window(args.noisy_steps, within=(0, args.noisy_steps))),
         tensorboard_log=str(args.output / "tensorboard"),
         seed=args.seed,
     )

@@ -35,7 +35,17 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import diffusion_gym  # noqa: F401
-from agents import RLOO, ContextFreeSchedule, FixedSchedule, Policy, TimePredictor, collect, evaluate
+from agents import (
+    RLOO,
+    ContextFreeSchedule,
+    FixedSchedule,
+    Groups,
+    Policy,
+    Rollouts,
+    TimePredictor,
+    collect,
+    evaluate,
+)
 from agents.evaluation import standard_error
 from diffusion_gym.envs.reference import ReferenceDistance
 from diffusion_gym.grids import karras_grid, power_grid, shifted_grid, step_ratios, uniform_grid
@@ -219,11 +229,14 @@ def train(policy: Policy, env: VectorEnv, args: Args, *, timesteps: int, learnin
         policy,
         env,
         learning_rate=learning_rate,
-        samples_per_epoch=args.samples_per_epoch,
-        group_size=args.group_size,
-        num_starts=args.num_starts,
         n_epochs=args.n_epochs,
-        advantage_scale="rollout",
+        rollouts=Rollouts(
+            samples=args.samples_per_epoch,
+            group_size=args.group_size,
+            same_noise=True,
+            num_starts=args.num_starts,
+        ),
+        advantages=Groups(scale="rollout"),
         tensorboard_log=str(args.output / "tensorboard"),
         seed=args.seed,
     )

@@ -1,14 +1,15 @@
 """What `learn` writes into SB3's logger after a rollout and its updates."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+from diffusion_gym.envs.contract import TorchVectorEnv
 from stable_baselines3.common.logger import CSVOutputFormat, HParam, HumanOutputFormat, Image, JSONOutputFormat, Logger
 from torch import Tensor
 
-from diffusion_gym.envs.contract import TorchVectorEnv
+from diffusion_gym.parts import described, flattened
 from diffusion_gym.transfer import to_host
 
 from ..experience.rollouts import Rollout
@@ -71,7 +72,13 @@ def record_hyperparameters(
     lanes, its reward, and the scalars that it was made with. TensorBoard takes the columns from one of the runs that it
     shows: the settings of another algorithm are missing there.
     """
-    settings = {name: value for name, value in vars(policy).items() if name != "training" and not name.startswith("_")}
+    settings = flattened(
+        {
+            name: described(value)
+            for name, value in vars(policy).items()
+            if name != "training" and not name.startswith("_") and not isinstance(value, Mapping)
+        }
+    )
     scalars = {
         **{name: _as_hyperparameter(value) for name, value in hyperparameters.items()},
         "policy": type(policy).__name__,

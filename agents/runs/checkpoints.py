@@ -8,8 +8,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from ..training.algorithm import Algorithm
 from .files import clear_leftovers, remove_folder
-from .saving import require_savable
 from .manifest import CHECKPOINT_PREFIX, checkpoint_name, find_checkpoints, find_damage, iteration_of
+from .saving import require_savable
 
 
 @final

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from diffusion_gym.envs.contract import TorchVectorEnv
 from gymnasium.vector import VectorEnv
 
-from diffusion_gym.envs.contract import TorchVectorEnv
 from diffusion_gym.parts import Part, made
 
 from ..experience.environment import torch_env

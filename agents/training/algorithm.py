@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffusion_gym import transfer
 from diffusion_gym.checks import checked_integer, checked_number
-from diffusion_gym.parts import described, is_written
+from diffusion_gym.parts import described, flattened, is_written
 from diffusion_gym.transitions import Reduction
 
 from ..experience.environment import check_fit, torch_env
@@ -601,16 +601,3 @@ class Algorithm(ABC):
             tensorboard_log=tensorboard_log,
             verbose=verbose,
         )
-
-
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return settings and those of their parts, as "part/field"; a part's own name stands for the part."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat[prefix + name] = value["part"]
-            fields = {field: inner for field, inner in value.items() if field != "part"}
-            flat |= flattened(fields, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat

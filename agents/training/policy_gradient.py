@@ -112,9 +112,7 @@ class PolicyGradient(Algorithm):
         """The policy that is trained; with a window deterministic outside this iteration's."""
         if self.steps.window is None:
             return self.policy
-        return self.steps.window.of_iteration(
-            self.policy, self.base_env, seed=self.run_seed, iteration=self.iteration
-        )
+        return self.steps.window.of_iteration(self.policy, self.base_env, seed=self.run_seed, iteration=self.iteration)
 
     @final
     def train(self, rollout: Rollout) -> Metrics:
@@ -208,9 +206,7 @@ class PolicyGradient(Algorithm):
         """Return Σ_t (log π − log π_old) of each episode, [B]: one pass, which a new rollout does not need."""
         log_ratios = torch.zeros_like(rollout.log_probs)  # differences are summed: subtracted sums lose their digits
         for step, lane in parts if self._unlearnt is not rollout else ():
-            log_prob = self.policy.log_prob(
-                rollout.observation(step, lane), rollout.action(step, lane), self.reduction
-            )
+            log_prob = self.policy.log_prob(rollout.observation(step, lane), rollout.action(step, lane), self.reduction)
             log_ratios[step, lane] = log_prob - rollout.log_probs[step, lane]
         return log_ratios.sum(0)
 
@@ -255,9 +251,7 @@ class PolicyGradient(Algorithm):
         steps, lanes = np.nonzero(rollout.scored)
         for step, lane in rollout.micro_batches(steps, lanes, self.sizes.micro_batch):
             observation = rollout.observation(step, lane)
-            kl[step, lane] = self._divergence(
-                rollout, step, lane, self.policy.distribution(observation), observation
-            )
+            kl[step, lane] = self._divergence(rollout, step, lane, self.policy.distribution(observation), observation)
         return self.processes.sum(kl)
 
     @property

@@ -77,9 +77,7 @@ class Noised:
 
     def predicted_by(self, policy: DenoisingPolicy) -> Prediction:
         """Return what a policy predicts for them."""
-        return policy.predict_noised(
-            self.clean, self.t, self.noise, self.constants, guidance_scale=self.guidance_scale
-        )
+        return policy.predict_noised(self.clean, self.t, self.noise, self.constants, guidance_scale=self.guidance_scale)
 
 
 @dataclass(eq=False, repr=False)
@@ -180,9 +178,7 @@ class Regression(Algorithm):
             for batch in np.array_split(order, max(1, round(len(order) / self.sizes.batch))):
                 yield np.tile(batch, self.noising.draws)
 
-    def _update(
-        self, replay: Replay, weights: Tensor, rows: np.ndarray, rng: np.random.Generator
-    ) -> dict[str, Tensor]:
+    def _update(self, replay: Replay, weights: Tensor, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         """Make one optimizer step from some of the samples; return its scalars."""
         totals = {name: torch.zeros((), device=self.policy.device) for name in self.logged}
         for noised in self._noised(replay, rows, rng):

@@ -93,9 +93,7 @@ class AdamW(Optimizer):
             except ImportError as error:
                 raise ImportError("AdamW(eight_bit=True) needs bitsandbytes: pip install bitsandbytes") from error
             kind = AdamW8bit
-        return kind(
-            parameters, lr=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.epsilon
-        )
+        return kind(parameters, lr=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.epsilon)
 
 
 @final

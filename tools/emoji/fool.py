@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy, evaluate
+from agents import DDPOIS, DenoisingPolicy, PerPrompt, Rollouts, evaluate
 from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.prompts.base import with_article
 from diffusion_gym.rewards.emoji_alignment import EmojiAlignment
@@ -90,15 +90,14 @@ def follow_gradient(
 def train_policy(judge: Judge, model: DiffusionModel, folder: Path, *, queries: int) -> None:
     """Print and draw what DDPO-IS makes of the model when it is rewarded with the score."""
     env = gym.make_vec("DenoisingMDP-v0", num_envs=45, num_steps=10, model=model, reward=judge.reward)
-    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=0)
+    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=0)
     algorithm = DDPOIS(
         policy,
         env,
         learning_rate=1e-4,
-        samples_per_epoch=45,
         batch_size=45,
-        per_prompt_min_count=4,
-        center_advantages=True,
+        rollouts=Rollouts(samples=45),
+        advantages=PerPrompt(16, min_count=4, center=True),
         seed=0,
     )
     names = list(ANIMALS) * 4
