@@ -57,8 +57,8 @@ class DDPOIS(PolicyGradient):
     """ddpo-pytorch's statistics of the last rewards of each prompt."""
     clip_range: float = 1e-4
     """Of the ratio of *mean* log-probs over the D dimensions: the true ratio is clipped at exp(± D·clip_range). The
-    published 1e-4 is for D = 16,384 (Stable Diffusion's latents); for the same with the emoji's 1,024 take 1.6e-3, since
-    with 1e-4 nearly all of a rollout's second update is clipped."""
+    published 1e-4 is for D = 16,384 (Stable Diffusion's latents); for the same with the emoji's 1,024 take 1.6e-3,
+    since with 1e-4 nearly all of a rollout's second update is clipped."""
 
     def __post_init__(self) -> None:
         checked_number("clip_range", self.clip_range, "(0, inf)")

@@ -101,7 +101,8 @@ class DiffusionNFT(Regression):
         super().__post_init__()
         if not isinstance(self.advantages, Advantages) or self.advantages.compares_groups:
             raise TypeError(
-                f"advantages must compare samples by their prompts, PromptMeans() or PerPrompt(16); got {self.advantages!r}"
+                "advantages must compare samples by their prompts, PromptMeans() or PerPrompt(16); "
+                f"got {self.advantages!r}"
             )
         self._memory = self.advantages.memory()
         self._reference = self.policy.reference() if self.kl_coefficient else None

@@ -117,7 +117,8 @@ class Muon(Optimizer):
             for name, value, default in (("betas[1]", self.betas[1], 0.999), ("epsilon", self.epsilon, 1e-8)):
                 if value != default:
                     raise ValueError(
-                        f"{name}={value!r} has no effect: it needs a weight that is no matrix, for Muon takes all of these"
+                        f"{name}={value!r} has no effect: it needs a weight that is no matrix, for Muon takes all of "
+                        "these"
                     )
         return MuonWithAdamW(
             weights, lr=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.epsilon

@@ -1,4 +1,4 @@
-"""One object between a loss and new weights: accumulated, checked, clipped, summed over processes, applied, averaged."""
+"""From a loss to new weights: accumulated, checked, clipped, summed over processes, applied and averaged."""
 
 from collections.abc import Callable, Sequence
 from typing import final
