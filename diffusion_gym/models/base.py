@@ -211,8 +211,8 @@ class DiffusionModel(ABC):
         is_embedded = self.guidance == "embedded"
         if negative_prompt and is_embedded:
             raise ValueError(
-                f"negative_prompt={negative_prompt!r} has no effect: the guidance of {self.source!r} is embedded in its "
-                "denoiser, which is told the scale alone; leave it out"
+                f"negative_prompt={negative_prompt!r} has no effect: the guidance of {self.source!r} is embedded in "
+                "its denoiser, which is told the scale alone; leave it out"
             )
         with self._rows_lock, outside_inference_mode():
             rows = self._rows_of(list(dict.fromkeys(prompts if is_embedded and prompts else texts)))
