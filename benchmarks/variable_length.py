@@ -40,8 +40,9 @@ class Args:
 class LockStep(TimePredictionVectorEnv):
     """Asks the denoiser about every lane until the last one is through."""
 
-    def _lanes_to_denoise(self) -> np.ndarray:
-        return np.full(self.num_envs, self._unseen.any())
+    def _before_observing(self) -> None:
+        self._unseen[:] = self._unseen.any()
+        super()._before_observing()
 
 
 def timed(env: VectorEnv, policy: ContextFreeSchedule, seed: int) -> tuple[float, Rollout]:

@@ -5,6 +5,7 @@ Gymnasium checks single environments (`gymnasium.utils.env_checker.check_env`) b
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import UnionType
 from typing import get_origin, get_type_hints
 
 import numpy as np
@@ -38,7 +39,7 @@ class _Episode:
 
 
 def check_vector_env(env: VectorEnv, *, max_steps: int = 1000) -> None:
-    """Check that a torch vector environment is a `TorchVectorEnv`, and keeps Gymnasium's contract in its autoreset mode.
+    """Check that a vector environment is a `TorchVectorEnv`, and keeps Gymnasium's contract in its own autoreset mode.
 
     The members that a `TorchVectorEnv` has, and that what it says of itself is so: which keys of the observation are
     constant within an episode, how many actions an episode takes, whether the action is the next latents. Spaces
@@ -85,9 +86,10 @@ def _checked_members(env: VectorEnv) -> TorchVectorEnv:
     for name, member in vars(TorchVectorEnv).items():
         if isinstance(member, property):
             hint = get_type_hints(member.fget)["return"]
-            value = getattr(bare, name)
+            value, origin = getattr(bare, name), get_origin(hint)
             said = getattr(hint, "__name__", str(hint))
-            assert isinstance(value, get_origin(hint) or hint), f"{kind}.{name} must be of type {said}, got {value!r}"
+            is_of_type = isinstance(value, hint if origin in (None, UnionType) else origin)
+            assert is_of_type, f"{kind}.{name} must be of type {said}, got {value!r}"
     for name in ("constant_keys", "large_keys"):
         unknown = getattr(bare, name) - set(bare.single_observation_space)
         assert not unknown, f"{kind}.{name} must be keys of the observation, which has no {sorted(unknown)}"

@@ -114,7 +114,7 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
         self.observe_embeds = num_bytes < _OBSERVED_BYTES_LIMIT if observe_embeds is None else bool(observe_embeds)
         self.single_observation_space = Dict(self._observation_spaces())
         self.constant_keys = frozenset({"prompt_id", *(self._embed_shapes if self.observe_embeds else ())})
-        self.large_keys = frozenset(self.single_observation_space) - self.constant_keys - self._time_spaces().keys()
+        self.large_keys = frozenset(self.single_observation_space).difference(self.constant_keys, self._time_spaces())
         self._lanes = Lanes(
             self.model, self.prompts, num_envs=self.num_envs, negative_prompt=negative_prompt, dtype=self.dtype
         )
