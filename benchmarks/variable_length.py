@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 
 import gymnasium as gym
-import numpy as np
 import torch
 import tyro
 from gymnasium.vector import VectorEnv
