@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 
 import gymnasium as gym
-import numpy as np
 import torch
 import tyro
 from gymnasium.vector import VectorEnv
@@ -40,8 +39,9 @@ class Args:
 class LockStep(TimePredictionVectorEnv):
     """Asks the denoiser about every lane until the last one is through."""
 
-    def _lanes_to_denoise(self) -> np.ndarray:
-        return np.full(self.num_envs, self._unseen.any())
+    def _before_observing(self) -> None:
+        self._unseen[:] = self._unseen.any()
+        super()._before_observing()
 
 
 def timed(env: VectorEnv, policy: ContextFreeSchedule, seed: int) -> tuple[float, Rollout]:

@@ -5,6 +5,8 @@ Gymnasium checks single environments (`gymnasium.utils.env_checker.check_env`) b
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import UnionType
+from typing import get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from gymnasium.error import ClosedEnvironmentError
 from gymnasium.spaces import Dict
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
+
+from . import transfer
+from .envs.contract import TorchVectorEnv, missing_members
 
 Row = dict[str, Tensor]
 Start = tuple[Mapping[str, Tensor], Mapping[str, object]]
@@ -34,17 +39,19 @@ class _Episode:
 
 
 def check_vector_env(env: VectorEnv, *, max_steps: int = 1000) -> None:
-    """Check that a torch vector environment keeps Gymnasium's contract in its own autoreset mode.
+    """Check that a vector environment is a `TorchVectorEnv`, and keeps Gymnasium's contract in its own autoreset mode.
 
-    Spaces against shapes, dtypes and devices; seeds, and what is drawn without one; that a step changes neither what
+    The members that a `TorchVectorEnv` has, and that what it says of itself is so: which keys of the observation are
+    constant within an episode, how many actions an episode takes, whether the action is the next latents. Spaces
+    against shapes, dtypes and devices; seeds, and what is drawn without one; that a step changes neither what
     was returned before nor the action, and returns no memory of the action's; two seeded runs of two episodes, which
     must be equal to the last bit; the autoreset mode's promises at the end of an episode, and that the episode that it
     starts is the one that a reset would have started; partial reset; info masks; closing, and what comes after it. The
     environment is closed in the end.
 
     Args:
-        env: A vector environment with `Dict` observations of torch tensors and `Box` actions. Where its metadata says
-            `action_is_next_latents`, the latents that are observed must be the action.
+        env: A vector environment with `Dict` observations of torch tensors and `Box` actions; wrappers around it are
+            checked with it. `env.unwrapped` has the members of a `TorchVectorEnv`.
         max_steps: Actions within which an episode must end under random play.
 
     Raises:
@@ -53,18 +60,42 @@ def check_vector_env(env: VectorEnv, *, max_steps: int = 1000) -> None:
     assert "autoreset_mode" in env.metadata, 'metadata["autoreset_mode"] is missing'
     mode: AutoresetMode = env.metadata["autoreset_mode"]
     assert isinstance(mode, AutoresetMode), f'metadata["autoreset_mode"] must be an AutoresetMode, got {mode!r}'
-    assert mode is getattr(env.unwrapped, "autoreset_mode", None), "env.autoreset_mode must be the metadata's"
+    bare = _checked_members(env)
+    assert mode is bare.autoreset_mode, "env.autoreset_mode must be the metadata's"
     _check_seeding(env)
     episodes = _play(env, env.reset(seed=7), max_steps=max_steps)
     _check_twin(episodes, _play(env, env.reset(seed=7), max_steps=max_steps))
     _check_next_episode(env, [lane[1] for lane in episodes], max_steps=max_steps)
+    _check_lengths(bare, episodes)
     _check_partial_reset(env)
     if mode is AutoresetMode.DISABLED and env.num_envs > 1:
         _check_rest(env, max_steps=max_steps)
     _check_closing(env)
 
 
-# ---------------------------------------------------------------------- playing
+def _checked_members(env: VectorEnv) -> TorchVectorEnv:
+    """The environment without its wrappers, once it has the members of a `TorchVectorEnv`, each of its type."""
+    bare = env.unwrapped
+    kind = type(bare).__name__
+    missing = missing_members(bare)
+    assert not missing, (
+        f"{kind} lacks {', '.join(missing)}: diffusion_gym.envs.contract.TorchVectorEnv says what they are, and "
+        "diffusion_gym.envs.core.DiffusionVectorEnv has them all"
+    )
+    assert isinstance(bare, TorchVectorEnv)
+    for name, member in vars(TorchVectorEnv).items():
+        if isinstance(member, property):
+            hint = get_type_hints(member.fget)["return"]
+            value, origin = getattr(bare, name), get_origin(hint)
+            said = getattr(hint, "__name__", str(hint))
+            is_of_type = isinstance(value, hint if origin in (None, UnionType) else origin)
+            assert is_of_type, f"{kind}.{name} must be of type {said}, got {value!r}"
+    for name in ("constant_keys", "large_keys"):
+        unknown = getattr(bare, name) - set(bare.single_observation_space)
+        assert not unknown, f"{kind}.{name} must be keys of the observation, which has no {sorted(unknown)}"
+    return bare
+
+
 def _play(
     env: VectorEnv, start: Start, *, max_steps: int, first_episode: int = 0, num_episodes: int = 2
 ) -> list[list[_Episode]]:
@@ -142,7 +173,6 @@ def _close(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     )
 
 
-# ---------------------------------------------------------------------- what each step keeps to
 def _check_observation(env: VectorEnv, observation: Mapping[str, Tensor]) -> None:
     space = env.single_observation_space
     assert isinstance(space, Dict), f"the observation space must be a Dict, got {space}"
@@ -155,7 +185,7 @@ def _check_observation(env: VectorEnv, observation: Mapping[str, Tensor]) -> Non
         kind = np.dtype(space[key].dtype).kind
         assert _DTYPE_KINDS[kind](value), f"observation {key!r} must be of kind {kind!r}, got {value.dtype}"
         assert not value.requires_grad, f"observation {key!r} must not carry a gradient"
-        for lane in value.float().cpu().numpy().astype(space[key].dtype):
+        for lane in transfer.to_host(value.float()).astype(space[key].dtype):
             assert space[key].contains(lane), f"observation {key!r} is outside its space {space[key]}"
 
 
@@ -166,7 +196,8 @@ def _check_step(
     assert reward.shape == shape, f"the reward must have shape {shape}, got {tuple(reward.shape)}"
     assert reward.dtype == torch.float32, f"the reward must be float32, got {reward.dtype}"
     assert not reward.requires_grad, "the reward must not carry a gradient"
-    assert torch.isfinite(reward).all(), f"the reward must be finite, got {reward.tolist()}"
+    rewards = transfer.to_host(reward)
+    assert np.isfinite(rewards).all(), f"the reward must be finite, got {rewards.tolist()}"
     for name, flag in (("terminated", terminated), ("truncated", truncated)):
         assert flag.shape == shape, f"{name} must have shape {shape}, got {tuple(flag.shape)}"
         assert flag.dtype == torch.bool, f"{name} must be bool, got {flag.dtype}"
@@ -178,7 +209,8 @@ def _check_step(
             assert key[1:] in info, f"info mask {key!r} has no entry {key[1:]!r}"
     ended = info.get("ended")
     assert isinstance(ended, np.ndarray), 'info["ended"] must be a numpy array'
-    assert ended.tolist() == (terminated | truncated).tolist(), 'info["ended"] must say which lanes ended'
+    over = transfer.to_host(terminated | truncated)
+    assert ended.tolist() == over.tolist(), 'info["ended"] must say which lanes ended'
 
 
 def _check_memory(
@@ -194,10 +226,13 @@ def _check_memory(
 
 
 def _check_moved(env: VectorEnv, before: Row, after: Row, action: Tensor) -> None:
-    """Check that a lane's action has been taken."""
+    """Check that a lane's action has been taken, and has changed nothing that is said to be constant."""
     assert not _equal(before, after), "a step must change what a lane observes, and the last one be in final_obs"
-    if env.metadata.get("action_is_next_latents"):
+    if env.unwrapped.action_is_next_latents:  # type: ignore[attr-defined]
         assert torch.equal(after["latents"], action), "the latents that are observed must be the action"
+    for key in env.unwrapped.constant_keys:  # type: ignore[attr-defined]
+        same = torch.equal(before[key], after[key])
+        assert same, f"observation {key!r} is of constant_keys, but changed within an episode"
 
 
 def _final_observation(
@@ -229,7 +264,6 @@ def _final_observation(
     return final
 
 
-# ---------------------------------------------------------------------- seeds, episodes and resets
 def _check_seeding(env: VectorEnv) -> None:
     """Check that the seed decides the first observation, lane by lane, and that without one another is drawn."""
     observation, info = env.reset(seed=7)
@@ -261,6 +295,15 @@ def _check_twin(episodes: list[list[_Episode]], twins: list[list[_Episode]]) -> 
             assert torch.equal(torch.stack(episode.rewards), torch.stack(twin.rewards)), (
                 "two runs with one seed and the same actions must give equal rewards"
             )
+
+
+def _check_lengths(env: TorchVectorEnv, episodes: list[list[_Episode]]) -> None:
+    """Check that episodes take as many actions as the environment says."""
+    for length in {len(episode.rewards) for lane in episodes for episode in lane}:
+        if env.num_steps is not None:
+            assert length == env.num_steps, f"num_steps is {env.num_steps}, but an episode took {length} actions"
+        if env.max_steps is not None:
+            assert length <= env.max_steps, f"max_steps is {env.max_steps}, but an episode took {length} actions"
 
 
 def _check_next_episode(env: VectorEnv, started: list[_Episode], *, max_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""From the host to the device without waiting for it, and back, which waits."""
+"""Between host and device: to the device without waiting for it, and the one place that waits."""
 
 import numpy as np
 import torch
@@ -23,5 +23,13 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> np.ndarray:
-    """Return a tensor's values on the host: the only function that waits for the device."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+    """The values of a tensor as a numpy array, bfloat16 as float32: the one function here that waits for the device.
+
+    A tensor that is on the host shares its memory with the array. A number is `to_host(tensor).item()`. Call it as
+    `transfer.to_host(…)`, so that a test which replaces it here sees every wait.
+
+    Args:
+        tensor: Of any shape and dtype, on any device.
+    """
+    host = tensor.detach().cpu()
+    return (host.float() if host.dtype == torch.bfloat16 else host).numpy()

@@ -22,13 +22,13 @@ BELOW = {
     "transitions": {"schedules", "predictions", "samplers", "transfer"},
     "models": {"naming", "checks", "transfer", "loading", "schedules", "predictions", "samplers", "transitions"},
     "sampling": {"samplers", "transitions", "models"},
-    "rewards": {"naming", "checks", "loading"},
+    "rewards": {"naming", "checks", "loading", "transfer"},
     "prompts": {"naming", "lines"},
     "envs": {
         *("naming", "checks", "transfer", "samplers", "transitions", "schedules", "grids"),
         *("models", "sampling", "rewards", "prompts"),
     },
-    "testing": set(),
+    "testing": {"transfer", "envs"},
     "__init__": set(),
 }
 OF_DIFFUSION_GYM = {

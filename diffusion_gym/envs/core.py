@@ -8,47 +8,40 @@ import os
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ClosedEnvironmentError, InvalidAction, ResetNeeded
 from gymnasium.spaces import Box, Dict, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from .. import transfer
 from ..checks import checked_integer
 from ..naming import unexpected_argument
 from ..prompts import make_prompts
-from ..rewards import RewardOutput, make_reward, to_uint8
+from ..rewards import make_reward, to_uint8
 from ..rewards.base import checked_output
-from ..transfer import to_device
+from .contract import Observation
 from .lanes import Lanes, ResetOptions, lane_seeds, lanes_to_reset
 from .options import (
+    HasSpec,
     InvalidReward,
     ModelSource,
     PromptSource,
     RewardSource,
-    as_json_can_hold,
     keywords_of,
     resolve_model,
     to_autoreset_mode,
 )
-
-Observation = dict[str, Tensor]
+from .scoring import RewardOf, Scorer, Scores
 
 _OBSERVED_BYTES_LIMIT = 1_000_000
-_OVERFLOW = (
-    ". Weights may have diverged; in float16, numbers beyond 65504 overflow: bfloat16 and float32 do not "
-    '(dtype="float32", mixed_precision="bf16"). on_invalid_reward="nan" goes on without these lanes\' rewards'
-)
-
 
 if sys.platform != "win32":
     # OpenMP's threads are not there in a forked child (AsyncVectorEnv's workers), where torch would wait for them
@@ -56,29 +49,30 @@ if sys.platform != "win32":
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
-class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
-    """Many lanes of one diffusion MDP on one device.
+class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
+    """Many lanes of one diffusion MDP on one device: a `TorchVectorEnv`, whose members it documents.
 
     A subclass says what an action does (`_advance`), which lanes are through (`_finished`) and what is observed
-    beside the prompt and x_t (`_observe_time`); one that asks the denoiser itself also where lanes begin (`_begin`)
-    and what there is to do before they are observed (`_prepare`). See the concrete environments for arguments and
-    spaces.
+    beside the prompt and x_t (`_observe_time`); one that asks the denoiser itself also what begins with an episode
+    (`_on_reset`) and what is to be done before lanes are observed (`_before_observing`). Of the facts about itself it
+    states those that it changes: `num_steps` or `max_steps`, `action_is_next_latents`. See the concrete environments
+    for arguments and spaces.
 
     Attributes:
-        reward_queries: Images rewarded so far.
-        reward_seconds: Seconds spent so far in decoding and rewarding final images. It is counted from one wait for the
-            device to the next, so it holds on a GPU too.
+        reward_seconds: It is counted from one wait for the device to the next, so it holds on a GPU too.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012
         "render_modes": ["rgb_array"],
         "render_fps": 10,
-        "torch": True,
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
+    num_steps: int | None = None
+    max_steps: int | None = None
+    action_is_next_latents = False
+    single_observation_space: Dict
     single_action_space: Box
     _uses_embeds = False  # whether the prompts' embeddings steer the environment itself
-    _spec: EnvSpec | None = None
     closed = True  # until it is made: there is nothing to close before
 
     def __init__(
@@ -119,25 +113,17 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         num_bytes = 4 * sum(shape.numel() for shape in self._embed_shapes.values())
         self.observe_embeds = num_bytes < _OBSERVED_BYTES_LIMIT if observe_embeds is None else bool(observe_embeds)
         self.single_observation_space = Dict(self._observation_spaces())
+        self.constant_keys = frozenset({"prompt_id", *(self._embed_shapes if self.observe_embeds else ())})
+        self.large_keys = frozenset(self.single_observation_space).difference(self.constant_keys, self._time_spaces())
         self._lanes = Lanes(
             self.model, self.prompts, num_envs=self.num_envs, negative_prompt=negative_prompt, dtype=self.dtype
         )
+        self._scorer = Scorer(self._lanes, self.model, name=self.reward.name, on_invalid_reward=self.on_invalid_reward)
         self._started = self._interrupted = False
-        self._rewarder: ThreadPoolExecutor | None = None
         self.reward_seconds = 0.0
         self.reward_queries = 0
         self.closed = False
 
-    @property
-    def spec(self) -> EnvSpec | None:
-        """How `gym.make_vec` made it; None if it did not."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = as_json_can_hold(spec)
-
-    # ------------------------------------------------------------------ what an environment has to provide
     @abstractmethod
     def _advance(self, actions: Tensor, active: np.ndarray) -> None:
         """Apply the actions of the active lanes: change `self._lanes.latents` and count `self._lanes.step`."""
@@ -158,23 +144,20 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """Return the precision of latents and actions: the model's."""
         return self.model.dtype
 
-    def _begin(self, mask: np.ndarray) -> None:
+    def _on_reset(self, mask: np.ndarray) -> None:
         """Set up the lanes of the mask, [num_envs] bool, whose episodes have just been started."""
 
-    def _prepare(self) -> None:
+    def _before_observing(self) -> None:
         """Do what is to be done before the lanes are observed; called once in a step, and in a reset."""
 
-    def _judge(self, lanes: np.ndarray) -> Callable[[Tensor], RewardOutput]:
-        """Return what gives the lanes' final images [k, 3, H, W] their raw rewards, wherever the lanes are by then."""
-        texts = [self._lanes.texts[lane] for lane in lanes]
-        metadata = [self._lanes.prompt_metadata[lane] for lane in lanes]
-        return lambda images: checked_output(self.reward, images, texts, metadata)
+    def _scored_by(self, lanes: np.ndarray) -> RewardOf:
+        """What gives the final images of these lanes [k] their raw rewards, wherever the lanes are by then."""
+        return partial(checked_output, self.reward)
 
-    def _shape(self, values: Tensor, num_steps: Tensor) -> Tensor:
-        """Return what lanes earn for their raw rewards after so many steps, [k]."""
+    def _episode_return(self, values: Tensor, num_steps: Tensor) -> Tensor:
+        """What lanes earn for their raw rewards [k] after so many steps [k]."""
         return values
 
-    # ------------------------------------------------------------------ spaces
     @torch.inference_mode(False)
     def _shapes_of_embeds(self) -> dict[str, torch.Size]:
         one_lane = self.model.encode_prompts(self.prompts.texts[:1], self.negative_prompt)
@@ -199,7 +182,6 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         """The batched space of the actions."""
         return batch_space(self.single_action_space, self.num_envs)
 
-    # ------------------------------------------------------------------ the Gymnasium interface
     @torch.inference_mode(False)  # what is returned may be trained on, wherever it was made
     @torch.no_grad()
     def reset(
@@ -238,7 +220,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._interrupted = True
         self._lanes.final_images = None
         self._start(mask, seeds=seeds, options=parsed)
-        self._prepare()
+        self._before_observing()
         observation, info = self._observe(), self._info() | {"ended": self._lanes.ended.copy()}
         self._started, self._interrupted = True, False
         return observation, info
@@ -284,7 +266,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
             self._start(ended)
         if self.autoreset_mode is AutoresetMode.NEXT_STEP and waiting.any():
             self._start(waiting)
-        self._prepare()
+        self._before_observing()
         observation, info = self._observe(), self._info() | scores | final
         terminated = self._lanes.ended if self.autoreset_mode is AutoresetMode.DISABLED else ended
         info["ended"] = terminated.copy()
@@ -305,7 +287,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         if self._lanes.final_images is not None:
             lanes, finals = self._lanes.final_images
             images[lanes] = finals
-        return tuple(to_uint8(images.nan_to_num()).numpy())
+        return tuple(transfer.to_host(to_uint8(images.nan_to_num())))
 
     @contextlib.contextmanager
     def deferred_rewards(self) -> Iterator[None]:
@@ -315,23 +297,18 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         their rewards by name, `pending_rewards`: a future of both. A reward that learns sees images in the same order.
         `reward_seconds` counts the decoding alone.
         """
-        self._rewarder = ThreadPoolExecutor(1, thread_name_prefix="reward")
-        try:
+        with self._scorer.deferred():
             yield
-        finally:
-            self._rewarder.shutdown(cancel_futures=True)
-            self._rewarder = None
 
     def close_extras(self, **kwargs: object) -> None:
         """Let go of the lanes' tensors."""
         self._lanes.release()
 
-    # ------------------------------------------------------------------ its parts
     def _start(
         self, mask: np.ndarray, *, seeds: Sequence[int | None] = (), options: ResetOptions | None = None
     ) -> None:
         self._lanes.start(mask, seeds=seeds, options=options)
-        self._begin(mask)
+        self._on_reset(mask)
 
     def _require_open(self) -> None:
         if self.closed:
@@ -356,98 +333,20 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
                 f"actions must be {expected}; got shape {list(actions.shape)}, {actions.dtype}, on {actions.device}"
             )
 
-    def _score(self, ended: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
-        """Return the rewards of all lanes, and what to report of those that have just ended.
+    def _score(self, ended: np.ndarray) -> Scores:
+        """The rewards of all lanes, and what to report of those that have just ended.
 
         This is the one place in a step that waits for the device.
         """
-        rewards = torch.zeros(self.num_envs, device=self.device, dtype=torch.float32)
         self._lanes.final_images = None
         if not ended.any():
-            return rewards, {}
-        lanes = np.flatnonzero(ended)
-        index = self._to_device(lanes)
+            return torch.zeros(self.num_envs, device=self.device, dtype=torch.float32), {}
         began = time.perf_counter()
-        self.reward_queries += len(lanes)
-        images = self.model.decode(self._lanes.latents[index])
-        self._lanes.final_images = (index, images)
-        valid = self._valid(lanes, self._lanes.finite[index], torch.isfinite(images).flatten(1).all(1))
-        scores: dict[str, Any] = {"images": self._of_lanes(images, index), "_images": ended.copy()}
-        compute = partial(
-            self._rewarded,
-            self._judge(lanes[valid]),
-            images if valid.all() else images[self._to_device(np.flatnonzero(valid))],
-            lanes=lanes,
-            valid=valid,
-            num_steps=self._lanes.step[lanes],
-        )
-        if self._rewarder is None:
-            rewards, named = compute()
-            scores |= named
-        else:
-            scores["pending_rewards"] = self._rewarder.submit(compute)
+        self.reward_queries += int(ended.sum())
+        final = self._scorer.decode(ended)
+        scores = self._scorer.score(final, self._scored_by(final.lanes[final.valid]), self._episode_return)
         self.reward_seconds += time.perf_counter() - began
-        return rewards, scores
-
-    def _valid(self, lanes: np.ndarray, actions: Tensor, images: Tensor) -> np.ndarray:
-        """Return which of the lanes that ended had finite actions and have a finite image, [k] bool: a wait.
-
-        Raises:
-            InvalidAction, ValueError: one has not, and `on_invalid_reward` is "raise".
-        """
-        finite_actions, finite_images = self._read_flags(torch.stack([actions, images]))
-        if self.on_invalid_reward == "raise" and not finite_actions.all():
-            raise InvalidAction(
-                f"the actions of lanes {lanes[~finite_actions].tolist()} were NaN or infinite in the episode that has "
-                f"just ended{_OVERFLOW}"
-            )
-        if self.on_invalid_reward == "raise" and not finite_images.all():
-            raise ValueError(
-                f"the images of lanes {lanes[~finite_images].tolist()} are NaN or infinite, so they cannot be "
-                f"rewarded: the last latents were far outside the decoder's range, or NaN{_OVERFLOW}"
-            )
-        return finite_actions & finite_images
-
-    @torch.no_grad()
-    def _rewarded(
-        self,
-        judge: Callable[[Tensor], RewardOutput],
-        images: Tensor,
-        *,
-        lanes: np.ndarray,
-        valid: np.ndarray,
-        num_steps: np.ndarray,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Return the rewards of all lanes, and what to report of those that ended; the valid ones' images these are."""
-        output = judge(images) if valid.any() else RewardOutput(images.new_zeros(0, dtype=torch.float32))
-        finite = valid.copy()
-        finite[valid] = self._read_flags(torch.isfinite(output.values)) if valid.any() else True
-        if self.on_invalid_reward == "raise" and not finite.all():
-            raise ValueError(
-                f"the reward {self.reward.name!r} returned NaN or infinity for lanes {lanes[~finite].tolist()}: "
-                f"{output.values.tolist()}"
-            )
-        asked, invalid, steps = (
-            to_device(values, images.device) for values in (lanes[valid], lanes[~finite], num_steps[valid])
-        )
-        ended = np.zeros(self.num_envs, dtype=bool)
-        ended[lanes] = True
-        failed = np.zeros_like(ended)
-        failed[lanes[~finite]] = True
-        named: dict[str, Any] = {"reward_invalid": failed, "_reward_invalid": ended}
-        rewards = self._of_lanes(self._shape(output.values.float(), steps), asked).index_fill_(0, invalid, torch.nan)
-        for key, values in {**output.extras, self.reward.name: output.values}.items():
-            named[f"reward/{key}"] = self._of_lanes(values.float(), asked).index_fill_(0, invalid, torch.nan)
-            named[f"_reward/{key}"] = ended
-        return rewards, named
-
-    def _of_lanes(self, values: Tensor, index: Tensor) -> Tensor:
-        """Return what some lanes have, [k, ...], as an entry per lane, [num_envs, ...]: 0 for the others."""
-        return values.new_zeros((self.num_envs, *values.shape[1:])).index_copy_(0, index, values)
-
-    def _read_flags(self, flags: Tensor) -> np.ndarray:
-        """Read booleans from the device: waits for it."""
-        return flags.cpu().numpy()
+        return scores
 
     def _observe(self) -> Observation:
         lanes = self._lanes
@@ -466,4 +365,4 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         }
 
     def _to_device(self, values: np.ndarray) -> Tensor:
-        return to_device(values, self.device)
+        return transfer.to_device(values, self.device)

@@ -1,12 +1,10 @@
 """DDPO's MDP: the action is the next latents."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Space
 from gymnasium.utils import EzPickle
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -16,7 +14,7 @@ from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
 from .single import DiffusionEnv
 
 
-class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
+class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
     """`gym.make_vec("DenoisingMDP-v0", num_envs=…)`: many lanes of `DenoisingEnv` as torch tensors on one device.
 
     Observations, actions, rewards and flags are those of `DenoisingEnv` with a leading dimension `num_envs`, as
@@ -43,10 +41,7 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         autoreset_mode: An `AutoresetMode`, its name or its value.
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012
-        **DiffusionVectorEnv.metadata,
-        "action_is_next_latents": True,
-    }
+    action_is_next_latents = True
 
     def __init__(
         self,
@@ -56,7 +51,7 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         **options: Unpack[VectorEnvOptions],
     ) -> None:
         EzPickle.__init__(self, num_envs, num_steps=num_steps, **options)
-        self.num_steps = checked_integer("num_steps", num_steps, at_least=1)
+        self.num_steps: int = checked_integer("num_steps", num_steps, at_least=1)
         super().__init__(num_envs, **options)
         self.single_action_space = Box(-np.inf, np.inf, self.model.latent_shape, np.float32)
         self._grid = self.model.schedule.timesteps(self.num_steps).float().numpy()

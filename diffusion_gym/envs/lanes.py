@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import transfer
 from ..checks import checked_integer
 from ..models.base import Conditioning, DiffusionModel
 from ..naming import unknown_name
 from ..prompts import PromptSet
-from ..transfer import to_device
 
 _OPTION_KEYS = ("prompt", "prompt_id", "latents", "reset_mask")
 
@@ -24,7 +24,7 @@ def lane_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[i
         ValueError: one is no integer or is negative, or there are several seeds, but not one per lane.
     """
     if isinstance(seed, Tensor | np.ndarray):
-        seed = seed.tolist()
+        seed = _as_array(seed).tolist()
     if seed is None:
         return [None] * num_envs
     if not isinstance(seed, Sequence) or isinstance(seed, str):
@@ -46,7 +46,7 @@ def lanes_to_reset(options: Mapping[str, Any] | None, *, num_envs: int) -> np.nd
         return np.ones(num_envs, dtype=bool)
     if not isinstance(mask, np.ndarray | Tensor):
         raise TypeError(f'options["reset_mask"] must be a numpy array or a torch tensor, got {type(mask).__name__}')
-    array = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
+    array = _as_array(mask)
     if array.shape != (num_envs,) or array.dtype != np.bool_ or not array.any():
         raise ValueError(
             f'options["reset_mask"] must be bool of shape ({num_envs},) with at least one True, got {array}'
@@ -103,16 +103,20 @@ class ResetOptions:
                     f"latents must have shape {list(model.latent_shape)} or {[num_envs, *model.latent_shape]}, "
                     f"got {list(latents.shape)}"
                 )
-            if not torch.isfinite(latents).all():
+            if not transfer.to_host(torch.isfinite(latents)).all():
                 raise ValueError("reset option 'latents' must be finite, got NaN or infinity")
             latents = latents.expand(num_envs, *model.latent_shape)
         return cls(texts, prompt_id, latents)
 
 
+def _as_array(values: Tensor | np.ndarray) -> np.ndarray:
+    return transfer.to_host(values) if isinstance(values, Tensor) else values
+
+
 def _per_lane(value: Any, kind: type | object, num_envs: int, name: str) -> list[Any]:
     """Return one value of `kind` per lane, from one or from a sequence of them."""
     if isinstance(value, Tensor | np.ndarray):
-        value = value.tolist()
+        value = _as_array(value).tolist()
     values = [value] * num_envs if isinstance(value, kind) else value  # type: ignore[arg-type]
     if not isinstance(values, Sequence) or len(values) != num_envs or not all(isinstance(v, kind) for v in values):  # type: ignore[arg-type]
         raise ValueError(f"reset option {name!r} must be one value, or one per lane ({num_envs}), got {value!r}")
@@ -133,9 +137,6 @@ class Lanes:
         final_images: (lanes, images [k, 3, H, W]) of the episodes that the last step ended, or None.
     """
 
-    latents: Tensor
-    finite: Tensor
-
     def __init__(
         self,
         model: DiffusionModel,
@@ -154,6 +155,7 @@ class Lanes:
         for generator in self._generators:
             generator.seed()
         self._conditioning: dict[str, Tensor] = {}
+        self.latents = self.finite = torch.empty(0)  # before the first reset
         self.step = np.zeros(num_envs, dtype=np.int64)
         self.ended = np.zeros(num_envs, dtype=bool)
         self.prompt_id = np.full(num_envs, -1, dtype=np.int64)
@@ -180,8 +182,8 @@ class Lanes:
             known = self.prompt_id[lane] >= 0
             self.texts[lane] = self._prompts[self.prompt_id[lane]] if options.texts is None else options.texts[lane]
             self.prompt_metadata[lane] = self._prompts.metadata[self.prompt_id[lane]] if known else {}
-        index = to_device(lanes, self._model.device)
-        latents = to_device(torch.stack(noise) * self._initial_std, self._model.device).to(self._dtype)
+        index = transfer.to_device(lanes, self._model.device)
+        latents = transfer.to_device(torch.stack(noise) * self._initial_std, self._model.device).to(self._dtype)
         if options.latents is not None:
             latents = options.latents[index].to(self._dtype)
         finite = torch.ones(len(lanes), dtype=torch.bool, device=self._model.device)
@@ -200,14 +202,14 @@ class Lanes:
     def watch_finite(self, actions: Tensor, active: np.ndarray) -> None:
         """Note on the device which active lanes were given an action that is not finite."""
         finite = torch.isfinite(actions).flatten(1).all(1)
-        self.finite = self.finite & (finite | to_device(~active, actions.device))
+        self.finite = self.finite & (finite | transfer.to_device(~active, actions.device))
 
     def conditioning(self) -> Conditioning:
         """Return the embeddings of the lanes' prompts, [num_envs, ...] each; gathered once per reset, to read only."""
         if not self._conditioning:
             row_of = {text: row for row, text in enumerate(sorted(set(self.texts)))}
             table = self._model.encode_prompts(list(row_of), self._negative_prompt)
-            index = to_device(np.array([row_of[text] for text in self.texts]), self._model.device)
+            index = transfer.to_device(np.array([row_of[text] for text in self.texts]), self._model.device)
             self._conditioning = {key: value[index] for key, value in table.items()}
         return self._conditioning
 
@@ -215,5 +217,4 @@ class Lanes:
         """Drop all tensors."""
         self._conditioning = {}
         self.final_images = None
-        for name in ("latents", "finite"):
-            self.__dict__.pop(name, None)
+        self.latents = self.finite = torch.empty(0)

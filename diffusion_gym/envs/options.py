@@ -89,6 +89,21 @@ def as_json_can_hold(spec: EnvSpec | None) -> EnvSpec | None:
     return spec
 
 
+class HasSpec:
+    """An environment whose spec, Gymnasium's account of how it was made, can be written as JSON."""
+
+    _spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How `gym.make` or `gym.make_vec` made it; None if neither did."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = as_json_can_hold(spec)
+
+
 def refuse_vector_options(options: Mapping[str, object]) -> None:
     """Do nothing where a single environment was given none of what only vector environments take.
 

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .. import transfer
 from ..checks import checked_integer
 from ..grids import uniform_grid
 from ..models.base import Conditioning, DiffusionModel, checked_guidance_scale
@@ -67,18 +68,27 @@ class ReferenceDistance(Reward):
 
     def distance(
         self,
-        model: DiffusionModel,
         images: Tensor,
-        *,
-        latents: Tensor,
-        conditioning: Conditioning,
         prompts: Sequence[str],
+        metadata: Sequence[Metadata] | None = None,
+        *,
+        model: DiffusionModel,
+        noise: Tensor,
+        conditioning: Conditioning,
         negative_prompt: str,
         guidance_scale: float,
     ) -> RewardOutput:
-        """Return the rewards [B] of images that the model made from the noise `latents` [B, C, H, W].
+        """The rewards [B] of images that the model made from this noise.
 
-        The prompts, the negative prompt and the scale (unless this reward has its own) are the environment's.
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            prompts: The prompt of each.
+            metadata: Ignored.
+            model: The model.
+            noise: [B, C, H, W] x_T of each.
+            conditioning: [B, ...] each, of the prompts.
+            negative_prompt: The environment's.
+            guidance_scale: The environment's, for a reward that has none of its own.
         """
         scale = guidance_scale if self.guidance_scale is None else self.guidance_scale
         known = self._known.setdefault(model, OrderedDict())
@@ -88,16 +98,16 @@ class ReferenceDistance(Reward):
                 negative_prompt,
                 scale,
                 self.num_steps,
-                hashlib.blake2b(noise.float().cpu().numpy().tobytes(), digest_size=16).digest(),
+                hashlib.blake2b(row.tobytes(), digest_size=16).digest(),
             )
-            for prompt, noise in zip(prompts, latents, strict=True)
+            for prompt, row in zip(prompts, transfer.to_host(noise.float()), strict=True)
         ]
         first = {key: row for row, key in enumerate(keys) if key not in known}
         if first:
-            rows = torch.tensor(list(first.values()), device=latents.device)
+            rows = torch.tensor(list(first.values()), device=noise.device)
             chosen = {name: value[rows] for name, value in conditioning.items()}
             grid = uniform_grid(model.schedule, self.num_steps)
-            samples = sample_latents(model, latents[rows], chosen, grid, guidance_scale=scale)
+            samples = sample_latents(model, noise[rows], chosen, grid, guidance_scale=scale)
             known.update(zip(first, samples, strict=True))
         for key in keys:
             known.move_to_end(key)

@@ -9,18 +9,19 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import InvalidAction
 from gymnasium.wrappers import TimeLimit
 from torch import Tensor
 
+from .. import transfer
 from ..models.base import DiffusionModel
 from ..prompts import PromptSet
-from .core import DiffusionVectorEnv, Observation
-from .options import as_json_can_hold
+from .contract import Observation
+from .core import DiffusionVectorEnv
+from .options import HasSpec
 
 
-class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
+class DiffusionEnv(HasSpec, gym.Env[dict[str, np.ndarray], np.ndarray]):
     """One lane of a vector environment, as a numpy environment.
 
     Args:
@@ -28,7 +29,6 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         max_steps: The most actions that an episode takes.
     """
 
-    _spec: EnvSpec | None = None
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(self, lane: DiffusionVectorEnv, *, max_steps: int) -> None:
@@ -36,18 +36,9 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         self._max_steps = max_steps
         self._limit_is_checked = False
         self.render_mode = lane.render_mode
-        self.metadata = {key: lane.metadata[key] for key in lane.metadata if key not in ("torch", "autoreset_mode")}
-        self.observation_space = copy.deepcopy(lane.single_observation_space)
+        self.metadata = {key: lane.metadata[key] for key in lane.metadata if key != "autoreset_mode"}
+        self.observation_space = copy.deepcopy(lane.single_observation_space)  # type: ignore[arg-type]
         self.action_space = copy.deepcopy(lane.single_action_space)
-
-    @property
-    def spec(self) -> EnvSpec | None:
-        """How `gym.make` made it; None if it did not."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = as_json_can_hold(spec)
 
     @property
     def model(self) -> DiffusionModel:
@@ -86,7 +77,8 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
             )
         batched = torch.from_numpy(array[None].astype(np.float32)).to(self.lane.device, self.lane.dtype)
         observation, reward, terminated, truncated, info = self.lane.step(batched)
-        return self._single(observation), float(reward), bool(terminated), bool(truncated), self._single_info(info)
+        flags = (transfer.to_host(flag).item() for flag in (reward, terminated, truncated))
+        return self._single(observation), *flags, self._single_info(info)
 
     def render(self) -> np.ndarray | None:
         """Return the frame [H, W, 3] uint8 of x_t, or of x_0 when the episode has ended."""
@@ -117,7 +109,7 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def _single(self, observation: Observation) -> dict[str, np.ndarray]:
         return {
-            key: (value[0].float() if value.is_floating_point() else value[0]).cpu().numpy().copy()
+            key: transfer.to_host(value[0].float() if value.is_floating_point() else value[0]).copy()
             for key, value in observation.items()
         }
 
@@ -126,6 +118,6 @@ class DiffusionEnv(gym.Env[dict[str, np.ndarray], np.ndarray]):
         single: dict[str, Any] = {}
         for key, value in info.items():
             if not key.startswith("_"):
-                lane = value[0].cpu().numpy() if isinstance(value, Tensor) else value[0]
+                lane = transfer.to_host(value[0]) if isinstance(value, Tensor) else value[0]
                 single[key] = lane.copy() if lane.ndim else lane.item()
         return single

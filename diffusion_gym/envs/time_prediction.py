@@ -1,7 +1,8 @@
 """The time-prediction MDP: the action is the next diffusion time."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -9,23 +10,70 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Space
 from gymnasium.utils import EzPickle
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .. import transfer
 from ..checks import checked_integer, checked_number
 from ..grids import MAX_RATIO, MIN_RATIO
-from ..models.base import checked_guidance_scale
-from ..rewards import RewardOutput
+from ..models.base import DiffusionModel, Prediction, checked_guidance_scale
 from ..rewards.names import REFERENCE_DISTANCE
 from ..transitions import ddim_transition
-from .core import DiffusionVectorEnv, Observation
+from .contract import Observation
+from .core import DiffusionVectorEnv
 from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
 from .reference import REFERENCE_STEPS, ReferenceDistance
+from .scoring import RewardOf
 from .single import DiffusionEnv
 from .step_cost import StepCost, StepCostName
 
 LastStep = Literal["clean", "raw"]
+
+
+@dataclass(eq=False)
+class _Dynamics:
+    """What the denoiser said of each lane where it was asked last, and where the lane began.
+
+    Args:
+        noise: [B, C, H, W] x_T.
+        pred_x0: [B, C, H, W] x̂_0.
+        pred_epsilon: [B, C, H, W] ε̂.
+        features: [B, F, h, w], 0 where the episode has ended.
+        time_embedding: [B, E], 0 where the episode has ended.
+    """
+
+    noise: Tensor
+    pred_x0: Tensor
+    pred_epsilon: Tensor
+    features: Tensor
+    time_embedding: Tensor
+
+    @classmethod
+    def starting_from(cls, noise: Tensor, model: DiffusionModel) -> "_Dynamics":
+        """Those of lanes that all begin: the denoiser has not been asked."""
+        size = len(noise)
+        return cls(
+            noise,
+            torch.zeros_like(noise),
+            torch.zeros_like(noise),
+            noise.new_zeros(size, *model.feature_shape),
+            noise.new_zeros(size, model.time_embedding_size),
+        )
+
+    def predict(self, index: Tensor, prediction: Prediction) -> None:
+        """Take over what the denoiser said, with features, of the lanes of the index."""
+        assert prediction.features is not None
+        assert prediction.time_embedding is not None
+        self.pred_x0 = self.pred_x0.index_copy(0, index, prediction.x0)
+        self.pred_epsilon = self.pred_epsilon.index_copy(0, index, prediction.epsilon)
+        self.features = self.features.index_copy(0, index, prediction.features)
+        self.time_embedding = self.time_embedding.index_copy(0, index, prediction.time_embedding)
+
+    def end(self, ended: Tensor) -> None:
+        """Show nothing of the lanes that have ended, [B] bool."""
+        self.features = self.features.masked_fill(ended.reshape(-1, 1, 1, 1), 0.0)
+        self.time_embedding = self.time_embedding.masked_fill(ended[:, None], 0.0)
 
 
 class TimePredictionOptions(EnvOptions, total=False):
@@ -42,7 +90,7 @@ class TimePredictionOptions(EnvOptions, total=False):
     reference_steps: int
 
 
-class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
+class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
     """`gym.make_vec("TimePredictionMDP-v0", num_envs=…)`: many lanes of `TimePredictionEnv` as torch tensors.
 
     Observations, actions, rewards and flags are those of `TimePredictionEnv` with a leading dimension `num_envs`, as
@@ -87,7 +135,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
             "reference_steps": reference_steps,
         }
         EzPickle.__init__(self, num_envs, **{**own, **options})
-        self.max_steps = checked_integer("max_steps", max_steps, at_least=1)
+        self.max_steps: int = checked_integer("max_steps", max_steps, at_least=1)
         if last_step not in get_args(LastStep):
             raise ValueError(f"last_step must be one of {get_args(LastStep)}, got {last_step!r}")
         self._step_cost = StepCost(step_cost, gamma=gamma, weight=step_cost_weight)
@@ -121,6 +169,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         )
         self.last_step = last_step
         self.single_action_space = Box(0.0, 1.0, (1,), np.float32)
+        self._dynamics = _Dynamics.starting_from(torch.empty(0), self.model)  # before the first reset
         # Times and noise ratios live on the host, in float64: only the action is read from the device.
         self._noise_ratio = np.full(self.num_envs, self._start_ratio)
         self._visited = np.full((self.num_envs, self.max_steps + 1), schedule.clean)
@@ -128,7 +177,6 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         self._cut_off = np.zeros(self.num_envs, dtype=bool)
         self._unseen = np.zeros(self.num_envs, dtype=bool)
 
-    # ------------------------------------------------------------------ spaces and observations
     def _time_spaces(self) -> dict[str, Space]:
         schedule = self.model.schedule
         low = min(schedule.clean, 0.0)
@@ -147,8 +195,8 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
 
     def _observe(self) -> Observation:
         return super()._observe() | {
-            "features": self._features.clone(),
-            "time_embedding": self._time_embedding.clone(),
+            "features": self._dynamics.features.clone(),
+            "time_embedding": self._dynamics.time_embedding.clone(),
         }
 
     def _info(self) -> dict[str, Any]:
@@ -161,20 +209,17 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         """Return each lane's time, [num_envs] float64."""
         return self._visited[np.arange(self.num_envs), self._lanes.step]
 
-    # ------------------------------------------------------------------ dynamics
     def _dtype(self) -> torch.dtype:
         """Return float32, whatever the denoiser's precision: rounding would add up along the path."""
         return torch.float32
 
-    def _begin(self, mask: np.ndarray) -> None:
+    def _on_reset(self, mask: np.ndarray) -> None:
+        latents = self._lanes.latents
         if mask.all():
-            self._pred_x0 = torch.zeros_like(self._lanes.latents)
-            self._pred_epsilon = torch.zeros_like(self._pred_x0)
-            self._features = self._pred_x0.new_zeros(self.num_envs, *self.model.feature_shape)
-            self._time_embedding = self._pred_x0.new_zeros(self.num_envs, self.model.time_embedding_size)
-            self._noise = self._lanes.latents
+            self._dynamics = _Dynamics.starting_from(latents, self.model)
         else:
-            self._noise = torch.where(self._per_lane(mask), self._lanes.latents, self._noise)
+            is_new = self._to_device(mask).reshape(-1, 1, 1, 1)
+            self._dynamics.noise = torch.where(is_new, latents, self._dynamics.noise)
         self._noise_ratio[mask] = self._start_ratio
         self._visited[mask] = self.model.schedule.clean
         self._visited[mask, 0] = self._start_time
@@ -182,7 +227,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         self._unseen |= mask
 
     def _advance(self, actions: Tensor, active: np.ndarray) -> None:
-        ratios = np.clip(self._read_ratios(actions), MIN_RATIO, MAX_RATIO)
+        ratios = np.clip(transfer.to_host(actions[:, 0]).astype(np.float64), MIN_RATIO, MAX_RATIO)
         lanes = np.flatnonzero(active)
         before = self._times()[lanes]
         self._noise_ratio[lanes] *= ratios[lanes]
@@ -198,24 +243,23 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         self._visited[lanes, self._lanes.step[lanes]] = after
         index = self._to_device(lanes)
         moved = ddim_transition(
-            self._pred_x0[index],
-            self._pred_epsilon[index],
+            self._dynamics.pred_x0[index],
+            self._dynamics.pred_epsilon[index],
             schedule=self.model.schedule,
             t=self._to_device(before.astype(np.float32)),
             s=self._to_device(after.astype(np.float32)),
             eta=0.0,
         ).mean.to(self.dtype)
         self._lanes.latents = self._lanes.latents.index_copy(0, index, moved)
-        ended = self._per_lane(self._through)
-        self._features = self._features.masked_fill(ended, 0.0)
-        self._time_embedding = self._time_embedding.masked_fill(ended.flatten(1), 0.0)
+        self._dynamics.end(self._to_device(self._through))
         self._unseen |= active & ~self._through
 
     def _finished(self) -> np.ndarray:
         return self._through
 
-    def _prepare(self) -> None:
-        lanes = np.flatnonzero(self._lanes_to_denoise())
+    def _before_observing(self) -> None:
+        """Ask the denoiser about the lanes that stand where it has not been asked yet."""
+        lanes = np.flatnonzero(self._unseen)
         if not len(lanes):
             return
         index = self._to_device(lanes)
@@ -226,39 +270,21 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
             guidance_scale=self.guidance_scale,
             with_features=True,
         )
-        assert prediction.features is not None
-        assert prediction.time_embedding is not None
-        self._pred_x0 = self._pred_x0.index_copy(0, index, prediction.x0)
-        self._pred_epsilon = self._pred_epsilon.index_copy(0, index, prediction.epsilon)
-        self._features = self._features.index_copy(0, index, prediction.features)
-        self._time_embedding = self._time_embedding.index_copy(0, index, prediction.time_embedding)
+        self._dynamics.predict(index, prediction)
         self._unseen[:] = False
 
-    def _lanes_to_denoise(self) -> np.ndarray:
-        """Return which lanes stand where the denoiser has not been asked yet, [num_envs] bool."""
-        return self._unseen
-
     def _time_of(self, noise_ratios: np.ndarray) -> np.ndarray:
-        return self.model.schedule.time_of(torch.from_numpy(noise_ratios)).numpy()
+        return transfer.to_host(self.model.schedule.time_of(torch.from_numpy(noise_ratios)))
 
-    def _read_ratios(self, actions: Tensor) -> np.ndarray:
-        """Read the actions from the device, [num_envs] float64: the one wait of a step."""
-        return actions[:, 0].cpu().double().numpy()
-
-    def _per_lane(self, mask: np.ndarray) -> Tensor:
-        return self._to_device(mask).reshape(-1, 1, 1, 1)
-
-    # ------------------------------------------------------------------ rewards
-    def _judge(self, lanes: np.ndarray) -> Callable[[Tensor], RewardOutput]:
+    def _scored_by(self, lanes: np.ndarray) -> RewardOf:
         if not isinstance(self.reward, ReferenceDistance):
-            return super()._judge(lanes)
+            return super()._scored_by(lanes)
         index = self._to_device(lanes)
         return partial(
             self.reward.distance,
-            self.model,
-            latents=self._noise[index],
+            model=self.model,
+            noise=self._dynamics.noise[index],
             conditioning={key: value[index] for key, value in self._lanes.conditioning().items()},
-            prompts=[self._lanes.texts[lane] for lane in lanes],
             negative_prompt=self.negative_prompt,
             guidance_scale=self.guidance_scale,
         )
@@ -270,14 +296,13 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         with contextlib.nullcontext() if is_reference else super().deferred_rewards():
             yield
 
-    def _shape(self, values: Tensor, num_steps: Tensor) -> Tensor:
+    def _episode_return(self, values: Tensor, num_steps: Tensor) -> Tensor:
         return self._step_cost(values, num_steps)
 
     def close_extras(self, **kwargs: object) -> None:
         """Let go of the lanes' tensors."""
         super().close_extras(**kwargs)
-        for name in ("_pred_x0", "_pred_epsilon", "_features", "_time_embedding", "_noise"):
-            self.__dict__.pop(name, None)
+        self._dynamics = _Dynamics.starting_from(torch.empty(0), self.model)
 
 
 class TimePredictionEnv(DiffusionEnv, EzPickle):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,8 @@ class DiffusionModel(ABC):
         time_embedding_size: E, the length of the denoiser's time embedding.
         denoiser_folder: The denoiser's subfolder in the diffusers layout.
         lora_targets: Names of the layers that LoRA adapts unless told otherwise.
+        guidance: How a prompt is given weight. "classifier_free": by two passes, one of them told the negative prompt.
+            "embedded": the network is told the scale, and there is no negative prompt.
         default_prompts: The prompts of environments that name none: a prompt set's name, or texts.
     """
 
@@ -113,6 +115,7 @@ class DiffusionModel(ABC):
     default_guidance_scale: float
     denoiser_folder: str
     lora_targets: tuple[str, ...]
+    guidance: Literal["classifier_free", "embedded"] = "classifier_free"
     default_prompts: str | tuple[str, ...] = "simple_animals"
 
     def __init__(
@@ -127,7 +130,6 @@ class DiffusionModel(ABC):
         self._rows_lock = threading.Lock()
         self._states: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
 
-    # ------------------------------------------------------------------ what a family of models has to provide
     @property
     @abstractmethod
     def denoiser(self) -> nn.Module:
@@ -138,14 +140,28 @@ class DiffusionModel(ABC):
         """Return the conditioning of the prompts, without negatives: tensors [P, ...] in float32."""
 
     @abstractmethod
-    def _model_output(self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the network's raw output for one pass over a batch."""
+    def _model_output(
+        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """The network's raw output for one pass over a batch.
+
+        Args:
+            network: The denoiser.
+            latents: [B, C, H, W] x_t.
+            t: [B] the time of each sample.
+            conditioning: [B, ...] each, without negatives.
+            guidance_scale: What a network with embedded guidance is told. One with classifier-free guidance ignores it:
+                `denoise` guides.
+        """
 
     @abstractmethod
     def _model_features(
-        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning
+        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the raw output, the features [B, 2C', h, w] and the time embedding [B, E] of one pass."""
+        """The raw output, the features [B, 2C', h, w] and the time embedding [B, E] of one pass.
+
+        The arguments are those of `_model_output`.
+        """
 
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
@@ -168,23 +184,23 @@ class DiffusionModel(ABC):
             ValueError: the file is damaged, or not just the denoiser's layers are in it, all of them finite.
         """
 
-    # ------------------------------------------------------------------ what is the same for all
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
-        """Return the conditioning of prompts, for guidance with the negative prompt beside it.
+        """Return the conditioning of prompts, for classifier-free guidance with the negative prompt beside it.
 
         The prompts that were asked for last are remembered on the device, up to 256 MiB (1,134 of Stable Diffusion
         1.5), so that what is encoded follows what is used and not the size of a prompt set.
 
         Args:
             prompts: The P texts.
-            negative_prompt: What the unconditional half of the guidance is told.
+            negative_prompt: What the unconditional half of classifier-free guidance is told.
 
         Returns:
-            A dict of float32 tensors [P, ...] to read only: `prompt_embeds` …, each with `negative_prompt_embeds` …
-            of the same shape (which share the memory of one row).
+            A dict of float32 tensors [P, ...] to read only: `prompt_embeds` …, with classifier-free guidance each with
+            `negative_prompt_embeds` … of the same shape (which share the memory of one row).
 
         Raises:
             TypeError: the prompts are not texts.
+            ValueError: there is a negative prompt, but the model's guidance is embedded.
         """
         texts = [*prompts, negative_prompt]
         if isinstance(prompts, str) or not all(isinstance(text, str) for text in texts):
@@ -192,13 +208,20 @@ class DiffusionModel(ABC):
                 "prompts must be a sequence of texts, and negative_prompt a text; "
                 f"got {prompts!r:.200} and {negative_prompt!r:.200}"
             )
+        is_embedded = self.guidance == "embedded"
+        if negative_prompt and is_embedded:
+            raise ValueError(
+                f"negative_prompt={negative_prompt!r} has no effect: the guidance of {self.source!r} is embedded in "
+                "its denoiser, which is told the scale alone; leave it out"
+            )
         with self._rows_lock, outside_inference_mode():
-            rows = self._rows_of(list(dict.fromkeys(texts)))
+            rows = self._rows_of(list(dict.fromkeys(prompts if is_embedded and prompts else texts)))
             conditioning = {}
-            for key, negative in rows[negative_prompt].items():
+            for key, row in next(iter(rows.values())).items():
                 positive = [rows[prompt][key] for prompt in prompts]
-                conditioning[key] = torch.stack(positive) if positive else negative.new_empty(0, *negative.shape)
-                conditioning[_NEGATIVE + key] = negative.expand_as(conditioning[key])
+                conditioning[key] = torch.stack(positive) if positive else row.new_empty(0, *row.shape)
+                if not is_embedded:
+                    conditioning[_NEGATIVE + key] = rows[negative_prompt][key].expand_as(conditioning[key])
         return conditioning
 
     def _rows_of(self, prompts: list[str]) -> dict[str, dict[str, Tensor]]:
@@ -232,10 +255,11 @@ class DiffusionModel(ABC):
         denoiser: nn.Module | None = None,
         with_features: bool = False,
     ) -> Prediction:
-        """Return what a denoiser says of x_t, with classifier-free guidance.
+        """Return what a denoiser says of x_t, guided towards the prompt.
 
-        output = output(negative) + guidance_scale·(output(prompt) − output(negative)), and so for the features. A scale
-        of at most 1 is no guidance, as in diffusers' pipelines: the prompt's own output, at half the cost.
+        Classifier-free guidance is output(negative) + guidance_scale·(output(prompt) − output(negative)), and so for
+        the features. A scale of at most 1 is no guidance, as in diffusers' pipelines: the prompt's own output, at half
+        the cost. A model whose guidance is embedded is told the scale, in one pass.
 
         Source: Ho & Salimans, 2022, eq. 6, https://arxiv.org/abs/2207.12598.
 
@@ -250,7 +274,7 @@ class DiffusionModel(ABC):
         network = self.denoiser if denoiser is None else denoiser
         inputs = {key: value for key, value in conditioning.items() if not key.startswith(_NEGATIVE)}
         x, times = latents, t
-        is_guided = guidance_scale > 1
+        is_guided = guidance_scale > 1 and self.guidance == "classifier_free"
         if is_guided:
             inputs = {key: torch.cat([conditioning[_NEGATIVE + key], value]) for key, value in inputs.items()}
             x, times = torch.cat([latents, latents]), torch.cat([t, t])
@@ -263,11 +287,11 @@ class DiffusionModel(ABC):
 
         features = time_embedding = None
         if with_features:
-            raw, layers, embedding = self._model_features(network, x, times, inputs)
+            raw, layers, embedding = self._model_features(network, x, times, inputs, guidance_scale)
             features = F.adaptive_avg_pool2d(guided(layers), self.feature_shape[1:])
             time_embedding = guided(embedding)
         else:
-            raw = self._model_output(network, x, times, inputs)
+            raw = self._model_output(network, x, times, inputs, guidance_scale)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         pred_x0, pred_epsilon = to_x0_and_epsilon(
             guided(raw), as_float(latents), alpha=alpha, sigma=sigma, prediction_type=self.prediction_type
@@ -279,6 +303,9 @@ class DiffusionModel(ABC):
         """Return the images [B, 3, H, W] in [0, 1], float32, of latents [B, C, h, w]; in chunks of bounded memory."""
         chunk = max(1, _DECODED_PIXELS_PER_CHUNK // (self.image_shape[1] * self.image_shape[2]))
         return torch.cat([self._decode(part) for part in latents.float().split(chunk)])
+
+    def use_training_attention(self, network: nn.Module, *, bf16: bool) -> None:
+        """Choose the attention that computes fastest where this network is trained; by default nothing."""
 
     def __copy__(self) -> "DiffusionModel":
         return self

@@ -186,7 +186,6 @@ class MixtureModel(DiffusionModel):
             denoiser = MixtureDenoiser.from_pretrained(self.path, subfolder=self.denoiser_folder, variant=variant)
             return self._frozen(denoiser, self.dtype)
 
-    # ------------------------------------------------------------------ what is known of it
     def log_prob(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return log p_t(x_t | prompt), [B], with gradients: its gradient is the score −ε̂/σ.
 
@@ -213,7 +212,6 @@ class MixtureModel(DiffusionModel):
         """Return the coordinates [B, d] that images [B, 3, 1, ⌈d/3⌉] stand for: what rewards are functions of."""
         return (images.flatten(1)[:, : self.dimension] - 0.5) * 2 * self.extent
 
-    # ------------------------------------------------------------------ the contract
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         rows = []
         for prompt in prompts:
@@ -228,14 +226,16 @@ class MixtureModel(DiffusionModel):
         return {"prompt_embeds": torch.tensor(rows, device=self.device, dtype=torch.float32)[:, None]}
 
     def _model_features(
-        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning
+        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         output, hidden, embedding = network(latents.flatten(1), alpha, sigma, conditioning["prompt_embeds"][:, 0])
         return output.reshape(latents.shape), torch.cat(hidden, 1)[:, :, None, None], embedding
 
-    def _model_output(self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        return self._model_features(network, latents, t, conditioning)[0]
+    def _model_output(
+        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        return self._model_features(network, latents, t, conditioning, guidance_scale)[0]
 
     def _decode(self, latents: Tensor) -> Tensor:
         pixels = (0.5 + latents.flatten(1) / (2 * self.extent)).clamp(0, 1)

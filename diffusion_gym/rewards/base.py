@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import transfer
+
 Metadata = Mapping[str, object]
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[Metadata]], Tensor]
 
@@ -106,10 +108,10 @@ def check_finite(images: Tensor) -> None:
     Raises:
         ValueError: they have.
     """
-    finite = torch.isfinite(images).flatten(1).all(1)
+    finite = transfer.to_host(torch.isfinite(images).flatten(1).all(1))
     if not finite.all():
         raise ValueError(
-            f"the images {(~finite).nonzero().flatten().tolist()} of {len(images)} are NaN or infinite: there is no "
+            f"the images {np.flatnonzero(~finite).tolist()} of {len(images)} are NaN or infinite: there is no "
             "picture to show or to reward"
         )
 
@@ -123,7 +125,8 @@ def to_uint8(images: Tensor) -> Tensor:
         ValueError: one of them is NaN or infinite.
     """
     check_finite(images)
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    levels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return torch.from_numpy(transfer.to_host(levels.permute(0, 2, 3, 1)))
 
 
 def as_json(value: object) -> object:

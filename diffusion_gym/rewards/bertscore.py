@@ -8,6 +8,7 @@ from bert_score.utils import bert_cos_score_idf, model2layers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from .. import transfer
 from .model_based import fetch_model, pretrained
 
 MODEL = "BERTScore's model"
@@ -119,13 +120,14 @@ class BertScore:
         # bert-score gives an empty candidate 0 too, but fails with transformers 5
         filled = [index for index, candidate in enumerate(candidates) if candidate.strip()]
         if filled:
-            scores[filled] = bert_cos_score_idf(
+            found = bert_cos_score_idf(
                 self.network,
                 [references[index] for index in filled],
                 [candidates[index] for index in filled],
                 self.tokenizer,
                 self.weights,
                 device=self.device,
-            ).cpu()
+            )
+            scores[filled] = torch.from_numpy(transfer.to_host(found))
         precision, recall, f1 = scores.unbind(1)
         return precision, recall, f1

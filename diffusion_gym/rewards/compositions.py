@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .. import transfer
 from ..checks import checked_integer, checked_number
 from .base import Metadata, Reward, RewardFunction, RewardOutput, as_json, check_output, checked_output
 from .names import make_reward
@@ -83,7 +85,7 @@ class Timed(RewardWrapper):
     ) -> RewardOutput:
         began = time.perf_counter()
         output = checked_output(self.reward, images, prompts, metadata)
-        output.values.cpu()
+        transfer.to_host(output.values)
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.num_images += len(images)
@@ -130,8 +132,9 @@ class Cached(RewardWrapper):
         if missing:
             given = None if metadata is None else [metadata[index] for index in missing]
             output = checked_output(self.reward, images[missing], [prompts[index] for index in missing], given)
-            columns = {name: one.tolist() for name, one in output.extras.items()}
-            for row, (index, value) in enumerate(zip(missing, output.values.tolist(), strict=True)):
+            columns = {name: transfer.to_host(one).tolist() for name, one in output.extras.items()}
+            values = transfer.to_host(output.values).tolist()
+            for row, (index, value) in enumerate(zip(missing, values, strict=True)):
                 results[keys[index]] = value, {name: column[row] for name, column in columns.items()}
         for key in keys:
             self._known[key] = results[key]
@@ -146,14 +149,13 @@ class Cached(RewardWrapper):
     @staticmethod
     def _keys(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> list[bytes]:
         """Return a hash of all that each image's reward is a function of."""
-        pixels = images.detach().cpu().contiguous()
+        pixels = transfer.to_host(images)
         keys = []
         for index, prompt in enumerate(prompts):
             given = None if metadata is None else dict(metadata[index])
             known = [prompt, given, list(images.shape[1:]), str(images.dtype)]
             texts = json.dumps(known, sort_keys=True, default=as_json)
-            picture = pixels[index].view(torch.uint8).numpy().tobytes()
-            keys.append(hashlib.sha256(texts.encode() + b"\0" + picture).digest())
+            keys.append(hashlib.sha256(texts.encode() + b"\0" + pixels[index].tobytes()).digest())
         return keys
 
 
@@ -213,7 +215,7 @@ class Retry(RewardWrapper):
             else:
                 part = check_output(self.reward, said, asked)
                 output = part if output is None else _replaced(output, part, rows)
-                rows = (~torch.isfinite(output.values)).nonzero().flatten().tolist()
+                rows = np.flatnonzero(~transfer.to_host(torch.isfinite(output.values))).tolist()
                 if not rows or last == self.tries:
                     break
                 reason = f"NaN or infinity for {len(rows)} of {len(images)} images"

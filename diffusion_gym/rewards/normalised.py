@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from .. import transfer
 from ..checks import checked_integer, checked_number
 from .base import Metadata, Reward, RewardFunction, RewardOutput, checked_output
 from .compositions import RewardWrapper
@@ -91,7 +92,7 @@ class Normalised(RewardWrapper):
 
     def _learn(self, values: Tensor) -> None:
         """Merge a batch of m values with n before: mean += δ·m/(n+m), Σ(x − mean)² += the batch's + δ²·nm/(n+m)."""
-        batch = values.detach().cpu().double()  # in this order: Apple's GPUs have no float64
+        batch = torch.from_numpy(transfer.to_host(values)).double()  # on the host: Apple's GPUs have no float64
         if not torch.isfinite(batch).all():  # the environment says so, and the statistics stay whole
             return
         num, total = len(batch), self.count + len(batch)

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ try:
 except ImportError as missing:
     raise ImportError('the reward server needs FastAPI: pip install "diffusion-gym[server]"') from missing
 
-from .. import __version__
+from .. import __version__, transfer
 from ..checks import checked_integer, checked_number
 from .base import Reward, RewardOutput, check_reward, checked_output
 from .connection import RemoteRewardError
@@ -182,14 +183,15 @@ class RewardServer:
 
     def _described(self, output: RewardOutput) -> dict[str, object]:
         for name, values in {self.reward.name: output.values, **output.extras}.items():
-            if not torch.isfinite(values).all():
-                raise ValueError(f"{name!r} should be finite numbers, and is {values.tolist()}")
+            numbers = transfer.to_host(values)
+            if not np.isfinite(numbers).all():
+                raise ValueError(f"{name!r} should be finite numbers, and is {numbers.tolist()}")
         extras = {name: _numbers(values) for name, values in output.extras.items()}
         return {"name": self.reward.name, "values": _numbers(output.values), "extras": extras}
 
 
 def _numbers(values: Tensor) -> list[float]:
-    return values.float().tolist()
+    return transfer.to_host(values.float()).tolist()
 
 
 def _failure(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import transfer
 from .base import Metadata, as_json, check_finite, to_uint8
 from .jpeg import as_files
 
@@ -108,7 +109,7 @@ def encode_request(
     if image_format == "safetensors":
         check_finite(images)
         as_bytes = torch.frombuffer(bytearray(json.dumps(texts, default=as_json).encode()), dtype=torch.uint8)
-        pixels = images.detach().to("cpu", torch.float32).contiguous()
+        pixels = torch.from_numpy(transfer.to_host(images.float())).contiguous()
         return SAFETENSORS_TYPE, safetensors.torch.save({"images": pixels, "texts": as_bytes})
     options = {"compress_level": 1} if image_format == "png" else {"quality": jpeg_quality}
     files = as_files(to_uint8(images.detach()).numpy(), image_format, options)

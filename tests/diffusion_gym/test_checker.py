@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict
-from gymnasium.vector import AutoresetMode, VectorWrapper
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
 import diffusion_gym  # noqa: F401
+from diffusion_gym.envs.contract import TorchVectorEnv, missing_members
 from diffusion_gym.testing import check_vector_env
 
 
@@ -163,6 +164,15 @@ class DropsTheFirstAction(VectorWrapper):
         return observation, *rest, info
 
 
+class SaysOf(VectorWrapper):
+    """An environment that says something else of itself."""
+
+    def __init__(self, env, **said):
+        super().__init__(env)
+        for name, value in said.items():
+            setattr(env.unwrapped, name, value)
+
+
 SAME_STEP, NEXT_STEP, DISABLED = AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED
 ALL = (SAME_STEP, NEXT_STEP, DISABLED)
 TWINS = "two runs with one seed and the same actions must give equal"
@@ -224,3 +234,66 @@ def test_short_episodes_pass(mode, num_steps):
     check_vector_env(
         gym.make_vec("DenoisingMDP-v0", num_envs=2, model="mixture", num_steps=num_steps, autoreset_mode=mode)
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"num_steps": 2.0}, r"num_steps must be of type int \| None, got 2.0"),
+        ({"max_steps": 1}, "max_steps is 1, but an episode took 2 actions"),
+        ({"device": "cpu"}, "device must be of type device, got 'cpu'"),
+        ({"dtype": "float32"}, "dtype must be of type dtype"),
+        ({"prompts": ["north"]}, "prompts must be of type PromptSet"),
+        ({"constant_keys": {"prompt_id"}}, "constant_keys must be of type frozenset, got"),
+        ({"constant_keys": frozenset({"prompt"})}, r"constant_keys must be keys of the observation.* no \['prompt'\]"),
+        ({"constant_keys": frozenset({"timestep"})}, "'timestep' is of constant_keys, but changed within an episode"),
+        ({"large_keys": frozenset({"pixels"})}, r"large_keys must be keys of the observation.* no \['pixels'\]"),
+        ({"autoreset_mode": NEXT_STEP}, "env.autoreset_mode must be the metadata's"),
+    ],
+)
+def test_what_an_environment_says_of_itself_is_checked(said, message):
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=2, model="mixture", num_steps=2)
+    with pytest.raises(AssertionError, match=message):
+        check_vector_env(SaysOf(env, **said), max_steps=5)
+
+
+def test_episodes_that_differ_in_length_have_no_number_of_steps():
+    env = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model="mixture", max_steps=3)
+    with pytest.raises(AssertionError, match=r"num_steps is 4, but an episode took \d actions"):
+        check_vector_env(SaysOf(env, num_steps=4), max_steps=5)
+
+
+def test_an_action_that_is_not_the_next_latents_is_refused():
+    env = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model="mixture", max_steps=3)
+    with pytest.raises(AssertionError, match="the latents that are observed must be the action"):
+        check_vector_env(SaysOf(env, action_is_next_latents=True), max_steps=5)
+
+
+def test_what_another_packages_environment_lacks_is_listed():
+    class Plain(VectorEnv):
+        metadata = {"autoreset_mode": SAME_STEP}  # noqa: RUF012
+        num_envs = 2
+        device = torch.device("cpu")
+
+    with pytest.raises(AssertionError, match=r"Plain lacks action_is_next_latents, .*, reward_seconds, .*contract"):
+        check_vector_env(Plain())
+
+
+@pytest.mark.parametrize(
+    ("env_id", "num_steps", "max_steps", "large"),
+    [
+        ("DenoisingMDP-v0", 20, None, {"latents"}),
+        ("TimePredictionMDP-v0", None, 28, {"latents", "features", "time_embedding"}),
+    ],
+)
+@pytest.mark.parametrize("observe_embeds", [False, True])
+def test_environments_say_what_they_are(env_id, num_steps, max_steps, large, observe_embeds):
+    env = gym.make_vec(env_id, model="mixture", observe_embeds=observe_embeds).unwrapped
+    assert isinstance(env, TorchVectorEnv)
+    assert (env.num_steps, env.max_steps) == (num_steps, max_steps)
+    assert env.action_is_next_latents == (env_id == "DenoisingMDP-v0")
+    assert env.large_keys == large
+    embeds = {"prompt_embeds", "negative_prompt_embeds"} if observe_embeds else set()
+    assert env.constant_keys == {"prompt_id"} | embeds
+    assert set(env.metadata) == {"autoreset_mode", "render_modes", "render_fps"}
+    assert missing_members(env) == []

@@ -157,8 +157,9 @@ def test_lanes_do_not_depend_on_each_other(tiny):
     """Retired lanes, lock-step masking and single lanes give the same images."""
 
     class LockStep(TimePredictionVectorEnv):
-        def _lanes_to_denoise(self):
-            return np.full(self.num_envs, self._unseen.any())
+        def _before_observing(self):
+            self._unseen[:] = self._unseen.any()
+            super()._before_observing()
 
     _, returns, info, images = play(make_vec(tiny), uneven)
     masked = LockStep(3, model=tiny, reward="brightness", autoreset_mode="DISABLED")

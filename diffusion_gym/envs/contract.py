@@ -1,0 +1,139 @@
+"""What policies, algorithms and adapters may ask of a torch vector environment, whatever its dynamics."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box, Dict
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+from typing_extensions import get_protocol_members
+
+from ..models.base import DiffusionModel
+from ..prompts import PromptSet
+from ..rewards import Reward
+
+Observation = dict[str, Tensor]
+
+
+@runtime_checkable
+class TorchVectorEnv(Protocol):
+    """A vector environment whose observations, actions, rewards and flags are torch tensors on one device.
+
+    `diffusion_gym.testing.check_vector_env` checks that an environment is one. `envs.core.DiffusionVectorEnv` has all
+    of it: a subclass states only what it changes.
+    """
+
+    @property
+    def num_envs(self) -> int:
+        """B, the number of lanes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where observations, actions, rewards and flags are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of latents and actions."""
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The diffusion model; its weights are frozen."""
+
+    @property
+    def prompts(self) -> PromptSet:
+        """The prompts, in the order of `prompt_id`."""
+
+    @property
+    def reward(self) -> Reward:
+        """What the final images are rewarded by."""
+
+    @property
+    def negative_prompt(self) -> str:
+        """The text that classifier-free guidance moves away from."""
+
+    @property
+    def observe_embeds(self) -> bool:
+        """Whether the observation has the embeddings of the prompts; else a policy looks them up by `prompt_id`."""
+
+    @property
+    def num_steps(self) -> int | None:
+        """The number of actions of every episode; None where it differs between episodes."""
+
+    @property
+    def max_steps(self) -> int | None:
+        """The most actions of an episode; None where `num_steps` says it."""
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        """What happens to a lane whose episode has ended; the same as `metadata["autoreset_mode"]`."""
+
+    @property
+    def constant_keys(self) -> frozenset[str]:
+        """The keys of the observation that do not change within an episode: of the prompt."""
+
+    @property
+    def large_keys(self) -> frozenset[str]:
+        """The keys of the observation that change and take memory: x_t and what the network says of it."""
+
+    @property
+    def action_is_next_latents(self) -> bool:
+        """Whether the latents that are observed after a step are its action."""
+
+    @property
+    def reward_seconds(self) -> float:
+        """The seconds spent so far in decoding and rewarding final images."""
+
+    @property
+    def reward_queries(self) -> int:
+        """The images rewarded so far."""
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How `gym.make_vec` made it; None if it did not."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Gymnasium's metadata: `autoreset_mode`, `render_modes` and `render_fps`."""
+
+    @property
+    def single_observation_space(self) -> Dict:
+        """The observation of one lane."""
+
+    @property
+    def single_action_space(self) -> Box:
+        """The action of one lane."""
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start new episodes; return their first observations, [B, ...] each, and an info dict.
+
+        Args:
+            seed: Lane i is seeded with seed + i, or with the i-th of a sequence; None goes on with the streams.
+            options: At least `reset_mask`, [B] bool: only these lanes are reset.
+        """
+        ...
+
+    def step(self, actions: Tensor) -> tuple[Observation, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Take one action in every lane, [B, ...] of `dtype` on `device`.
+
+        Returns:
+            The observation, the reward [B] float32, terminated and truncated [B] bool, and an info dict whose `ended`
+            [B] is a numpy array of bool.
+        """
+        ...
+
+    def deferred_rewards(self) -> AbstractContextManager[None]:
+        """The context in which rewards may be computed in a thread while lanes go on.
+
+        The info of a last step may then have `pending_rewards`, the future of (rewards [B], entries for that info).
+        """
+        ...
+
+
+def missing_members(env: object) -> list[str]:
+    """The members of `TorchVectorEnv` that an object lacks, sorted; none where it is one."""
+    return sorted(member for member in get_protocol_members(TorchVectorEnv) if not hasattr(env, member))
