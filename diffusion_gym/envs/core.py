@@ -77,6 +77,8 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
     single_action_space: Box
+    action_is_next_latents = False
+    large_keys = frozenset({"latents"})
     _uses_embeds = False  # whether the prompts' embeddings steer the environment itself
     _spec: EnvSpec | None = None
     closed = True  # until it is made: there is nothing to close before
@@ -118,6 +120,7 @@ class DiffusionVectorEnv(VectorEnv[Observation, Tensor, Tensor]):
         self._embed_shapes = {} if observe_embeds is False else self._shapes_of_embeds()
         num_bytes = 4 * sum(shape.numel() for shape in self._embed_shapes.values())
         self.observe_embeds = num_bytes < _OBSERVED_BYTES_LIMIT if observe_embeds is None else bool(observe_embeds)
+        self.constant_keys = frozenset({"prompt_id", *(self._embed_shapes if self.observe_embeds else ())})
         self.single_observation_space = Dict(self._observation_spaces())
         self._lanes = Lanes(
             self.model, self.prompts, num_envs=self.num_envs, negative_prompt=negative_prompt, dtype=self.dtype

@@ -47,6 +47,8 @@ class DenoisingVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
         **DiffusionVectorEnv.metadata,
         "action_is_next_latents": True,
     }
+    action_is_next_latents = True
+    max_steps = None
 
     def __init__(
         self,

@@ -59,6 +59,8 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
     """
 
     _uses_embeds = True
+    large_keys = frozenset({"latents", "features", "time_embedding"})
+    num_steps = None
 
     def __init__(
         self,
