@@ -3,8 +3,9 @@
 from .callbacks import HeldOutEvaluation
 from .ddpo import DDPOIS, DDPOSF
 from .evaluation import Evaluation, evaluate
+from .experience.collection import collect
 from .experience.replay import Replay
-from .experience.rollouts import Rollout, collect
+from .experience.rollouts import Rollout, Rollouts
 from .nft import DiffusionNFT
 from .policies import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Policy, TimePredictor
 from .rloo import RLOO
@@ -30,6 +31,7 @@ __all__ = [
     "Processes",
     "Replay",
     "Rollout",
+    "Rollouts",
     "TimePredictor",
     "collect",
     "evaluate",

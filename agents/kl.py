@@ -74,7 +74,7 @@ class RememberedReference:
     @torch.no_grad()
     def __init__(self, reference: Policy, rollout: Rollout, micro_batch_size: int) -> None:
         self.rollout = weakref.ref(rollout)
-        self._device, self._first = rollout.actions.device, rollout.first
+        self._device, self._first = rollout.actions.device, rollout.first_episode
         self._back_on = rollout.returns.device
         self._template: Any = None
         self._tables: dict[str, Tensor] = {}

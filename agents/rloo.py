@@ -177,7 +177,9 @@ class RLOO(TrajectoryAlgorithm):
 
     # ------------------------------------------------------------------ groups
     def _starts(self) -> Starts:
-        return replace(super()._starts(), same_noise=self.same_noise, num_starts=self.num_starts)
+        starts = super()._starts()
+        rollouts = replace(starts.rollouts, same_noise=self.same_noise, num_starts=self.num_starts)
+        return replace(starts, rollouts=rollouts)
 
     def _advantages(self, rollout: Rollout) -> Tensor:
         """Return the advantage of each episode, [B]."""
@@ -204,7 +206,7 @@ class RLOO(TrajectoryAlgorithm):
         coefficients, num_terms = None, len(steps)
         if self.ratio == "trajectory":
             coefficients = self._trajectory_coefficients(
-                rollout, advantages, lanes[rollout.own(lanes)], parts, sums, log_ratios
+                rollout, advantages, lanes[rollout.is_here(lanes)], parts, sums, log_ratios
             )
             num_terms = len(lanes)
         self._unlearnt = None  # the update that follows changes the weights

@@ -8,7 +8,8 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from ..experience.rollouts import Keep, Rollout, collect
+from ..experience.collection import collect
+from ..experience.rollouts import Keep, Rollout
 from ..experience.seeding import derived_generator
 from ..policies.base import Policy
 

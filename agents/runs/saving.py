@@ -13,7 +13,7 @@ from gymnasium.vector import VectorEnv
 
 from diffusion_gym.models.base import DiffusionModel
 
-from ..experience.rollouts import require_torch_env
+from ..experience.environment import torch_env
 from ..logs.reports import RewardingEnv, environment_settings
 from ..policies import Policy, load_policy
 from ..policies.base import CONFIG_FILE, write_config
@@ -189,7 +189,7 @@ class SavedRun:
             UserWarning: the environment has another reward, other prompts, another number of steps or the like than the
                 saved one, or a model of other weights.
         """
-        require_torch_env(env)
+        torch_env(env)
         folder = whole_checkpoint(existing_folder(_without_zip(path)))
         state = json.loads((folder / STATE_FILE).read_text())
         if state["algorithm"] != cls.__name__:

@@ -22,7 +22,9 @@ from typing_extensions import Unpack
 from diffusion_gym.checks import checked_integer, checked_number
 from diffusion_gym.transitions import Reduction
 
-from ..experience.rollouts import Keep, Rollout, check_fit, collect, require_torch_env
+from ..experience.collection import collect
+from ..experience.environment import check_fit, torch_env
+from ..experience.rollouts import Keep, Rollout, Rollouts
 from ..experience.seeding import derived_generator, derived_seed
 from ..experience.starts import Starts
 from ..logs.diagnostics import Metrics
@@ -122,7 +124,7 @@ class Algorithm(SavedRun, ABC):
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a Policy, such as DenoisingPolicy(env.unwrapped.model); got {policy!r}")
-        require_torch_env(env)
+        below = torch_env(env)
         self.processes = Processes()
         self.policy = policy
         self.env = env
@@ -132,7 +134,7 @@ class Algorithm(SavedRun, ABC):
         self.n_epochs = n_epochs
         self._set_sizes()
         self.storage = self.settings.storage()
-        self.storage.check(env)
+        self.storage.check(below)
         self.log_prob_reduction: Reduction = log_prob_reduction
         seed = self.settings.seed
         seed = derived_seed(time.time_ns()) if seed is None else checked_integer("seed", seed, at_least=0)
@@ -446,8 +448,7 @@ class Algorithm(SavedRun, ABC):
             prompts=self.env.unwrapped.prompts,  # type: ignore[attr-defined]
             seed=self.seed,
             num_episodes=self.samples_per_epoch,
-            group_size=self.group_size,
-            prompt_sampling=self.settings.prompt_sampling,
+            rollouts=Rollouts(group_size=self.group_size, prompt_sampling=self.settings.prompt_sampling),
         )
 
     def _episodes(self) -> range:

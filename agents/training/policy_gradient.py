@@ -16,7 +16,8 @@ from typing_extensions import Unpack
 
 from diffusion_gym.transitions import Reduction
 
-from ..experience.rollouts import Rollout, check_fit
+from ..experience.environment import check_fit
+from ..experience.rollouts import Rollout
 from ..experience.seeding import derived_seed
 from ..kl import KLPenalty, KLPlace, RememberedReference, later_kl_advantages
 from ..logs.diagnostics import Metrics, mean_of
@@ -200,9 +201,8 @@ class TrajectoryAlgorithm(Algorithm):
         """Return the inverse sensitivity of each action, [T, B], 0 where there is no density; their mean is 1."""
         assert isinstance(self.policy, DenoisingPolicy)
         times = (rollout.changing[key].squeeze(-1) for key in ("timestep", "next_timestep"))
-        own = slice(rollout.first, rollout.first + rollout.actions.shape[1])
         weights = torch.zeros_like(rollout.log_probs)
-        weights[: len(rollout.actions), own] = (1 / self.policy.sensitivity(*times)).to(weights)
+        weights[: len(rollout.actions), rollout.lanes_here] = (1 / self.policy.sensitivity(*times)).to(weights)
         scored = torch.from_numpy(rollout.scored).to(weights)
         weights = self.processes.sum(weights) * scored
         return weights * (scored.sum() / weights.sum())

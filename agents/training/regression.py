@@ -105,7 +105,7 @@ class ForwardProcessAlgorithm(Algorithm):
         count = int(alike.max()) + 1
         times = schedule.training_times(torch.rand(count, generator=generator), within=self.time_range)[alike]
         noise = torch.randn(count, *replay.latents.shape[1:], generator=generator)[alike]
-        here = np.flatnonzero(replay.own(rows))
+        here = np.flatnonzero(replay.is_here(rows))
         for start in range(0, len(here), self.micro_batch_size):
             part = here[start : start + self.micro_batch_size]
             index = torch.from_numpy(rows[part]).to(device)
