@@ -63,6 +63,8 @@ class RolloutBuilder:
         active: [num_envs] bool: the lanes whose episodes have not ended.
     """
 
+    _last_action: Tensor
+
     def __init__(
         self, env: TorchVectorEnv, num_resets: int, *, storage: Storage, keep: Keep = "steps", max_images: int = 16
     ) -> None:
