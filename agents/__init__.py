@@ -6,7 +6,8 @@ from .ddpo import DDPOIS, DDPOSF
 from .dpok import DPOK
 from .evaluation import Evaluation, evaluate
 from .experience.replay import Replay
-from .experience.rollouts import Rollout, Rollouts, collect
+from .experience.collection import collect
+from .experience.rollouts import Rollout, Rollouts
 from .grpo import GRPO
 from .kl import KL
 from .logs.run_log import Log

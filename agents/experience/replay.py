@@ -1,7 +1,7 @@
 """Finished images with their rewards: what algorithms learn from that need no trajectories."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from diffusion_gym.lines import read_json_lines
 from diffusion_gym.models.base import DiffusionModel
+from diffusion_gym.transfer import to_device
 
-from .rollouts import Constants, Rollout
+from .constants import Constants
+from .rollouts import Rollout
 
 METADATA_FILE = "metadata.jsonl"
-_CHUNK = 32
+_IMAGES_AT_ONCE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,56 +27,56 @@ class Replay:
     """N finished samples.
 
     Where many processes train together, latents and constants may be only a share of M ≤ N that this one has; rewards
-    and prompts are of all, and indices always count all samples.
+    and prompts are of all samples, and indices always count all of them.
 
     Args:
         latents: [M, C, H, W] the clean latents x_0.
         constants: [M, ...] each: what a policy observes of the prompts (embeddings, or their indices), kept once each.
         rewards: [N] float32.
         prompts: [N] int64 on the host: equal numbers are equal prompts.
-        first: The index of the first sample whose latents are here.
+        first_sample: The index of the first sample whose latents are here.
     """
 
     latents: Tensor
     constants: Mapping[str, Constants]
     rewards: Tensor
     prompts: np.ndarray
-    first: int = 0
+    first_sample: int = 0
 
     def __post_init__(self) -> None:
-        kept = {key: Constants.of(value) for key, value in self.constants.items()}
-        object.__setattr__(self, "constants", kept)
+        constants = {key: Constants.of(value) for key, value in self.constants.items()}
+        object.__setattr__(self, "constants", constants)
 
     def __len__(self) -> int:
         return len(self.rewards)
 
-    def own(self, rows: np.ndarray) -> np.ndarray:
-        """Return which of the samples have their latents here, [M] bool."""
-        return (rows >= self.first) & (rows < self.first + len(self.latents))
+    def is_here(self, rows: np.ndarray) -> np.ndarray:
+        """Return whether the latents of samples are in this process, bool of the same shape."""
+        return (rows >= self.first_sample) & (rows < self.first_sample + len(self.latents))
 
     def inputs(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the latents and the constants of samples, given their indices on the device."""
-        index = index - self.first
-        return self.latents[index], {key: value[index] for key, value in self.constants.items()}
+        """Return the latents and the constants of samples, [M, …] each, given their indices [M] on the device."""
+        rows = index - self.first_sample
+        return self.latents[rows], {key: value[rows] for key, value in self.constants.items()}
 
     def share(self, rows: range) -> "Replay":
-        """Return the replay with the latents and constants of a contiguous part of its samples."""
-        part = slice(rows.start - self.first, rows.stop - self.first)
+        """Return the replay with the latents and constants of a contiguous part of its samples alone."""
+        part = slice(rows.start - self.first_sample, rows.stop - self.first_sample)
         constants = {key: value.part(part) for key, value in self.constants.items()}
-        return replace(self, latents=self.latents[part], constants=constants, first=rows.start)
+        return replace(self, latents=self.latents[part], constants=constants, first_sample=rows.start)
 
     @classmethod
     def from_rollout(cls, rollout: Rollout) -> "Replay":
         """Return the ends of a rollout of the denoising MDP, whose last action is x_0: those with a valid reward."""
-        here = slice(rollout.first, rollout.first + rollout.actions.shape[1])
-        own, kept = (torch.from_numpy(np.flatnonzero(rows)) for rows in (rollout.valid[here], rollout.valid))
-        own, kept = own.to(rollout.ends.device), kept.to(rollout.ends.device)
+        device = rollout.ends.device
+        valid = to_device(np.flatnonzero(rollout.valid), device)
+        valid_here = to_device(np.flatnonzero(rollout.valid[rollout.lanes_here]), device)
         return cls(
-            rollout.ends[here][own].float(),
-            {key: Constants(value.values, value.rows[own]) for key, value in rollout.constants.items()},
-            rollout.returns[kept],
-            rollout.prompt_id[rollout.valid],
-            int(rollout.valid[: rollout.first].sum()),
+            latents=rollout.ends[rollout.lanes_here][valid_here].float(),
+            constants={key: value.part(valid_here) for key, value in rollout.constants.items()},
+            rewards=rollout.returns[valid],
+            prompts=rollout.prompt_id[rollout.valid],
+            first_sample=int(rollout.valid[: rollout.first_episode].sum()),
         )
 
     @classmethod
@@ -96,32 +98,30 @@ class Replay:
         """
         if not isinstance(model, DiffusionModel):
             raise TypeError(f"model must be a DiffusionModel, such as env.unwrapped.model; got {model!r}")
-        folder = Path(folder)
-        if not (folder / METADATA_FILE).is_file():
-            raise FileNotFoundError(f"{folder} has no {METADATA_FILE} with file_name, prompt and reward of each image")
-        lines = _read_lines(folder / METADATA_FILE)
-        _, height, width = model.image_shape
-        parts = []
-        for start in range(0, len(lines), _CHUNK):
-            pixels = []
-            for line in lines[start : start + _CHUNK]:
-                with Image.open(folder / line["file_name"]) as image:
-                    pixels.append(np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)))
-            images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
-            parts.append(model.encode(images.to(model.device)))
+        lines = _read_metadata(Path(folder))
+        files = [Path(folder) / line["file_name"] for line in lines]
         texts = sorted({line["prompt"] for line in lines})
-        index = torch.tensor([texts.index(line["prompt"]) for line in lines])
-        encoded = model.encode_prompts(texts, negative_prompt)
+        prompts = np.array([texts.index(line["prompt"]) for line in lines], dtype=np.int64)
+        embeddings = model.encode_prompts(texts, negative_prompt)
+        rows = to_device(prompts, model.device)
         return cls(
-            latents=torch.cat(parts),
-            constants={key: Constants(value, index.to(model.device)) for key, value in encoded.items()},
+            latents=torch.cat([model.encode(images.to(model.device)) for images in _read_images(files, model)]),
+            constants={key: Constants(values, rows) for key, values in embeddings.items()},
             rewards=torch.tensor([float(line["reward"]) for line in lines], device=model.device),
-            prompts=index.numpy(),
+            prompts=prompts,
         )
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return what a metadata file says of each image, checked."""
+def _read_metadata(folder: Path) -> list[dict[str, Any]]:
+    """Return what a folder's metadata file says of each image.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no lines, or one lacks a text or a finite reward.
+    """
+    file = folder / METADATA_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {METADATA_FILE} with file_name, prompt and reward of each image")
     lines = []
     for number, line, entry in read_json_lines(file):
         if not (
@@ -137,3 +137,18 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
     if not lines:
         raise ValueError(f"{file} is empty: it needs a line for each image")
     return lines
+
+
+def _read_images(files: Sequence[Path], model: DiffusionModel) -> Iterator[Tensor]:
+    """Yield images as a model draws them, [at most 32, 3, H, W] in [0, 1] on the host.
+
+    Raises:
+        FileNotFoundError: an image is missing.
+    """
+    _, height, width = model.image_shape
+    for start in range(0, len(files), _IMAGES_AT_ONCE):
+        pixels = []
+        for file in files[start : start + _IMAGES_AT_ONCE]:
+            with Image.open(file) as image:
+                pixels.append(np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)))
+        yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255

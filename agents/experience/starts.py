@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ..training.options import PromptSampling
-from .seeding import derived_generator, derived_seed, in_turn, training_seed
+from .rollouts import Rollouts
+from .seeding import derived_generator, derived_seed, round_robin, training_seed
 
 _SEED_STREAM, _PROMPT_STREAM = 0, 4
 
@@ -15,7 +15,9 @@ _SEED_STREAM, _PROMPT_STREAM = 0, 4
 class Prompts(Protocol):
     """The prompt set of an environment."""
 
-    weights: Sequence[float] | None
+    @property
+    def weights(self) -> Sequence[float]:
+        """How likely each is drawn, in proportion; empty: all alike."""
 
     def __len__(self) -> int: ...
 
@@ -25,50 +27,60 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Starts:
-    """The resets of a run's rollouts.
+    """The seeds and prompts with which the episodes of a run begin.
 
-    An episode's is a function of the run's seed, the iteration, and the episode's index in the rollout alone: how many
-    lanes and processes draw it with others changes nothing.
+    They are functions of the run's seed, the iteration and the episode's index in its rollout: the number of lanes and
+    of processes that draw a rollout changes nothing.
 
     Args:
-        prompts: The environment's.
-        seed: The run's.
-        num_episodes: Episodes of a rollout, of all processes together.
-        group_size: Episodes side by side that have one prompt.
-        prompt_sampling: See `agents.training.options.Settings`.
-        same_noise: Give the episodes of a group one seed: x_T is then the same too.
-        num_starts: How many different groups there are in all, that is, seeds and prompts; None: no two are the same.
+        prompts: The environment's prompt set.
+        seed: The run's seed.
+        num_episodes: The number of episodes of a rollout, of all processes together.
+        rollouts: Says `group_size`, `prompt_sampling`, `same_noise` and `num_starts`; nothing else of it is used here.
     """
 
     prompts: Prompts
     seed: int
     num_episodes: int
-    group_size: int
-    prompt_sampling: PromptSampling
-    same_noise: bool = False
-    num_starts: int | None = None
+    rollouts: Rollouts
 
-    def reset(self, iteration: int, episodes: range) -> tuple[Sequence[int], Mapping[str, Any] | None]:
-        """Return `seed` and `options` of the reset that begins some episodes, whole groups of them."""
-        groups = range(episodes.start // self.group_size, episodes.stop // self.group_size)
+    def reset(self, iteration: int, episodes: range) -> tuple[list[int], Mapping[str, Any] | None]:
+        """Return `seed` and `options` for the reset of an environment that begins these episodes, one per lane.
+
+        Args:
+            iteration: The number of the rollout, from 0.
+            episodes: Indices of episodes in the rollout, of whole groups.
+        """
+        size = self.rollouts.group_size
+        groups = range(episodes.start // size, episodes.stop // size)
         group_seeds = [self._group_seed(iteration, group) for group in groups]
-        if self.same_noise or self.group_size == 1:
-            seeds = [seed for seed in group_seeds for _ in range(self.group_size)]
-        else:
-            seeds = [training_seed(seed, sample) for seed in group_seeds for sample in range(self.group_size)]
-        if self.prompt_sampling == "round_robin":
-            before = iteration * (self.num_episodes // self.group_size)
-            ids = [in_turn(len(self.prompts), before + group, self.seed, _PROMPT_STREAM) for group in groups]
-        elif self.same_noise or self.group_size == 1:
-            return seeds, None  # the environment draws prompts from the lanes' seeds
-        elif self.prompts.weights:
-            ids = [self.prompts.draw(derived_generator(seed)) for seed in group_seeds]
-        else:
-            ids = [derived_seed(seed) % len(self.prompts) for seed in group_seeds]
-        return seeds, {"prompt_id": [index for index in ids for _ in range(self.group_size)]}
+        prompt_ids = self._prompt_ids(iteration, groups, group_seeds)
+        options = None if prompt_ids is None else {"prompt_id": [index for index in prompt_ids for _ in range(size)]}
+        return [seed for group_seed in group_seeds for seed in self._lane_seeds(group_seed)], options
 
     def _group_seed(self, iteration: int, group: int) -> int:
         key = (self.seed, _SEED_STREAM, iteration, group)
-        if self.num_starts is None:
+        if self.rollouts.num_starts is None:
             return training_seed(*key)
-        return training_seed(self.seed, _SEED_STREAM, derived_seed(*key) % self.num_starts)
+        return training_seed(self.seed, _SEED_STREAM, derived_seed(*key) % self.rollouts.num_starts)
+
+    @property
+    def _lanes_share_their_seed(self) -> bool:
+        return self.rollouts.same_noise or self.rollouts.group_size == 1
+
+    def _lane_seeds(self, group_seed: int) -> list[int]:
+        """Return the seed of each episode of a group."""
+        if self._lanes_share_their_seed:
+            return [group_seed] * self.rollouts.group_size
+        return [training_seed(group_seed, sample) for sample in range(self.rollouts.group_size)]
+
+    def _prompt_ids(self, iteration: int, groups: range, group_seeds: Sequence[int]) -> list[int] | None:
+        """Return the prompt of each group; None: the environment draws them from the seeds that lanes are given."""
+        if self.rollouts.prompt_sampling == "round_robin":
+            before = iteration * (self.num_episodes // self.rollouts.group_size)
+            return [round_robin(len(self.prompts), before + group, self.seed, _PROMPT_STREAM) for group in groups]
+        if self._lanes_share_their_seed:
+            return None
+        if self.prompts.weights:
+            return [self.prompts.draw(derived_generator(seed)) for seed in group_seeds]
+        return [derived_seed(seed) % len(self.prompts) for seed in group_seeds]

@@ -1,51 +1,56 @@
 """Where, and how precisely, rollouts keep what is large."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from diffusion_gym.envs.contract import TorchVectorEnv
 from diffusion_gym.models.base import to_device
 
 from ..policies.base import Observation
 
-LARGE = ("latents", "features", "time_embedding")
-
 
 @dataclass(frozen=True)
 class Storage:
-    """Where, and how precisely, a rollout keeps what is large: latents, features, and actions that are latents.
+    """Where, and how precisely, a rollout keeps large values: latents, features, and actions that are latents.
 
     Args:
-        device: Where; None: where they are made. From another device they come back in micro-batches.
-        dtype: How precisely, torch.float16 or torch.bfloat16 (which rounds latents 8 times as coarsely); None: as they
-            come. What the policy sees, and its actions before they are scored, are rounded to it too: ratios before the
-            first update are 1 all the same, and what is trained is a policy of rounded latents.
+        device: The device that keeps them; None: the one that they are made on. From another device they come back in
+            micro-batches.
+        dtype: The precision that they are kept in, torch.float16 or torch.bfloat16 (which rounds latents 8 times as
+            coarsely); None: as they come. What the policy sees is rounded to it too, and so are its actions before they
+            are scored: ratios before the first update are 1 all the same, and a policy of rounded latents is trained.
     """
 
     device: torch.device | None = None
     dtype: torch.dtype | None = None
 
-    def check(self, env: VectorEnv) -> None:
-        """Raise ValueError if the device is not there, or the environment's precision not float32: rounded already."""
+    def check(self, env: TorchVectorEnv) -> None:
+        """Check that the values of an environment can be kept so.
+
+        Raises:
+            ValueError: the device is not there; or the environment's latents are not float32, so rounded already.
+        """
         if self.device is not None:
             to_device(str(self.device))
-        own = env.unwrapped.dtype  # type: ignore[attr-defined]
-        if self.dtype is not None and own != torch.float32:
-            raise ValueError(f"the rollout cannot be stored in {self.dtype}: the environment's latents are {own}")
+        if self.dtype is not None and env.dtype != torch.float32:
+            raise ValueError(
+                f"the rollout cannot be stored in {self.dtype}: the environment's latents are {env.dtype}; leave the "
+                "rollout's dtype at None, or make the environment in float32"
+            )
 
-    def seen(self, observation: Observation) -> dict[str, Tensor]:
-        """Return an observation as it will be remembered."""
+    def rounded(self, observation: Observation, large_keys: Collection[str]) -> dict[str, Tensor]:
+        """Return an observation with its large values as they will be read again."""
         if self.dtype is None:
             return dict(observation)
-        rounded = {key: observation[key].to(self.dtype).float() for key in LARGE if key in observation}
-        return {**observation, **rounded}
+        return {key: value.to(self.dtype).float() if key in large_keys else value for key, value in observation.items()}
 
-    def kept(self, values: Tensor) -> Tensor:
-        """Return large values as they are stored."""
+    def stored(self, values: Tensor) -> Tensor:
+        """Return large values as they are kept."""
         return values.to(device=self.device, dtype=self.dtype)
 
     def read(self, values: Tensor, device: torch.device) -> Tensor:
-        """Return stored values as they were seen, on the device that they are needed on."""
+        """Return kept values as they were seen, on the device that they are needed on."""
         return values.to(device=device, dtype=torch.float32 if values.dtype == self.dtype else None)

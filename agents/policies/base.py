@@ -112,6 +112,8 @@ class Policy(nn.Module, ABC):
     """
 
     device: torch.device
+    max_steps: int | None = None
+    """The most steps of the episodes that it was made for; None: of any."""
 
     def __init__(self, *, seed: int | None = None) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ class ContextFreeSchedule(Policy):
         self.logits = nn.Parameter(BetaDistribution.logits_of(ratios, initial_concentration).to(self.device))
 
     @property
-    def max_steps(self) -> int:
+    def max_steps(self) -> int:  # type: ignore[override]
         """The environment's."""
         return len(self.logits)
 
@@ -132,6 +132,8 @@ class FixedSchedule(Policy):
     """
 
     ratios: Tensor
+
+    max_steps: int
 
     def __init__(
         self, ratios: Sequence[float] | Tensor, *, max_steps: int | None = None, device: str | torch.device = "cpu"

@@ -27,7 +27,8 @@ from diffusion_gym.parts import described, flattened, is_written
 from diffusion_gym.transitions import Reduction
 
 from ..experience.environment import check_fit, torch_env
-from ..experience.rollouts import Keep, Rollout, Rollouts, collect
+from ..experience.collection import collect
+from ..experience.rollouts import Keep, Rollout, Rollouts
 from ..experience.seeding import derived_generator, derived_seed
 from ..experience.starts import Starts
 from ..logs.diagnostics import Metrics

@@ -216,5 +216,5 @@ def gathered(rollout: Rollout, processes: Processes) -> Rollout:
         ends=processes.gather(rollout.ends),
         # The first episodes are the main process's; only if it has too few of them are others' images wanted.
         images=processes.gather(rollout.images) if len(rollout.images) == rollout.num_episodes else rollout.images,
-        first=processes.rank * rollout.num_episodes,
+        first_episode=processes.rank * rollout.num_episodes,
     )

@@ -169,7 +169,7 @@ def test_shares_of_a_replay_are_the_whole():
     for part in (range(0, 3), range(3, 7)):
         share = replay.share(part)
         assert len(share) == 7
-        mine = rows[share.own(rows)]
+        mine = rows[share.is_here(rows)]
         latents, constants = share.inputs(torch.from_numpy(mine))
         assert torch.equal(latents.flatten(), constants["number"])
         found |= dict(zip(mine.tolist(), latents.flatten().tolist(), strict=True))

@@ -142,9 +142,8 @@ def normalise_apart(learner):
 
     def apart(rollout):
         advantages = whole(rollout)
-        own = slice(rollout.first, rollout.first + rollout.actions.shape[1])
-        mine = rollout.returns[own]
-        advantages[own] = (mine - mine.mean()) / mine.std(correction=0)
+        mine = rollout.returns[rollout.lanes_here]
+        advantages[rollout.lanes_here] = (mine - mine.mean()) / mine.std(correction=0)
         return advantages
 
     learner._advantages = apart
