@@ -6,7 +6,7 @@ from .evaluation import Evaluation, evaluate
 from .experience.replay import Replay
 from .experience.rollouts import Rollout, collect
 from .nft import DiffusionNFT
-from .policies import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Policy, TimePredictor
+from .policies import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Full, LoRA, Only, Policy, TimePredictor
 from .rloo import RLOO
 from .runs.checkpoints import Checkpoints
 from .rwr import RWR
@@ -25,7 +25,10 @@ __all__ = [
     "DiffusionNFT",
     "Evaluation",
     "FixedSchedule",
+    "Full",
     "HeldOutEvaluation",
+    "LoRA",
+    "Only",
     "Policy",
     "Processes",
     "Replay",

@@ -18,7 +18,8 @@ from ..grids import MAX_RATIO, MIN_RATIO
 from ..models.base import checked_guidance_scale
 from ..rewards import RewardOutput
 from ..rewards.names import REFERENCE_DISTANCE
-from ..transitions import ddim_transition
+from ..samplers import DDIM
+from ..transitions import transition
 from .core import DiffusionVectorEnv, Observation
 from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
 from .reference import REFERENCE_STEPS, ReferenceDistance
@@ -197,14 +198,9 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, VectorEnv, EzPickle):
             after = np.where(self._through[lanes], self.model.schedule.clean, after)
         self._visited[lanes, self._lanes.step[lanes]] = after
         index = self._to_device(lanes)
-        moved = ddim_transition(
-            self._pred_x0[index],
-            self._pred_epsilon[index],
-            schedule=self.model.schedule,
-            t=self._to_device(before.astype(np.float32)),
-            s=self._to_device(after.astype(np.float32)),
-            eta=0.0,
-        ).mean.to(self.dtype)
+        times = (self._to_device(time.astype(np.float32)) for time in (before, after))
+        scales = DDIM(0.0).scales(self.model.schedule, *times)
+        moved = transition(self._pred_x0[index], self._pred_epsilon[index], scales).mean.to(self.dtype)
         self._lanes.latents = self._lanes.latents.index_copy(0, index, moved)
         ended = self._per_lane(self._through)
         self._features = self._features.masked_fill(ended, 0.0)

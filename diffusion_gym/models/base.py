@@ -280,6 +280,9 @@ class DiffusionModel(ABC):
         chunk = max(1, _DECODED_PIXELS_PER_CHUNK // (self.image_shape[1] * self.image_shape[2]))
         return torch.cat([self._decode(part) for part in latents.float().split(chunk)])
 
+    def use_training_attention(self, network: nn.Module, *, bf16: bool) -> None:
+        """Choose the attention that computes fastest where this network is trained; by default nothing."""
+
     def __copy__(self) -> "DiffusionModel":
         return self
 
