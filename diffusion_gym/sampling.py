@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .models.base import Conditioning, DiffusionModel, checked_guidance_scale
-from .transitions import ddim_transition
+from .samplers import DDIM
+from .transitions import transition
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def sample_latents(
     *,
     guidance_scale: float | None = None,
 ) -> Tensor:
-    """Return x_0 of x_T, [B, C, H, W], by DDIM with η = 0 (Euler on a flow); one network call per step and sample.
+    """The x_0 of x_T, [B, C, H, W], by DDIM with η = 0 (Euler on a flow); one network call per step and sample.
 
     Source: Song et al., 2020, https://arxiv.org/abs/2010.02502.
 
@@ -36,6 +37,6 @@ def sample_latents(
     latents = noise
     for t, s in pairwise(times.float().to(noise.device).expand(len(noise), -1).unbind(1)):
         prediction = model.denoise(latents, t, conditioning, guidance_scale=scale)
-        step = ddim_transition(prediction.x0, prediction.epsilon, schedule=model.schedule, t=t, s=s, eta=0.0)
+        step = transition(prediction.x0, prediction.epsilon, DDIM(0.0).scales(model.schedule, t, s))
         latents = step.mean.to(noise.dtype)
     return latents

@@ -8,7 +8,7 @@ other dtype, and return tensors of the shape and on the device of `t`.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,12 +39,14 @@ class NoiseSchedule(ABC):
     """The signal and noise levels of a diffusion process, and the grid of times on which it is sampled.
 
     Attributes:
+        is_flow: Whether it is a rectified flow: α = 1 − t, σ = t.
         clean: The time of the clean end, where α = 1 and σ = 0. A step to it returns x̂_0 and needs no network call.
         max_time: The largest time of the process (its noisy end).
         min_noise_ratio: The noise ratio below which nothing is left to denoise, unless told otherwise.
         initial_std: The standard deviation of x_T.
     """
 
+    is_flow: ClassVar[bool] = False
     clean: float
     max_time: float
     min_noise_ratio: float = 0.1
@@ -212,6 +214,7 @@ class FlowSchedule(NoiseSchedule):
             1 / num_train_timesteps, as diffusers' `FlowMatchEulerDiscreteScheduler`.
     """
 
+    is_flow: ClassVar[bool] = True
     shift: float = 1.0
     num_train_timesteps: int = 1000
     clean: float = field(default=0.0, init=False)

@@ -1,8 +1,11 @@
-"""One step of denoising as a Gaussian: every sampler is one family that differs in its standard deviation alone.
+"""One step of denoising as a Gaussian, by whatever sampler.
 
 A step from t to a cleaner s is
 
-    x_s | x_t  ~  N( α_s·x̂_0 + √(σ_s² − std²)·ε̂ ,  std² )        0 ≤ std ≤ σ_s
+    x_s | x_t  ~  N( α_s·x̂_0 + epsilon·ε̂ ,  std² )
+
+DDIM, CPS and Consistency keep the noise level of the process, epsilon = √(σ_s² − std²) with 0 ≤ std ≤ σ_s, and so
+differ in std alone. FlowSDE does not: it discretises an SDE, and keeps that level in the limit of fine steps.
 
 Each sample of a batch has its own t and s.
 """
@@ -16,14 +19,14 @@ import torch
 from torch import Tensor
 
 from .predictions import broadcast_to
-from .schedules import NoiseSchedule
+from .samplers import Scales
 from .transfer import to_device
 
 Reduction = Literal["sum", "mean"]
 
 
 def reduce_dimensions(values: Tensor, reduction: Reduction) -> Tensor:
-    """Return the sum or the mean of `values` [B, ...] over everything but the batch: [B]."""
+    """The sum or the mean of `values` [B, ...] over everything but the batch: [B]."""
     if reduction == "sum":
         return values.flatten(1).sum(1)
     if reduction == "mean":
@@ -32,7 +35,7 @@ def reduce_dimensions(values: Tensor, reduction: Reduction) -> Tensor:
 
 
 def draw_noise(like: Tensor, generators: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Return standard normal noise shaped like `like` [B, ...], on its device, in its dtype.
+    """Standard normal noise shaped like `like` [B, ...], on its device, in its dtype.
 
     Args:
         like: The tensor whose shape, device and dtype are wanted.
@@ -72,13 +75,13 @@ class GaussianTransition:
         return self.mean
 
     def sample(self, generators: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-        """Return a draw of x_s, [B, ...]: mean + std·z with z from `generators` (see `draw_noise`)."""
+        """A draw of x_s, [B, ...]: mean + std·z with z from `generators` (see `draw_noise`)."""
         if self.deterministic:
             return self.mean
         return self.mean + broadcast_to(self.std, self.mean) * draw_noise(self.mean, generators)
 
     def log_prob(self, value: Tensor, reduction: Reduction = "sum") -> Tensor:
-        """Return log p(x_s = value | x_t), [B]: Σ_d −(value − mean)²/(2·std²) − log std − ½·log 2π.
+        """The log-density log p(x_s = value | x_t), [B]: Σ_d −(value − mean)²/(2·std²) − log std − ½·log 2π.
 
         Args:
             value: [B, ...] the x_s to score.
@@ -93,7 +96,9 @@ class GaussianTransition:
             ValueError: the transition is deterministic, so it has no density.
         """
         if self.deterministic:
-            raise ValueError("a deterministic transition (eta = 0) has no density to score: sample it with eta > 0")
+            raise ValueError(
+                "a deterministic transition has no density to score: sample with noise, such as DDIM(eta) with eta > 0"
+            )
         stochastic = broadcast_to(self.std > 0, self.mean)
         std = torch.where(stochastic, broadcast_to(self.std, self.mean), 1.0)
         standardised = (value.to(self.mean.dtype) - self.mean) / std
@@ -101,7 +106,7 @@ class GaussianTransition:
         return reduce_dimensions(torch.where(stochastic, log_density, 0.0), reduction)
 
     def kl(self, other: "GaussianTransition", reduction: Reduction = "sum") -> Tensor:
-        """Return KL(self ‖ other), [B]: Σ_d log(std₂/std₁) + (std₁² + (mean₁ − mean₂)²)/(2·std₂²) − ½.
+        """KL(self ‖ other), [B]: Σ_d log(std₂/std₁) + (std₁² + (mean₁ − mean₂)²)/(2·std₂²) − ½.
 
         Note:
             A sample whose std is 0 on both sides (the step to the clean end) has the divergence 0, as its log-density
@@ -111,87 +116,33 @@ class GaussianTransition:
             ValueError: either transition is deterministic.
         """
         if self.deterministic or other.deterministic:
-            raise ValueError("the KL divergence of a deterministic transition (eta = 0) is not defined: use eta > 0")
+            raise ValueError(
+                "the KL divergence of a deterministic transition is not defined: sample with noise, such as DDIM(eta) "
+                "with eta > 0"
+            )
         stochastic = broadcast_to((self.std > 0) | (other.std > 0), self.mean)
         std, other_std = (torch.where(stochastic, broadcast_to(one.std, self.mean), 1.0) for one in (self, other))
         divergence = torch.log(other_std / std) + (std**2 + (self.mean - other.mean) ** 2) / (2 * other_std**2) - 0.5
         return reduce_dimensions(torch.where(stochastic, divergence, 0.0), reduction)
 
+    def entropy(self) -> Tensor:
+        """The differential entropy, [B]: Σ_d ½·log(2πe·std²).
 
-def ddim_scales(
-    schedule: NoiseSchedule, t: Tensor, s: Tensor, *, eta: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what multiplies x̂_0, ε̂ and fresh noise in DDIM's step from t to s: [B] each (see `ddim_transition`)."""
-    alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
-    alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
-    q = alpha_t * sigma_s / (alpha_s * sigma_t)
-    std = eta * sigma_s * torch.sqrt((1 - q**2).clamp(min=0))
-    return alpha_s, sigma_s * torch.sqrt(1 - eta**2 + eta**2 * q**2), std
+        Note:
+            It is 0 where std is 0, as the log-density is in `log_prob`.
+        """
+        std = torch.where(self.std > 0, self.std, 1.0)
+        per_dimension = torch.where(self.std > 0, std.log() + math.log(2 * math.pi * math.e) / 2, 0.0)
+        return self.mean[0].numel() * per_dimension
 
 
-def ddim_transition(
-    pred_x0: Tensor, pred_epsilon: Tensor, *, schedule: NoiseSchedule, t: Tensor, s: Tensor, eta: float | Tensor = 1.0
-) -> GaussianTransition:
-    """Return DDIM's step from t to s; for VP, flow and VE alike.
-
-    std = η·σ_s·√(1 − q²),  mean = α_s·x̂_0 + σ_s·√(1 − η² + η²q²)·ε̂,  with q = α_t·σ_s / (α_s·σ_t).
-
-    η = 0 is the deterministic step (DDIM; Euler on a flow), η = 1 is DDPM's ancestral sampling.
-
-    Source: Song et al., 2020, eq. 12 and 16, https://arxiv.org/abs/2010.02502.
+def transition(pred_x0: Tensor, pred_epsilon: Tensor, scales: Scales) -> GaussianTransition:
+    """The step of any sampler: N(x0·x̂_0 + epsilon·ε̂, std²).
 
     Args:
         pred_x0: [B, ...] x̂_0 at t, float32 or float64.
         pred_epsilon: [B, ...] ε̂ at t.
-        schedule: The process that t and s belong to.
-        t: [B] the current time.
-        s: [B] the next, cleaner time.
-        eta: The share of DDPM's noise, in [0, 1]; or [B] each sample's (which is not looked at).
-
-    Raises:
-        ValueError: `eta` is outside [0, 1].
+        scales: What the sampler multiplies them by.
     """
-    if not isinstance(eta, Tensor) and not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
-    alpha_s, epsilon_scale, std = ddim_scales(schedule, t, s, eta=eta)
-    mean = broadcast_to(alpha_s, pred_x0) * pred_x0 + broadcast_to(epsilon_scale, pred_x0) * pred_epsilon
-    return GaussianTransition(mean, std, deterministic=not isinstance(eta, Tensor) and eta == 0)
-
-
-def consistency_transition(pred_x0: Tensor, *, schedule: NoiseSchedule, s: Tensor) -> GaussianTransition:
-    """Return the multistep consistency (LCM) step: all noise is drawn anew, std = σ_s, mean = α_s·x̂_0.
-
-    Source: Song et al., 2023, algorithm 1, https://arxiv.org/abs/2303.01469; Luo et al., 2023 (LCM),
-    https://arxiv.org/abs/2310.04378.
-
-    Args:
-        pred_x0: [B, ...] the consistency function's output at t.
-        schedule: The process that s belongs to.
-        s: [B] the next time.
-    """
-    return GaussianTransition(broadcast_to(schedule.alpha(s), pred_x0) * pred_x0, schedule.sigma(s))
-
-
-def cps_transition(
-    pred_x0: Tensor, pred_epsilon: Tensor, *, schedule: NoiseSchedule, s: Tensor, nu: float = 0.7
-) -> GaussianTransition:
-    """Return the coefficient-preserving step: std = σ_s·sin(νπ/2), mean = α_s·x̂_0 + σ_s·cos(νπ/2)·ε̂.
-
-    Source: Wang & Yu, 2025, "Coefficients-Preserving Sampling", https://arxiv.org/abs/2509.05952.
-
-    Args:
-        pred_x0: [B, ...] x̂_0 at the current time.
-        pred_epsilon: [B, ...] ε̂ at the current time.
-        schedule: The process that s belongs to.
-        s: [B] the next time.
-        nu: The share of fresh noise, in [0, 1].
-
-    Raises:
-        ValueError: `nu` is outside [0, 1].
-    """
-    if not 0 <= nu <= 1:
-        raise ValueError(f"nu must be in [0, 1], got {nu}")
-    sigma_s = schedule.sigma(s)
-    epsilon_scale = sigma_s * math.cos(nu * math.pi / 2)
-    mean = broadcast_to(schedule.alpha(s), pred_x0) * pred_x0 + broadcast_to(epsilon_scale, pred_x0) * pred_epsilon
-    return GaussianTransition(mean, sigma_s * math.sin(nu * math.pi / 2), deterministic=nu == 0)
+    mean = broadcast_to(scales.x0, pred_x0) * pred_x0 + broadcast_to(scales.epsilon, pred_x0) * pred_epsilon
+    return GaussianTransition(mean, scales.std, scales.deterministic)

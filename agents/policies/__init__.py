@@ -6,6 +6,7 @@ import torch
 
 from diffusion_gym.models.base import DiffusionModel
 
+from .adaptation import Adaptation, Full, LoRA, Only
 from .base import Distribution, Policy, saved_class
 from .beta import BetaDistribution
 from .denoising import DenoisingPolicy
@@ -13,11 +14,15 @@ from .schedules import ContextFreeSchedule, FixedSchedule
 from .time_prediction import TimePredictor
 
 __all__ = [
+    "Adaptation",
     "BetaDistribution",
     "ContextFreeSchedule",
     "DenoisingPolicy",
     "Distribution",
     "FixedSchedule",
+    "Full",
+    "LoRA",
+    "Only",
     "Policy",
     "TimePredictor",
     "load_policy",

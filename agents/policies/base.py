@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeVar, final
 
 import numpy as np
 import torch
@@ -26,18 +26,27 @@ CONFIG_FILE = "policy.json"
 _FURTHER_FILE = "further_weights.safetensors"
 
 
+_Same = TypeVar("_Same", bound="Distribution")
+
+
 class Distribution(Protocol):
-    """A batch of action distributions."""
+    """A batch of action distributions, all of one family."""
 
     @property
     def mode(self) -> Tensor:
         """The most probable actions, [B, ...]."""
 
     def sample(self, generators: Generators | None = None) -> Tensor:
-        """Return a draw of the actions, [B, ...]."""
+        """A draw of the actions, [B, ...]."""
 
     def log_prob(self, value: Tensor, reduction: Reduction = "sum") -> Tensor:
-        """Return the log-density of actions, [B]: summed or averaged over an action's dimensions."""
+        """The log-density of actions, [B]: summed or averaged over an action's dimensions."""
+
+    def kl(self: _Same, other: _Same, reduction: Reduction = "sum") -> Tensor:
+        """KL(self ‖ other), [B], to another distribution of the family: summed or averaged likewise."""
+
+    def entropy(self) -> Tensor:
+        """The differential entropy, [B], summed over an action's dimensions."""
 
 
 def write_config(folder: Path | str, policy: "Policy", **config: object) -> None:
@@ -109,11 +118,18 @@ class Policy(nn.Module, ABC):
     Attributes:
         device: Where observations and actions are.
         generator: The policy's own generator, on the CPU, so that the draws do not depend on the device.
+        moves_latents: Whether an action is the next latents, and `predict_noised` and `sensitivity` mean something.
+        model: The diffusion model that the policy trains a part of; None: there is none.
+        max_steps: The length of the longest episodes that it can act in; None: any.
+        reference_is_free: Whether `reference` is what it was before the training at any time, without a copy that a
+            checkpoint would have to hold.
     """
 
     device: torch.device
+    moves_latents: bool = False
+    model: DiffusionModel | None = None
     max_steps: int | None = None
-    """The most steps of the episodes that it was made for; None: of any."""
+    reference_is_free: bool = False
 
     def __init__(self, *, seed: int | None = None) -> None:
         super().__init__()
@@ -217,6 +233,23 @@ class Policy(nn.Module, ABC):
             info: The environment's info about the observation that the actions answer.
         """
         return None
+
+    def sensitivity(self, t: Tensor, s: Tensor) -> Tensor | None:
+        """By how many standard deviations steps from times t to s move when the network's output moves by 1, [...].
+
+        None: the policy does not know.
+        """
+        return None
+
+    def windowed(self, noisy: float, clean: float) -> "Policy":
+        """A view of this policy whose steps are deterministic outside a window: from times t with clean < t ≤ noisy.
+
+        Raises:
+            ValueError: its steps cannot be made deterministic.
+        """
+        raise ValueError(
+            f"the steps of a {type(self).__name__} cannot be made deterministic outside a window: leave the window out"
+        )
 
     def reference(self) -> "Policy":
         """Return what a KL divergence to the untrained policy is to, frozen: a copy of this policy as it is now."""

@@ -60,12 +60,8 @@ class ContextFreeSchedule(Policy):
         if not 2 < initial_concentration < math.inf:
             raise ValueError(f"initial_concentration must be above 2 and finite, got {initial_concentration}")
         self.device = torch.device(device)
+        self.max_steps: int = len(ratios)
         self.logits = nn.Parameter(BetaDistribution.logits_of(ratios, initial_concentration).to(self.device))
-
-    @property
-    def max_steps(self) -> int:  # type: ignore[override]
-        """The environment's."""
-        return len(self.logits)
 
     @property
     def needed_shapes(self) -> Mapping[str, Shape]:
@@ -117,6 +113,12 @@ class _Point:
     def log_prob(self, value: Tensor, reduction: Reduction = "sum") -> Tensor:
         raise ValueError("a fixed schedule has no density: there is nothing in it to train")
 
+    def kl(self, other: "_Point", reduction: Reduction = "sum") -> Tensor:
+        raise ValueError("a fixed schedule has no density, and so no KL divergence: there is nothing in it to train")
+
+    def entropy(self) -> Tensor:
+        return torch.zeros_like(self.mode[:, 0])
+
 
 class FixedSchedule(Policy):
     """A fixed grid of times, walked through the environment like any other policy; there is nothing to train.
@@ -133,14 +135,12 @@ class FixedSchedule(Policy):
 
     ratios: Tensor
 
-    max_steps: int
-
     def __init__(
         self, ratios: Sequence[float] | Tensor, *, max_steps: int | None = None, device: str | torch.device = "cpu"
     ) -> None:
         super().__init__(seed=0)
         values = torch.as_tensor(ratios, dtype=torch.float32).clamp(MIN_RATIO, MAX_RATIO)
-        self.max_steps = len(values) if max_steps is None else max_steps
+        self.max_steps: int = len(values) if max_steps is None else max_steps
         if values.ndim != 1 or not 0 < len(values) <= self.max_steps:
             raise ValueError(f"ratios must be a vector of 1 to {self.max_steps} numbers, got {ratios}")
         self.device = torch.device(device)

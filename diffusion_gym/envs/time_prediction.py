@@ -19,7 +19,8 @@ from ..checks import checked_integer, checked_number
 from ..grids import MAX_RATIO, MIN_RATIO
 from ..models.base import DiffusionModel, Prediction, checked_guidance_scale
 from ..rewards.names import REFERENCE_DISTANCE
-from ..transitions import ddim_transition
+from ..samplers import DDIM
+from ..transitions import transition
 from .contract import Observation
 from .core import DiffusionVectorEnv
 from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
@@ -242,14 +243,10 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
             after = np.where(self._through[lanes], self.model.schedule.clean, after)
         self._visited[lanes, self._lanes.step[lanes]] = after
         index = self._to_device(lanes)
-        moved = ddim_transition(
-            self._dynamics.pred_x0[index],
-            self._dynamics.pred_epsilon[index],
-            schedule=self.model.schedule,
-            t=self._to_device(before.astype(np.float32)),
-            s=self._to_device(after.astype(np.float32)),
-            eta=0.0,
-        ).mean.to(self.dtype)
+        times = (self._to_device(time.astype(np.float32)) for time in (before, after))
+        scales = DDIM(0.0).scales(self.model.schedule, *times)
+        dynamics = self._dynamics
+        moved = transition(dynamics.pred_x0[index], dynamics.pred_epsilon[index], scales).mean.to(self.dtype)
         self._lanes.latents = self._lanes.latents.index_copy(0, index, moved)
         self._dynamics.end(self._to_device(self._through))
         self._unseen |= active & ~self._through
