@@ -5,8 +5,8 @@ from .callbacks import HeldOutEvaluation
 from .ddpo import DDPOIS, DDPOSF
 from .dpok import DPOK
 from .evaluation import Evaluation, evaluate
-from .experience.replay import Replay
 from .experience.collection import collect
+from .experience.replay import Replay
 from .experience.rollouts import Rollout, Rollouts
 from .grpo import GRPO
 from .kl import KL

@@ -20,7 +20,7 @@ from .training.policy_gradient import PolicyGradient
 
 
 @final
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class DDPOSF(PolicyGradient):
     """DDPO with the score-function estimator (REINFORCE): strictly on-policy, one update per rollout by default.
 
@@ -42,7 +42,7 @@ class DDPOSF(PolicyGradient):
 
 
 @final
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class DDPOIS(PolicyGradient):
     """DDPO with the importance-sampled estimator: several updates per rollout, with PPO's clipped ratio.
 

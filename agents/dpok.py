@@ -21,7 +21,7 @@ from .training.policy_gradient import PolicyGradient
 
 
 @final
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class DPOK(PolicyGradient):
     """DPOK's objective with PPO's clipped ratio of each step, and a baseline of the group.
 

@@ -21,7 +21,7 @@ from .training.policy_gradient import PolicyGradient
 
 
 @final
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class GRPO(PolicyGradient):
     """GRPO with the settings of Flow-GRPO's code; others are named by what they change.
 

@@ -57,7 +57,7 @@ def negative_aware_loss(
 
 
 @final
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class DiffusionNFT(Regression):
     """Negative-aware fine-tuning: contrasts better and worse samples on the forward process.
 

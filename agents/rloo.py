@@ -27,7 +27,7 @@ _DEFAULT_CLIP = {"trajectory": 0.2, "step": 1e-4}
 
 
 @final
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class RLOO(PolicyGradient):
     """RLOO for any policy and any of the environments; of a time predictor it is TPDM's algorithm.
 

@@ -137,7 +137,7 @@ class Best(Weights):
 
 
 @final
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class RWR(Regression):
     """Reward-weighted regression, dense (`Softmax`) or sparse (`Best`, RWR-sparse).
 

@@ -7,10 +7,10 @@ from typing import Literal, final, get_args
 
 import numpy as np
 import torch
-from diffusion_gym.envs.contract import TorchVectorEnv
 from torch import Tensor
 
 from diffusion_gym.checks import checked_number
+from diffusion_gym.envs.contract import TorchVectorEnv
 from diffusion_gym.parts import Part
 
 from .experience.rollouts import Rollout

@@ -16,10 +16,10 @@ import gymnasium as gym
 import torch
 import tyro
 from diffusers import StableDiffusionPipeline
-from diffusion_gym.samplers import DDIM
 
 import diffusion_gym  # noqa: F401
 from agents import DenoisingPolicy, collect
+from diffusion_gym.samplers import DDIM
 
 
 @dataclass

@@ -16,8 +16,20 @@ AnyPart = TypeVar("AnyPart", bound="Part")
 class Part:
     """The base of all parts: frozen dataclasses whose fields are their keywords and whose methods are their facts.
 
+    A part is shown by what differs from its defaults, `AdamW(weight_decay=0.0)`.
+
     A field with `metadata=GIVEN_AGAIN` holds what JSON cannot: it is not written down, and has to be given again.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__repr__ = Part.__repr__  # type: ignore[method-assign]  # which the dataclass decorator then leaves alone
+
+    def __repr__(self) -> str:
+        assert is_dataclass(self)
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        shown = (f"{name}={value!r}" for name, (value, default) in values.items() if value != default)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @classmethod
     def from_fields(cls: type[AnyPart], values: Mapping[str, Any]) -> AnyPart:

@@ -34,7 +34,7 @@ from agents.losses import bounded_ratio
 
 
 @final
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class CISPO(PolicyGradient):
     """Clipped importance sampling, with GRPO's advantages."""
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from diffusion_gym.transfer import to_host
 
-from ..experience.environment import torch_env
 from ..experience.collection import collect
+from ..experience.environment import torch_env
 from ..experience.rollouts import Keep, Rollout
 from ..experience.seeding import derived_generator
 from ..policies.base import Policy

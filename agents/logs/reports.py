@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from diffusion_gym.envs.contract import TorchVectorEnv
 from stable_baselines3.common.logger import CSVOutputFormat, HParam, HumanOutputFormat, Image, JSONOutputFormat, Logger
 from torch import Tensor
 
+from diffusion_gym.envs.contract import TorchVectorEnv
 from diffusion_gym.parts import described, flattened
 from diffusion_gym.transfer import to_host
 
@@ -167,7 +167,7 @@ def report(
         return
     pictures: dict[str, object] = {
         "rollout/ep_rew": returns,
-        "rollout/prompts": prompt_table(returns, rollout.prompt_id[valid], env.prompts),
+        "rollout/prompts": prompt_table(returns, rollout.prompt_id[valid], env.prompts.texts),
     }
     if len(rollout.images):
         texts = [env.prompts[index] for index in rollout.prompt_id[: len(rollout.images)]]

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffusion_gym.envs.contract import TorchVectorEnv
 from gymnasium.vector import VectorEnv
 
+from diffusion_gym.envs.contract import TorchVectorEnv
 from diffusion_gym.parts import Part, made
 
 from ..experience.environment import torch_env
@@ -42,7 +42,7 @@ def require_savable(algorithm: "Algorithm") -> None:
     if lost:
         raise TypeError(
             f"{type(algorithm).__name__} would be loaded without its own arguments {lost}: make them fields, with "
-            "@dataclass(eq=False, repr=False) above the class, and its constructor __post_init__"
+            "@dataclass(kw_only=True, eq=False, repr=False) above the class, and its constructor __post_init__"
         )
 
 

@@ -26,8 +26,8 @@ from diffusion_gym.checks import checked_integer, checked_number
 from diffusion_gym.parts import described, flattened, is_written
 from diffusion_gym.transitions import Reduction
 
-from ..experience.environment import check_fit, torch_env
 from ..experience.collection import collect
+from ..experience.environment import check_fit, torch_env
 from ..experience.rollouts import Keep, Rollout, Rollouts
 from ..experience.seeding import derived_generator, derived_seed
 from ..experience.starts import Starts
@@ -69,10 +69,11 @@ class Algorithm(ABC):
     Every random number of a run is a function of `seed` and the iteration, so a loaded run goes on exactly where it
     was saved.
 
-    A subclass is a dataclass too: its fields are its keywords, with their defaults, and `save` writes them. It gives
-    `train`, which calls `self.updates.backward(loss)` and `self.updates.apply()` in the place of torch's: so gradients
-    are scaled, checked, clipped and summed over processes, and updates are counted and averaged. What else it makes in
-    its constructor, it makes in `__post_init__`, after `super().__post_init__()`.
+    A subclass is a dataclass too, `@dataclass(kw_only=True, eq=False, repr=False)`: its fields are its keywords, with
+    their defaults, and `save` writes them. It gives `train`, which calls `self.updates.backward(loss)` and
+    `self.updates.apply()` in the place of torch's: so gradients are scaled, checked, clipped and summed over processes,
+    and updates are counted and averaged. What else it makes in its constructor, it makes in `__post_init__`, after
+    `super().__post_init__()`.
 
     In an environment with on_invalid_reward="nan", episodes whose reward is NaN or infinite are left out of advantages,
     losses and statistics, and counted as `rollout/invalid_rewards`; else such a reward raises.

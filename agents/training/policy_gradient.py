@@ -32,7 +32,7 @@ Part = tuple[Tensor, Tensor]
 _REFERENCE_FOLDER = "reference"
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class PolicyGradient(Algorithm):
     """An algorithm that learns from the actions of whole episodes, near a reference policy if asked.
 

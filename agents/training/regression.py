@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -80,14 +80,14 @@ class Noised:
         return policy.predict_noised(self.clean, self.t, self.noise, self.constants, guidance_scale=self.guidance_scale)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Regression(Algorithm):
     """An algorithm that trains a denoiser on finished images: a subclass gives `weights_of` and `losses_of`.
 
     An update learns from `batch_size` samples, each at a time and with a noise of its own.
     """
 
-    policy: DenoisingPolicy
+    policy: DenoisingPolicy = field(kw_only=False)
     """The denoiser that is trained."""
     noising: Noising = Noising()
     """At which times, and with how many noises, each image counts."""
