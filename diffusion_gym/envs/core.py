@@ -10,7 +10,8 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, get_args
+from inspect import Signature
+from typing import Any, ClassVar, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -35,8 +36,8 @@ from .options import (
     ModelSource,
     PromptSource,
     RewardSource,
-    keywords_of,
     resolve_model,
+    signature_of,
     to_autoreset_mode,
 )
 from .scoring import RewardOf, Scorer, Scores
@@ -72,8 +73,14 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
     action_is_next_latents = False
     single_observation_space: Dict
     single_action_space: Box
+    __signature__: ClassVar[Signature]
     _uses_embeds = False  # whether the prompts' embeddings steer the environment itself
     closed = True  # until it is made: there is nothing to close before
+
+    def __init_subclass__(cls) -> None:
+        """Show the keywords that the constructor passes on to its bases, and their defaults, as its own."""
+        super().__init_subclass__()
+        cls.__signature__ = signature_of(cls)
 
     def __init__(
         self,
@@ -94,7 +101,8 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
         **unknown: object,
     ) -> None:
         for name in unknown:
-            raise TypeError(unexpected_argument(type(self).__name__, name, keywords_of(type(self))))
+            keywords = self.__signature__.parameters.keys() - {"num_envs"}
+            raise TypeError(unexpected_argument(type(self).__name__, name, keywords))
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
         if on_invalid_reward not in get_args(InvalidReward):

@@ -75,7 +75,7 @@ class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
         return self._lanes.step == self.num_steps
 
 
-class DenoisingEnv(DiffusionEnv, EzPickle):
+class DenoisingEnv(DiffusionEnv, EzPickle, lane_of=DenoisingVectorEnv):
     """`gym.make("DenoisingMDP-v0")`: the denoising of one image as an episode.
 
     ## Description

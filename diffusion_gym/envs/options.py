@@ -2,8 +2,8 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
-from inspect import getfullargspec
+from collections.abc import Collection, Mapping, Sequence
+from inspect import Parameter, Signature, signature
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -64,10 +64,19 @@ def resolve_model(
     return model
 
 
-def keywords_of(environment: type) -> set[str]:
-    """Return the names of the keywords that an environment's class takes, its bases' among them."""
-    constructors = [vars(cls)["__init__"] for cls in environment.__mro__ if "__init__" in vars(cls)]
-    return {name for constructor in constructors for name in getfullargspec(constructor).kwonlyargs}
+def signature_of(environment: type, *, without: Collection[str] = ()) -> Signature:
+    """The signature of an environment's class: all that it takes, its bases' keywords among it, with their defaults.
+
+    Args:
+        environment: The class, whose constructor passes on to its base what it does not take itself.
+        without: Parameters to leave out.
+    """
+    parameters: dict[str, Parameter] = {}
+    for constructor in (vars(cls)["__init__"] for cls in environment.__mro__ if "__init__" in vars(cls)):
+        for parameter in list(signature(constructor).parameters.values())[1:]:
+            if parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+                parameters.setdefault(parameter.name, parameter)
+    return Signature([parameter for name, parameter in parameters.items() if name not in without])
 
 
 def as_json_can_hold(spec: EnvSpec | None) -> EnvSpec | None:

@@ -4,7 +4,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -18,7 +18,7 @@ from ..models.base import DiffusionModel
 from ..prompts import PromptSet
 from .contract import Observation
 from .core import DiffusionVectorEnv
-from .options import HasSpec
+from .options import HasSpec, signature_of
 
 
 class DiffusionEnv(HasSpec, gym.Env[dict[str, np.ndarray], np.ndarray]):
@@ -30,6 +30,18 @@ class DiffusionEnv(HasSpec, gym.Env[dict[str, np.ndarray], np.ndarray]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, *, lane_of: type[DiffusionVectorEnv] | None = None) -> None:
+        """Show the keywords of the vector environment as those of the single one.
+
+        Args:
+            lane_of: The vector environment; None: that of the base.
+        """
+        super().__init_subclass__()
+        if lane_of is not None:
+            cls.__signature__ = signature_of(lane_of, without=("num_envs", "autoreset_mode"))
 
     def __init__(self, lane: DiffusionVectorEnv, *, max_steps: int) -> None:
         self.lane = lane

@@ -302,7 +302,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
         self._dynamics = _Dynamics.starting_from(torch.empty(0), self.model)
 
 
-class TimePredictionEnv(DiffusionEnv, EzPickle):
+class TimePredictionEnv(DiffusionEnv, EzPickle, lane_of=TimePredictionVectorEnv):
     """`gym.make("TimePredictionMDP-v0")`: choosing the times at which a frozen model denoises one image.
 
     ## Description

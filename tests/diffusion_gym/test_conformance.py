@@ -6,11 +6,13 @@ import subprocess
 import sys
 import warnings
 from functools import cache, partial
+from inspect import Parameter, signature
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.spaces import Box
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
@@ -174,6 +176,18 @@ def test_step_before_reset_is_named(env_id):
     single = make(env_id).unwrapped
     with pytest.raises(gym.error.ResetNeeded, match=r"call reset\(\) before step\(\)"):
         single.step(single.action_space.sample())
+
+
+def test_its_signature_shows_every_keyword_and_default(env_id):
+    spec = gym.spec(env_id)
+    single, vector = (
+        signature(load_env_creator(point)).parameters for point in (spec.entry_point, spec.vector_entry_point)
+    )
+    assert vector.keys() - single.keys() == {"num_envs", "autoreset_mode"}
+    assert single.keys() >= {"model", "reward", "prompts", "device", "dtype", *length_of(env_id)}
+    assert {parameter.kind for parameter in single.values()} == {Parameter.KEYWORD_ONLY}
+    assert single["model"].default == vector["model"].default == "emoji"
+    assert not any(parameter.default is Parameter.empty for parameter in vector.values())
 
 
 def test_importing_the_package_is_light_and_makes_the_id_known(env_id):
