@@ -19,7 +19,8 @@ import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, RLOO, DenoisingPolicy
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import write_mixture
-from diffusion_gym.transitions import ddim_transition
+from diffusion_gym.samplers import DDIM
+from diffusion_gym.transitions import transition
 
 NUM_STEPS, DIMENSIONS, LANES, ROLLOUTS = 3, 2, 1024, 60
 ALPHAS_CUMPROD = np.array([0.9, 0.6, 0.25, 0.02])
@@ -91,7 +92,7 @@ def exact_gradient(mixture, policy, kl_coefficient=0.0):
         for now, following in itertools.pairwise(grid):
             t, s = now.expand(len(x)), following.expand(len(x))
             step, reference = (
-                ddim_transition(prediction.x0, prediction.epsilon, schedule=mixture.schedule, t=t, s=s)
+                transition(prediction.x0, prediction.epsilon, DDIM(1.0).scales(mixture.schedule, t, s))
                 for prediction in (
                     mixture.denoise(x, t, conditioning, guidance_scale=1.0, denoiser=denoiser)
                     for denoiser in (policy.denoiser, mixture.denoiser)

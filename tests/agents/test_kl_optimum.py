@@ -19,7 +19,7 @@ import diffusion_gym  # noqa: F401
 from agents import RLOO, DenoisingPolicy, collect
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import write_mixture
-from diffusion_gym.transitions import ddim_scales
+from diffusion_gym.samplers import DDIM
 
 DATA_STD = 0.5
 DDPM = {"beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing", "set_alpha_to_one": False}
@@ -54,10 +54,10 @@ def variance_of_the_sampler(model, num_steps):
     variance = from_start = torch.ones(1, dtype=torch.float64)
     for t, s in itertools.pairwise(model.schedule.timesteps(num_steps)[:, None]):
         alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
-        of_x0, of_epsilon, std = ddim_scales(model.schedule, t, s)
+        scales = DDIM(1.0).scales(model.schedule, t, s)
         gain = alpha * DATA_STD**2 / (alpha**2 * DATA_STD**2 + sigma**2)
-        slope = of_x0 * gain + of_epsilon * (1 - alpha * gain) / sigma
-        variance, from_start = slope**2 * variance + std**2, slope**2 * from_start
+        slope = scales.x0 * gain + scales.epsilon * (1 - alpha * gain) / sigma
+        variance, from_start = slope**2 * variance + scales.std**2, slope**2 * from_start
     return float(variance), float(from_start / variance)
 
 

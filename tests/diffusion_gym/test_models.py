@@ -13,8 +13,9 @@ from diffusion_gym.models import DiffusionModel, checked_guidance_scale, load_mo
 from diffusion_gym.predictions import to_x0_and_epsilon
 from diffusion_gym.prompts import make_prompts
 from diffusion_gym.prompts.sets import NAMED
+from diffusion_gym.samplers import DDIM
 from diffusion_gym.sampling import sample_latents
-from diffusion_gym.transitions import ddim_transition, draw_noise
+from diffusion_gym.transitions import draw_noise, transition
 from tests.tiny import EMOJI, make_tiny_stable_diffusion
 
 PROMPTS = ["a cat", "an ant on a pink background"]
@@ -44,7 +45,7 @@ def sample(model, latents, *, num_steps, eta, guidance_scale, generators):
         t, s = t.expand(len(latents)), s.expand(len(latents))
         with torch.no_grad():
             prediction = model.denoise(latents, t, conditioning, guidance_scale=guidance_scale)
-        step = ddim_transition(prediction.x0, prediction.epsilon, schedule=model.schedule, t=t, s=s, eta=eta)
+        step = transition(prediction.x0, prediction.epsilon, DDIM(eta).scales(model.schedule, t, s))
         latents = step.sample(generators)
     return model.decode(latents)
 
