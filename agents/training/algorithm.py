@@ -9,7 +9,7 @@ import dataclasses
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
@@ -39,27 +39,14 @@ from ..runs.saving import load_run, save_run
 from ..updates.distributed import Processes, gathered
 from ..updates.optimizers import AdamW, Optimizer
 from ..updates.updates import Updates
+from .sb3_callbacks import MaybeCallback, as_callback
 from .sizes import Sizes
 
 LearningRate = float | Callable[[float], float]
-MaybeCallback = BaseCallback | Sequence[BaseCallback] | Callable[[dict[str, Any], dict[str, Any]], bool] | None
 Self = TypeVar("Self", bound="Algorithm")
 
 _POLICY_STREAM, _UPDATE_STREAM = 1, 2
 _NOT_DESCRIBED = ("policy", "env", "learning_rate", "tensorboard_log", "verbose", "seed")
-
-
-class _ProgressBar(ProgressBarCallback):
-    """SB3's, but for the steps of all processes, and only those that were taken."""
-
-    def _on_training_start(self) -> None:
-        super()._on_training_start()
-        self._shown = self.model.num_timesteps
-
-    def _on_step(self) -> bool:
-        self.pbar.update(self.num_timesteps - self._shown)
-        self._shown = self.num_timesteps
-        return True
 
 
 @dataclass(eq=False, repr=False)
@@ -296,7 +283,7 @@ class Algorithm(ABC):
         else:
             total_timesteps += self.num_timesteps
         self._start_log(tb_log_name, is_new=reset_num_timesteps)
-        callbacks = self._callbacks(callback, progress_bar and self.processes.is_main)
+        callbacks = as_callback(callback, progress_bar=progress_bar and self.processes.is_main)
         callbacks.init_callback(self)  # type: ignore[arg-type]
         callbacks.on_training_start(locals(), globals())
         if log_interval and self.processes.is_main:
@@ -344,15 +331,6 @@ class Algorithm(ABC):
             raise RuntimeError("there are no averaged weights: give the algorithm optimizer=AdamW(ema_decay=0.99)")
         with self.updates.average.applied():
             yield self.policy
-
-    def _callbacks(self, callback: MaybeCallback, progress_bar: bool) -> BaseCallback:
-        if isinstance(callback, Sequence):
-            callback = CallbackList(list(callback))
-        elif callback is None:
-            callback = CallbackList([])
-        elif not isinstance(callback, BaseCallback):
-            callback = ConvertCallback(callback)
-        return CallbackList([callback, _ProgressBar()]) if progress_bar else callback
 
     def _start_log(self, name: str | None, *, is_new: bool) -> None:
         """Make the logger of a `learn`, unless the user has given one, or that of the last one goes on."""
