@@ -4,10 +4,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from agents import DDPOSF, DenoisingPolicy, collect
+from agents import DDPOSF, DenoisingPolicy, Full, LoRA, Only, collect
 from diffusion_gym.models import load_model
-from diffusion_gym.transitions import ddim_transition
+from diffusion_gym.samplers import CPS, DDIM, Consistency, FlowSDE, Windowed
+from diffusion_gym.transitions import transition
 from tests.tiny import EMOJI, make_tiny_stable_diffusion
+
+BOTH = pytest.mark.parametrize("adaptation", [Full(), LoRA()], ids=["full", "lora"])
 
 
 def batch(env, seed=0):
@@ -23,17 +26,15 @@ def perturb(policy, scale=1e-3):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def test_untrained_policy_is_the_models_own_sampler(emoji, make_env):
-    env = make_env()
-    observation = batch(env)
-    policy = DenoisingPolicy(emoji, eta=0.7)
-    with torch.no_grad():
-        prediction = emoji.denoise(
-            observation["latents"], observation["timestep"][:, 0], emoji_conditioning(observation), guidance_scale=4.0
-        )
-        ours = policy.distribution(observation)
+@pytest.mark.parametrize("sampler", [DDIM(0.7), DDIM(1.0), CPS(0.7), Consistency()], ids=repr)
+def test_untrained_policy_is_the_sampler_of_the_models_own_predictions(emoji, make_env, sampler):
+    observation = batch(make_env())
+    policy = DenoisingPolicy(emoji, sampler=sampler)
     t, s = observation["timestep"][:, 0], observation["next_timestep"][:, 0]
-    expected = ddim_transition(prediction.x0, prediction.epsilon, schedule=emoji.schedule, t=t, s=s, eta=0.7)
+    with torch.no_grad():
+        prediction = emoji.denoise(observation["latents"], t, emoji_conditioning(observation), guidance_scale=4.0)
+        ours = policy.distribution(observation)
+    expected = transition(prediction.x0, prediction.epsilon, sampler.scales(emoji.schedule, t, s))
     assert torch.equal(ours.mean, expected.mean)
     assert torch.equal(ours.std, expected.std)
 
@@ -42,14 +43,14 @@ def emoji_conditioning(observation):
     return {key: value for key, value in observation.items() if key.endswith("embeds")}
 
 
-@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+@BOTH
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_ratio_is_one_before_the_first_update(mixed_precision, dtype, use_lora):
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_ratio_is_one_before_the_first_update(precision, dtype, adaptation):
     import gymnasium as gym
 
     env = gym.make_vec("diffusion_gym:DenoisingMDP-v0", num_envs=4, num_steps=4, reward="brightness", dtype=dtype)
-    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision=mixed_precision, use_lora=use_lora, seed=0)
+    policy = DenoisingPolicy(env.unwrapped.model, precision=precision, adaptation=adaptation, seed=0)
     rollout = collect(env, policy, seeds=[0], reduction="mean")
     assert rollout.actions.dtype == getattr(torch, dtype)
     assert rollout.log_probs.dtype == torch.float32
@@ -60,7 +61,7 @@ def test_ratio_is_one_before_the_first_update(mixed_precision, dtype, use_lora):
         log_prob = policy.log_prob(rollout.observation(steps, lanes), rollout.action(steps, lanes), reduction="mean")
         assert torch.equal(log_prob.detach(), rollout.log_probs[step])
     # in other batches, and with times mixed, it is at most 1e-5 in full precision
-    if mixed_precision == "no" and dtype == "float32":
+    if precision is None and dtype == "float32":
         steps, lanes = torch.tensor([3, 0, 2]), torch.tensor([1, 2, 0])
         log_prob = policy.log_prob(rollout.observation(steps, lanes), rollout.action(steps, lanes), reduction="mean")
         assert (log_prob.detach() - rollout.log_probs[steps, lanes]).abs().max() < 1e-5
@@ -69,7 +70,7 @@ def test_ratio_is_one_before_the_first_update(mixed_precision, dtype, use_lora):
 def test_rounding_comes_before_scoring(make_env):
     """The stored action has the stored log-prob: scored unrounded, the last step would be off by far more."""
     env = make_env(model=load_model("emoji", dtype="bfloat16"), num_steps=20)
-    policy = DenoisingPolicy(env.unwrapped.model, mixed_precision="bf16", seed=0)
+    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=0)
     observation, _ = env.reset(seed=0)
     observation["timestep"][:], observation["next_timestep"][:] = 1.0, 0.0
     action, log_prob = policy.sample(observation, reduction="mean")
@@ -91,10 +92,10 @@ def test_dropout_is_off_at_all_times(emoji):
     assert not any(module.training for module in policy.modules())
 
 
-@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
-def test_two_policies_and_the_model_never_see_each_others_updates(emoji, make_env, use_lora):
+@BOTH
+def test_two_policies_and_the_model_never_see_each_others_updates(emoji, make_env, adaptation):
     observation = batch(make_env())
-    one, other = (DenoisingPolicy(emoji, use_lora=use_lora, seed=0) for _ in range(2))
+    one, other = (DenoisingPolicy(emoji, adaptation=adaptation, seed=0) for _ in range(2))
     with torch.no_grad():
         before = other.distribution(observation).mean
         frozen = emoji.denoise(
@@ -111,7 +112,7 @@ def test_two_policies_and_the_model_never_see_each_others_updates(emoji, make_en
 
 
 def test_lora_trains_few_weights_over_shared_frozen_ones(emoji):
-    policy = DenoisingPolicy(emoji, use_lora=True, lora_rank=4)
+    policy = DenoisingPolicy(emoji, adaptation=LoRA(rank=4))
     trainable = [p for p in policy.parameters() if p.requires_grad]
     frozen = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
     assert sum(p.numel() for p in trainable) < 0.02 * sum(p.numel() for p in emoji.denoiser.parameters())
@@ -122,7 +123,7 @@ def test_lora_trains_few_weights_over_shared_frozen_ones(emoji):
 
 def test_half_precision_model_is_trained_in_float32():
     model = load_model("emoji", dtype="bfloat16")
-    policy = DenoisingPolicy(model, mixed_precision="bf16")
+    policy = DenoisingPolicy(model, precision="bf16")
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
 
@@ -154,14 +155,10 @@ def test_deterministic_action_is_the_mean_and_eta_zero_has_no_density(emoji, mak
     policy = DenoisingPolicy(emoji)
     with torch.no_grad():
         assert torch.equal(policy.act(observation, deterministic=True), policy.distribution(observation).mean)
-    silent = DenoisingPolicy(emoji, eta=0.0)
+    silent = DenoisingPolicy(emoji, sampler=DDIM(0.0))
     silent.act(observation)
     with pytest.raises(ValueError, match="eta > 0"):
         silent.log_prob(observation, observation["latents"])
-    with pytest.raises(ValueError, match=r"eta must be in \[0, 1\], got 2"):
-        DenoisingPolicy(emoji, eta=2)
-    with pytest.raises(ValueError, match="mixed_precision must be one of"):
-        DenoisingPolicy(emoji, mixed_precision="fp8")
 
 
 def test_scored_marks_the_steps_that_have_a_density(emoji, tmp_path):
@@ -170,7 +167,7 @@ def test_scored_marks_the_steps_that_have_a_density(emoji, tmp_path):
     info = {"timestep": [750.0, 0.0, 0.0], "next_timestep": [500.0, 0.0, -1.0]}
     assert policy.scored(info).tolist() == [True, False, False]
     assert DenoisingPolicy(emoji).scored({"timestep": [1.0], "next_timestep": [0.0]}).tolist() == [True]
-    assert not DenoisingPolicy(clean, eta=0.0).scored(info).any()
+    assert not DenoisingPolicy(clean, sampler=DDIM(0.0)).scored(info).any()
 
 
 def test_embeddings_are_looked_up_where_they_are_not_observed(emoji, make_env):
@@ -183,54 +180,134 @@ def test_embeddings_are_looked_up_where_they_are_not_observed(emoji, make_env):
             DenoisingPolicy(emoji).distribution(batch(without))
 
 
-def test_train_cfg_false_scores_without_guidance(emoji, make_env):
-    observation = batch(make_env())
-    policy, unguided = DenoisingPolicy(emoji, train_cfg=False), DenoisingPolicy(emoji, guidance_scale=1.0)
-    assert torch.equal(policy.distribution(observation).mean, unguided.distribution(observation).mean)
+def test_noised_latents_are_predicted_with_the_guidance_that_is_asked_for(emoji, make_env):
+    observation = batch(make_env(num_envs=2))
+    conditioning = emoji_conditioning(observation)
+    clean, noise = observation["latents"], observation["latents"].flip(0)
+    t = torch.tensor([100.0, 900.0])
+    alpha, sigma = (level(t)[:, None, None, None] for level in (emoji.schedule.alpha, emoji.schedule.sigma))
+    policy = DenoisingPolicy(emoji, guidance_scale=3.0)
+    for asked, scale in ((None, 3.0), (1.0, 1.0), (2.0, 2.0)):
+        with torch.no_grad():
+            found = policy.predict_noised(clean, t, noise, observation, guidance_scale=asked)
+            expected = emoji.denoise(alpha * clean + sigma * noise, t, conditioning, guidance_scale=scale)
+        assert torch.equal(found.x0, expected.x0)
+        assert torch.equal(found.epsilon, expected.epsilon)
+
+
+def test_the_distribution_is_the_same_with_and_without_gradients(emoji, make_env):
+    observation = batch(make_env(num_envs=2))
+    policy = DenoisingPolicy(emoji)
     with torch.no_grad():
-        assert torch.equal(policy.distribution(observation).mean, DenoisingPolicy(emoji).distribution(observation).mean)
+        without = policy.distribution(observation).mean
+    assert torch.equal(policy.distribution(observation).mean, without)
 
 
-# ---------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
-def test_saved_policy_comes_back_the_same(emoji, make_env, tmp_path, use_lora):
+def test_a_windowed_policy_is_a_view_with_the_same_bits_inside(emoji, make_env):
     observation = batch(make_env())
-    lora = {"use_lora": True, "lora_rank": 2, "lora_alpha": 8.0} if use_lora else {}
-    policy = DenoisingPolicy(emoji, eta=0.5, guidance_scale=3.0, **lora, seed=0)
+    times = torch.tensor([[900.0], [700.0], [500.0], [300.0]])
+    observation |= {"timestep": times, "next_timestep": times - 100}
+    policy = DenoisingPolicy(emoji, sampler=DDIM(0.7), seed=0)
+    view = policy.windowed(700.0, 300.0)
+    assert view.sampler == Windowed(DDIM(0.7), 700.0, 300.0)
+    assert policy.sampler == DDIM(0.7)
+    assert view.denoiser is policy.denoiser
+    assert view.generator is policy.generator
+    with torch.no_grad():
+        plain, windowed = policy.distribution(observation), view.distribution(observation)
+    assert torch.equal(windowed.mean[1:3], plain.mean[1:3])
+    assert torch.equal(windowed.std[1:3], plain.std[1:3])
+    assert windowed.std[[0, 3]].tolist() == [0.0, 0.0]
+    info = {"timestep": times[:, 0], "next_timestep": times[:, 0] - 100}
+    assert view.scored(info).tolist() == [False, True, True, False]
+    sensitivity = view.sensitivity(times[:, 0], times[:, 0] - 100)
+    assert sensitivity.isinf().tolist() == [True, False, False, True]
+    assert view.reference().sampler == view.sampler
+
+
+@pytest.mark.parametrize("sampler", [DDIM(0.3), DDIM(1.0), CPS(0.5), Consistency()], ids=repr)
+def test_sensitivity_is_how_far_the_mean_moves_with_the_output(emoji, sampler):
+    """Against two predictions of noise that are 1 apart: emoji's denoiser predicts ε."""
+    policy = DenoisingPolicy(emoji, sampler=sampler)
+    times = emoji.schedule.timesteps(10)
+    t, s = times[:-1], times[1:]
+    alpha, sigma = emoji.schedule.alpha(t), emoji.schedule.sigma(t)
+    low, high = (
+        transition(
+            ((1 - sigma * noise) / alpha)[:, None],
+            torch.full((10, 1), noise, dtype=t.dtype),
+            sampler.scales(emoji.schedule, t, s),
+        )
+        for noise in (0.0, 1.0)
+    )
+    moved = (high.mean - low.mean)[:, 0].abs() / low.std
+    torch.testing.assert_close(policy.sensitivity(t, s), moved, rtol=1e-9, atol=0)
+
+
+def test_a_denoising_policy_answers_for_itself(emoji):
+    policy = DenoisingPolicy(emoji)
+    assert policy.moves_latents
+    assert policy.reference_is_free
+    assert policy.model is emoji
+    assert policy.max_steps is None
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_reference_is_the_untrained_policy_and_free(make_env, adaptation, dtype):
+    model = load_model("emoji", dtype=dtype)
+    observation = batch(make_env(model=model, num_envs=2))
+    policy = DenoisingPolicy(model, adaptation=adaptation, seed=0)
+    with torch.no_grad():
+        before = policy.distribution(observation).mean
+        perturb(policy)
+        reference = policy.reference()
+        assert torch.equal(reference.distribution(observation).mean, before)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    shared = {p.data_ptr() for p in reference.parameters()} == {p.data_ptr() for p in model.denoiser.parameters()}
+    assert shared is (dtype == "float32" or adaptation == LoRA())
+
+
+# Files.
+
+
+@pytest.mark.parametrize("adaptation", [Full(), LoRA(rank=2, alpha=8.0), Only("bias", "norm")], ids=repr)
+def test_saved_policy_comes_back_the_same(emoji, make_env, tmp_path, adaptation):
+    observation = batch(make_env())
+    policy = DenoisingPolicy(emoji, sampler=CPS(0.5), adaptation=adaptation, guidance_scale=3.0, seed=0)
     perturb(policy)
     policy.save(tmp_path / "p")
     for model in (emoji, None):
         again = DenoisingPolicy.load(tmp_path / "p", model=model)
-        assert (again.eta, again.guidance_scale, again.use_lora) == (0.5, 3.0, use_lora)
+        assert (again.sampler, again.adaptation) == (CPS(0.5), policy.adaptation)
+        assert again.guidance_scale == 3.0
         with torch.no_grad():
             assert torch.equal(again.distribution(observation).mean, policy.distribution(observation).mean)
     with pytest.raises(FileNotFoundError, match="is not a saved policy"):
         DenoisingPolicy.load(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [{"lora_rank": 8}, {"lora_alpha": 4.0}, {"lora_targets": ["to_q"]}])
-def test_settings_of_lora_need_lora(emoji, arguments):
-    with pytest.raises(ValueError, match="need use_lora=True"):
-        DenoisingPolicy(emoji, **arguments)
+def test_weights_of_another_adaptation_are_refused(emoji, tmp_path):
+    DenoisingPolicy(emoji, adaptation=LoRA(alpha=16)).save(tmp_path)
+    for other in (LoRA(alpha=4), LoRA(alpha=16, targets=["to_q"]), LoRA(rank=2, alpha=16), Full(), Only("bias")):
+        with pytest.raises(
+            ValueError, match=r"was saved with adaptation=LoRA\(rank=4, alpha=16\.0, .* this policy has "
+        ):
+            DenoisingPolicy(emoji, adaptation=other).load_weights(tmp_path)
+    DenoisingPolicy(emoji, adaptation=LoRA(4, 16, emoji.lora_targets)).load_weights(tmp_path)
+    DenoisingPolicy(emoji).save(tmp_path)
+    with pytest.raises(ValueError, match=r"was saved with adaptation=Full\(\), this policy has LoRA"):
+        DenoisingPolicy(emoji, adaptation=LoRA()).load_weights(tmp_path)
+    DenoisingPolicy(emoji, adaptation=Only("bias")).load_weights(tmp_path)  # it is a whole network too
 
 
-def test_weights_of_another_shape_are_refused(emoji, tmp_path):
-    DenoisingPolicy(emoji, use_lora=True, lora_alpha=16.0).save(tmp_path)
-    for arguments in ({"lora_alpha": 4.0}, {"lora_alpha": 16.0, "lora_targets": ["to_q"]}):
-        with pytest.raises(ValueError, match="was saved with lora_"):
-            DenoisingPolicy(emoji, use_lora=True, **arguments).load_weights(tmp_path)
-    with pytest.raises(ValueError, match="was saved with use_lora=True"):
-        DenoisingPolicy(emoji).load_weights(tmp_path)
-
-
-@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
-def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(emoji, make_env, tmp_path, use_lora):
-    policy = DenoisingPolicy(emoji, eta=0.0, use_lora=use_lora, lora_alpha=8.0 if use_lora else None, seed=0)
-    perturb(policy, 0.03 if use_lora else 1e-3)
+@BOTH
+def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(emoji, make_env, tmp_path, adaptation):
+    is_lora = isinstance(adaptation, LoRA)
+    policy = DenoisingPolicy(emoji, sampler=DDIM(0.0), adaptation=LoRA(alpha=8) if is_lora else adaptation, seed=0)
+    perturb(policy, 0.03 if is_lora else 1e-3)
     policy.save(tmp_path)
-    if use_lora:
+    if is_lora:
         pipeline = StableDiffusionPipeline.from_pretrained(EMOJI)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft and diffusers talk about missing text-encoder layers
@@ -257,7 +334,7 @@ def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(em
 
 def test_only_the_weights_that_are_named_are_trained_and_saved_with_the_rest(emoji, make_env, tmp_path):
     parts = ("bias", "time_emb")
-    policy = DenoisingPolicy(emoji, trained=parts, seed=0)
+    policy = DenoisingPolicy(emoji, adaptation=Only(*parts), seed=0)
     names = {name: parameter.requires_grad for name, parameter in policy.denoiser.named_parameters()}
     assert {any(part in name for part in parts) is trained for name, trained in names.items()} == {True}
     assert 0 < sum(names.values()) < len(names)
@@ -268,32 +345,29 @@ def test_only_the_weights_that_are_named_are_trained_and_saved_with_the_rest(emo
     assert moved == names
     policy.save(tmp_path)
     again = DenoisingPolicy.load(tmp_path, emoji)
-    assert again.trained == parts
+    assert again.adaptation == Only(*parts)
     assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), again.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("arguments", [{"trained": "bias"}, {"trained": ("bias",), "use_lora": True}])
-def test_what_is_trained_is_a_sequence_and_not_with_lora(emoji, arguments):
-    with pytest.raises(ValueError, match="trained must be a sequence of parts of names, and None with use_lora"):
-        DenoisingPolicy(emoji, **arguments)
 
 
 def test_names_that_no_weight_has_leave_nothing_to_train(emoji, make_env):
     with pytest.raises(ValueError, match="nothing to train"):
-        DDPOSF(DenoisingPolicy(emoji, trained=("attention_of_another_model",)), make_env(), samples_per_epoch=4)
+        DDPOSF(DenoisingPolicy(emoji, adaptation=Only("attention_of_another_model")), make_env(), samples_per_epoch=4)
 
 
-# ---------------------------------------------------------------------- what is said at once
+# Arguments.
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (
-            {"use_lora": True, "lora_targets": "to_k"},
-            TypeError,
-            r"lora_targets must be a sequence .* such as \('to_k',\)",
-        ),
-        ({"use_lora": True, "lora_alpha": float("nan")}, ValueError, "lora_alpha must be None, or positive and finite"),
-        ({"eta": float("nan")}, ValueError, "eta must be in"),
+        ({"sampler": 1.0}, TypeError, r"sampler must be a Sampler, such as DDIM\(eta=1\.0\); got 1\.0"),
+        ({"sampler": DDIM}, TypeError, "sampler must be a Sampler"),
+        ({"sampler": FlowSDE()}, ValueError, "FlowSDE is a sampler of rectified flows, got a DiscreteVPSchedule"),
+        ({"adaptation": "lora"}, TypeError, r"adaptation must be an Adaptation, such as LoRA\(rank=4\); got 'lora'"),
+        ({"adaptation": LoRA}, TypeError, "adaptation must be an Adaptation"),
+        ({"precision": "fp8"}, ValueError, r"precision must be None or one of \('fp16', 'bf16'\), got 'fp8'"),
+        ({"prompts": "a cat"}, TypeError, "prompts must be a sequence of texts"),
+        ({"negative_prompt": "a cat"}, ValueError, "has no effect: it needs prompts"),
         ({"guidance_scale": float("inf")}, ValueError, "guidance_scale must be a finite number"),
         ({"guidance_scale": -1.0}, ValueError, "guidance_scale must be a finite number"),
     ],
@@ -303,10 +377,15 @@ def test_arguments_out_of_range_are_said_at_once(emoji, settings, error, message
         DenoisingPolicy(emoji, **settings)
 
 
+def test_a_model_by_its_name_is_no_model():
+    with pytest.raises(TypeError, match=r"model must be a DiffusionModel, such as env\.unwrapped\.model; got str"):
+        DenoisingPolicy("emoji")
+
+
 def test_precisions_that_do_not_mix_are_said_at_once():
     model = load_model("emoji", dtype="float16")
-    with pytest.raises(ValueError, match=r"mixed_precision='bf16' does not go with a model in torch\.float16"):
-        DenoisingPolicy(model, mixed_precision="bf16")
+    with pytest.raises(ValueError, match=r"precision='bf16' does not go with a model in torch\.float16"):
+        DenoisingPolicy(model, precision="bf16")
 
 
 def test_an_observation_of_a_single_environment_is_named(emoji):

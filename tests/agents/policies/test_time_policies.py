@@ -12,6 +12,7 @@ from agents import RLOO, ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Ti
 from agents.policies import BetaDistribution, load_policy
 from diffusion_gym.grids import MAX_RATIO, MIN_RATIO, karras_grid, step_ratios, uniform_grid
 from diffusion_gym.models import load_model
+from diffusion_gym.samplers import DDIM
 from tests.tiny import make_tiny_stable_diffusion
 
 
@@ -245,6 +246,32 @@ def test_references_of_other_environments_are_refused():
         RLOO(policy, env, group_size=2, kl_coefficient=0.1, reference=ContextFreeSchedule([0.5] * 28))
 
 
+def test_time_policies_answer_for_themselves(env):
+    predictor = TimePredictor(env.single_observation_space)
+    lengths = {
+        predictor: None,
+        ContextFreeSchedule([0.5] * 28): 28,
+        FixedSchedule([0.5] * 3): 3,
+        FixedSchedule([0.5] * 3, max_steps=28): 28,
+    }
+    t = torch.tensor([0.5])
+    for policy, max_steps in lengths.items():
+        assert policy.max_steps == max_steps
+        assert not policy.moves_latents
+        assert not policy.reference_is_free
+        assert policy.model is None
+        assert policy.sensitivity(t, t / 2) is None
+        with pytest.raises(ValueError, match=f"steps of a {type(policy).__name__} cannot be made deterministic"):
+            policy.windowed(1.0, 0.0)
+
+
+def test_a_point_has_no_entropy_and_no_divergence(env):
+    point = FixedSchedule([0.5], max_steps=28).distribution(env.reset(seed=0)[0])
+    assert point.entropy().tolist() == [0.0] * 4
+    with pytest.raises(ValueError, match="nothing in it to train"):
+        point.kl(point)
+
+
 # ---------------------------------------------------------------------- files and rollouts
 def test_policies_come_back_from_their_folders(env, tiny, tmp_path):
     predictor = TimePredictor(env.single_observation_space, initial_ratio={0.0: 0.3, 999.0: 0.7}, seed=0)
@@ -262,8 +289,8 @@ def test_policies_come_back_from_their_folders(env, tiny, tmp_path):
         one, other = (collect(env, p, seeds=[2], deterministic=True) for p in (policy, again))
         assert torch.equal(one.actions, other.actions)
         policy.load_weights(folder)
-    DenoisingPolicy(tiny, eta=0.5).save(tmp_path / "denoising")
-    assert load_policy(tmp_path / "denoising", model=tiny).eta == 0.5
+    DenoisingPolicy(tiny, sampler=DDIM(0.5)).save(tmp_path / "denoising")
+    assert load_policy(tmp_path / "denoising", model=tiny).sampler == DDIM(0.5)
     (tmp_path / "denoising" / "policy.json").write_text('{"policy": "Mine"}')
     with pytest.raises(ValueError, match="holds a Mine, which is none of"):
         load_policy(tmp_path / "denoising")
