@@ -77,7 +77,6 @@ class Scorer:
         model: The model, which decodes.
         name: The reward's name.
         on_invalid_reward: "raise", or "nan": lanes with something that is not finite are given NaN.
-
     """
 
     def __init__(self, lanes: Lanes, model: DiffusionModel, *, name: str, on_invalid_reward: InvalidReward) -> None:

@@ -119,7 +119,6 @@ def test_step_costs_in_another_default_dtype(step_cost):
         torch.set_default_dtype(torch.float32)
 
 
-# ---------------------------------------------------------------------- prompts
 class Encoded:
     """Notes which texts a model was asked to encode."""
 
@@ -163,7 +162,6 @@ def test_a_text_of_ones_own_has_no_index(mixture):
         env.unwrapped.prompts[info["prompt_id"][1]]
 
 
-# ---------------------------------------------------------------------- the reference of a distance
 def play(env, seed=0):
     _, info = env.reset(seed=seed)
     while not info["ended"].all():
@@ -194,7 +192,6 @@ def test_references_are_remembered_by_all_that_they_depend_on(emoji):
     torch.testing.assert_close(play(make("TimePredictionMDP-v0", emoji, **sizes, reward=copy)), one, rtol=0, atol=1e-9)
 
 
-# ---------------------------------------------------------------------- the process and the spec
 def test_initial_latents_have_the_std_of_the_process():
     model = load_model("mixture")
     plain = make("DenoisingMDP-v0", model).reset(seed=0)[0]["latents"]

@@ -131,9 +131,6 @@ def test_weighted_reward_reports_its_parts(emoji):
     torch.testing.assert_close(reward, 10 * final["reward/brightness"] + 0.5 * final["reward/incompressibility"])
 
 
-# ---------------------------------------------------------------------- autoreset
-
-
 def out_of_phase(env):
     """Bring lane 0 one step ahead of lane 1 in episodes of two steps."""
     env.reset(seed=0)
@@ -201,9 +198,6 @@ def test_rewards_are_decoded_for_finished_lanes_only(emoji, monkeypatch):
     assert decoded == [1]
 
 
-# ---------------------------------------------------------------------- render
-
-
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_render_shows_x_t_and_on_a_done_step_x_0(emoji, mode):
     env = make_vec(model=emoji, render_mode="rgb_array", autoreset_mode=mode)
@@ -234,9 +228,6 @@ def test_render_without_its_mode_warns():
     env.reset()
     with pytest.warns(UserWarning, match="render_mode"):
         assert env.render() is None
-
-
-# ---------------------------------------------------------------------- precision, size, sharing
 
 
 def test_half_precision_latents(emoji):
@@ -281,9 +272,6 @@ def test_environment_keeps_no_graph_of_the_action(emoji):
     assert not observation["latents"].requires_grad
     _, reward, *_ = env.step(actions().requires_grad_())
     assert not reward.requires_grad
-
-
-# ---------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
