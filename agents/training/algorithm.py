@@ -412,9 +412,9 @@ class Algorithm(ABC):
             return callbacks.on_step()
 
         callbacks.on_rollout_start()
-        starts = self._starts()
-        batches = [range(first, first + self.env.num_envs) for first in self._episodes()[:: self.env.num_envs]]
-        resets = [starts.reset(self.iteration, batch) for batch in batches]
+        episodes = self.processes.share(self.sizes.samples)
+        batches = [range(first, first + self.env.num_envs) for first in episodes[:: self.env.num_envs]]
+        resets = [self.starts.reset(self.iteration, batch) for batch in batches]
         rollout = collect(
             self.env,
             self.behaviour,
@@ -441,21 +441,13 @@ class Algorithm(ABC):
         callbacks.on_rollout_end()
         return rollout
 
-    def _starts(self) -> Starts:
-        """Return where the episodes begin."""
-        return Starts(
-            prompts=self.base_env.prompts,
-            seed=self.run_seed,
-            num_episodes=self.sizes.samples,
-            rollouts=self.rollouts,
-        )
-
-    def _episodes(self) -> range:
-        """Return which of a rollout's episodes this process draws."""
-        return self.processes.share(self.sizes.samples)
+    @property
+    def starts(self) -> Starts:
+        """The seeds and prompts with which the run's episodes begin."""
+        return Starts(self.base_env.prompts, self.run_seed, num_episodes=self.sizes.samples, rollouts=self.rollouts)
 
     def _policy_generator(self, episode: int) -> torch.Generator:
-        """Return where the policy's draws of an episode of this iteration come from."""
+        """Return the generator of the policy's draws in an episode of this iteration."""
         return derived_generator(self.run_seed, _POLICY_STREAM, self.iteration, episode)
 
     def update_generator(self, *key: int) -> np.random.Generator:
