@@ -117,7 +117,7 @@ def test_a_fraction_is_taken_of_the_steps_that_have_a_density(mixture):
 
 
 def test_without_a_density_there_is_nothing_to_learn_from(mixture):
-    with pytest.raises(ValueError, match="none of the actions .* has a density: give the policy a stochastic sampler"):
+    with pytest.raises(ValueError, match=r"none of the actions .* has a density: give the policy a stochastic sampler"):
         choose(Steps(), np.zeros((3, 2), dtype=bool), [0, 1])
     learner = DDPOIS(
         DenoisingPolicy(mixture, sampler=DDIM(eta=0.0)), make_env(mixture), batch_size=8, rollouts=Rollouts(samples=8)
@@ -269,9 +269,9 @@ def test_a_window_is_counted_in_steps(size, within):
 
 def test_times_have_neither_a_window_nor_a_sensitivity(mixture):
     env, policy = make_env(mixture, kind="TimePredictionMDP-v0"), ContextFreeSchedule([0.4] * NUM_STEPS)
-    with pytest.raises(ValueError, match="a window .* needs a policy that moves latents, .* got ContextFreeSchedule"):
+    with pytest.raises(ValueError, match=r"a window .* needs a policy that moves latents, .* got ContextFreeSchedule"):
         RLOO(policy, env, steps=Steps(window=Window(2)))
-    with pytest.raises(ValueError, match="needs a policy that moves latents, .* got ContextFreeSchedule"):
+    with pytest.raises(ValueError, match=r"needs a policy that moves latents, .* got ContextFreeSchedule"):
         RLOO(policy, env, ratio="step", steps=WEIGHTED)
 
 

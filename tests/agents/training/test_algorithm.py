@@ -46,6 +46,7 @@ from diffusion_gym.models import load_model
 
 ALGORITHMS = [DDPOSF, DDPOIS, GRPO, RLOO, DPOK, RWR, DiffusionNFT]
 MAX_STEPS = 6
+FULL = Full()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def make_env(model, num_envs=4, num_steps=3, **arguments):
     return gym.make_vec("DenoisingMDP-v0", num_envs=num_envs, num_steps=num_steps, model=model, **arguments)
 
 
-def make(algorithm, model, *, env=None, adaptation=Full(), **arguments):
+def make(algorithm, model, *, env=None, adaptation=FULL, **arguments):
     """Return a learner from two groups of two, in two updates."""
     sizes = {"rollouts": Rollouts(samples=4, group_size=2), "batch_size": 2, "learning_rate": 1e-2, "seed": 3}
     policy = DenoisingPolicy(model, adaptation=adaptation, seed=0)
@@ -174,7 +175,7 @@ def test_training_is_deterministic_in_the_seed(mixture, algorithm):
     assert (runs[0].iteration, runs[0].reward_queries, runs[0].num_updates) == (2, 8, 4)
 
 
-@pytest.mark.parametrize("adaptation", [Full(), LoRA()], ids=["full", "lora"])
+@pytest.mark.parametrize("adaptation", [FULL, LoRA()], ids=["full", "lora"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_loaded_run_goes_on_exactly_where_it_was(mixture, algorithm, adaptation, tmp_path):
     def start():
