@@ -67,7 +67,7 @@ def test_defaults_are_the_papers(algorithm):
     learner = algorithm(DenoisingPolicy(env.unwrapped.model), env)
     assert (learner.sizes.samples, learner.n_epochs, learner.learning_rate) == (256, 1, 1e-5)
     assert learner.sizes.batch == (64 if algorithm is DDPOIS else 256)
-    assert learner.advantages == PerPrompt(16, 16, clip=5.0)
+    assert learner.advantages == PerPrompt(16, clip=5.0)
     assert (learner.ratio_of, learner.reduction) == ("step", "mean")
 
 

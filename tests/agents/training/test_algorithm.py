@@ -45,7 +45,7 @@ from agents.losses import Surrogate, score_function_surrogate
 from diffusion_gym.models import load_model
 
 ALGORITHMS = [DDPOSF, DDPOIS, GRPO, RLOO, DPOK, RWR, DiffusionNFT]
-MAX_STEPS = 6
+MAX_STEPS = 12
 FULL = Full()
 
 
