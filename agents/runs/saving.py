@@ -37,7 +37,8 @@ _WITHOUT_EFFECT = ("num_envs", "device", "autoreset_mode", "render_mode", "obser
 
 def require_savable(algorithm: "Algorithm") -> None:
     """Raise TypeError if the constructor has arguments that `load_run` could not give it again."""
-    arguments = inspect.signature(type(algorithm)).parameters.keys()
+    parameters = inspect.signature(type(algorithm)).parameters.values()
+    arguments = {one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     lost = sorted(arguments - {field.name for field in dataclasses.fields(algorithm)})
     if lost:
         raise TypeError(

@@ -149,9 +149,10 @@ class Algorithm(ABC):
         )
 
     def _check_parts(self) -> None:
-        for name, kind in (("optimizer", Optimizer), ("rollouts", Rollouts), ("log", Log)):
+        parts = {"optimizer": (Optimizer, "AdamW"), "rollouts": (Rollouts, "Rollouts"), "log": (Log, "Log")}
+        for name, (kind, example) in parts.items():
             if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a part, such as {kind.__name__}(…); got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be a part, such as {example}(…); got {getattr(self, name)!r}")
         checked_integer("verbose", self.verbose, at_least=0)
         if not callable(self.learning_rate):
             checked_number("learning_rate", self.learning_rate, "[0, inf)")

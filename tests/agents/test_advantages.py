@@ -1,3 +1,6 @@
+"""Advantages: the functions against published codes, and the parts that are given to algorithms."""
+
+import dataclasses
 import json
 from collections import deque
 
@@ -5,16 +8,30 @@ import numpy as np
 import pytest
 import torch
 
+from agents import Batch, Groups, PerPrompt, PromptMeans
 from agents.advantages import (
     PerPromptStats,
+    Rewards,
     clip_advantages,
     deviations,
     group_advantages,
     grouped_by_prompt,
     normalise,
-    texts_of,
     warn_of_lonely,
 )
+
+
+def rewards_of(values, prompt_id=None, *, texts=("a cat", "a dog"), group_size=1, valid=None):
+    """Return a rollout's rewards, all of one prompt unless said otherwise."""
+    values = torch.as_tensor(values, dtype=torch.float32)
+    prompt_id = np.zeros(len(values), dtype=np.int64) if prompt_id is None else np.asarray(prompt_id)
+    valid = np.ones(len(values), dtype=bool) if valid is None else np.asarray(valid)
+    return Rewards(values, valid, prompt_id, texts, group_size)
+
+
+def prompts_of(prompt_id, texts):
+    """Return the prompts that episodes with these indices are of."""
+    return rewards_of(torch.zeros(len(prompt_id)), prompt_id, texts=texts).prompts()
 
 
 def published_tracker(buffer_size, min_count):
@@ -61,7 +78,7 @@ def test_per_prompt_statistics_survive_a_checkpoint():
 def test_statistics_are_of_a_prompts_text_not_of_its_place():
     """A run that goes on with other prompts compares none of them with what was in its place before."""
     first = PerPromptStats(16, 2)
-    east, west = (texts_of(np.zeros(4, dtype=np.int64), [text]) for text in ("east", "west"))
+    east, west = (prompts_of([0] * 4, [text]) for text in ("east", "west"))
     first.update(east, [10.0, 11.0, 10.0, 11.0])
     again = PerPromptStats(16, 2)
     again.load_state_dict(first.state_dict())
@@ -71,7 +88,7 @@ def test_statistics_are_of_a_prompts_text_not_of_its_place():
 
 def test_prompts_outside_the_set_are_compared_to_the_batch():
     stats = PerPromptStats(4, 1)
-    texts = texts_of(np.array([-1, -1, 0]), ["a cat"])
+    texts = prompts_of([-1, -1, 0], ["a cat"])
     assert texts == [None, None, "a cat"]
     advantages = stats.update(texts, [1.0, 2.0, 6.0])
     assert advantages[:2] == pytest.approx([(1 - 3) / np.std([1, 2, 6]), (2 - 3) / np.std([1, 2, 6])], rel=1e-4)
@@ -85,7 +102,6 @@ def test_normalised_rewards_have_mean_zero_and_std_one():
     assert (normalise(torch.full((5,), 3.0)) == 0).all()
 
 
-# ---------------------------------------------------------------------- rounding
 def _of_prompts(rewards, **how):
     stats = PerPromptStats(**how)
     return torch.from_numpy(stats.update(["a cat"] * len(rewards), rewards.tolist()))
@@ -122,7 +138,34 @@ def test_deviations_are_those_from_the_mean_of_the_last_dimension():
     assert (deviations(rewards)[1:3] == 0).all()
 
 
-# ---------------------------------------------------------------------- groups of a prompt
+def test_leave_one_out_compares_each_sample_with_the_others():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    expected = [[1 - 4, 2 - 3.5, 6 - 1.5], [-1.5, -1.5, 3.0]]
+    torch.testing.assert_close(group_advantages(rewards), torch.tensor(expected))
+    drawn = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(group_advantages(drawn).sum(1), torch.zeros(5), rtol=0, atol=1e-5)
+    for wrong in (torch.ones(3), torch.ones(3, 1)):
+        with pytest.raises(ValueError, match="K of at least 2"):
+            group_advantages(wrong)
+
+
+def test_group_relative_advantages_are_grpos():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0], [0.7, 0.7, 0.7]])
+    centred = rewards - rewards.mean(1, keepdim=True)
+    torch.testing.assert_close(group_advantages(rewards, baseline="group_mean"), centred)
+    grpo = group_advantages(rewards, baseline="group_mean", scale="group")
+    expected = (rewards.numpy() - rewards.numpy().mean(1, keepdims=True))[:2] / rewards.numpy()[:2].std(1)[:, None]
+    np.testing.assert_allclose(grpo[:2].numpy(), expected, rtol=1e-3)
+    assert grpo[2].abs().max() < 1e-3
+    equal = torch.full((2, 12), 50.3)  # whose mean is not 50.3, in float32
+    for scale in ("none", "rollout", "group"):
+        assert (group_advantages(equal, scale=scale) == 0).all()
+    assert (normalise(equal[0]) == 0).all()
+    scaled = group_advantages(1e-6 * rewards, baseline="group_mean", scale="group")
+    torch.testing.assert_close(scaled, grpo, rtol=1e-3, atol=1e-3)
+    assert float(group_advantages(rewards, scale="rollout").std(correction=0)) == pytest.approx(1, rel=1e-5)
+
+
 def test_groups_of_a_prompt_are_compared_as_in_diffusion_nft():
     """train_nft_sd3.py: the mean of the prompt's rewards, the standard deviation of all of them."""
     rewards, prompts = np.array([1.0, 2.0, 6.0, 0.0, 3.0, 7.0]), np.array([3, 0, 3, 0, 3, 5])
@@ -140,7 +183,10 @@ def test_global_scale_is_the_standard_deviation_of_all_rewards():
 
 def test_a_prompt_with_one_image_is_warned_of():
     warn_of_lonely(np.array([2, 1, 2, 1]), "…")
-    with pytest.warns(UserWarning, match="some prompts have one image in a rollout, .*: it is lost. Give a group_size"):
+    with pytest.warns(
+        UserWarning,
+        match="some prompts have one image in a rollout, .*: it is lost. Give a group_size .* more samples$",
+    ):
         warn_of_lonely(np.array([2, 1, 2]), "it is lost")
 
 
@@ -153,3 +199,81 @@ def test_clipping():
 def test_wrong_counts_are_refused():
     with pytest.raises(ValueError, match=r"min_count must be between 1 and buffer_size \(16\), got 17"):
         PerPromptStats(16, 17)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_centred_advantages_have_mean_zero(center):
+    part = PerPrompt(8, 1, center=center)
+    memory = part.memory()
+    memory.update(["a cat", "a dog"] * 2, [-1.0] * 4)  # the reward was lower before
+    advantages = part.of(rewards_of([0.5, 1.0, 2.0, 0.0], [0, 1, 0, 1]), memory)
+    assert (abs(float(advantages.mean())) < 1e-6) is center
+    assert advantages.dtype == torch.float32
+
+
+def test_a_part_is_the_function_of_its_name():
+    rewards = rewards_of([1.0, 2.0, 6.0, 0.0, 0.0, 3.0], [0, 0, 0, 1, 1, 1], group_size=3)
+    values = rewards.values
+    assert torch.equal(Batch(clip=None).of(rewards), normalise(values))
+    assert torch.equal(Groups().of(rewards), group_advantages(values.reshape(2, 3)).flatten())
+    assert torch.equal(PromptMeans().of(rewards), grouped_by_prompt(values, rewards.prompt_id))
+    part = PerPrompt(4, 2, clip=None)
+    expected = PerPromptStats(4, 2).update(rewards.prompts(), values.tolist())
+    assert torch.equal(part.of(rewards, part.memory()), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize(
+    "part", [PerPrompt(4, 1, clip=0.5), Batch(0.5), Groups("group_mean", scale="global", clip=0.5), PromptMeans(0.5)]
+)
+def test_advantages_are_clipped_after_all_else(part):
+    rewards = rewards_of([0.0, 4.0, 1.0, 2.0], [0, 0, 1, 1], group_size=2)
+    free = dataclasses.replace(part, clip=None).of(rewards, part.memory())
+    assert free.abs().max() > 0.5
+    torch.testing.assert_close(part.of(rewards, part.memory()), free.clamp(-0.5, 0.5), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", [PerPrompt(4, 1), Batch(), Groups(), PromptMeans()])
+def test_an_episode_without_a_reward_counts_for_no_other(part):
+    rewards = rewards_of(
+        [1.0, float("nan"), 6.0, 0.0, 5.0, 3.0], [0, 0, 0, 1, 1, 1], group_size=3, valid=[1, 0] + [1] * 4
+    )
+    advantages = part.of(rewards, part.memory())
+    assert float(advantages[1]) == 0
+    if not part.compares_groups:
+        rest = [0, 2, 3, 4, 5]
+        others = part.of(rewards_of(rewards.values[rest], rewards.prompt_id[rest]), part.memory())
+        assert torch.equal(advantages[rest], others)
+    else:
+        torch.testing.assert_close(advantages, torch.tensor([-5.0, 0.0, 5.0, -4.0, 3.5, 0.5]))
+
+
+def test_a_prompt_counts_from_a_full_memory_on_unless_said_otherwise():
+    assert (PerPrompt(16).memory().min_count, PerPrompt(16, 2).memory().min_count) == (16, 2)
+    assert [part.memory() for part in (Batch(), Groups(), PromptMeans())] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (PerPrompt, {"buffer_size": 4, "min_count": 16}, r"min_count must be between 1 and buffer_size \(4\), got 16"),
+        (PerPrompt, {"buffer_size": 0}, "buffer_size must be an integer of at least 1, got 0"),
+        (PerPrompt, {"clip": 0.0}, "clip must be .*, got 0.0"),
+        (Batch, {"clip": float("nan")}, "clip must be a finite number .*, got nan"),
+        (PromptMeans, {"clip": -1.0}, "clip must be .*, got -1.0"),
+        (Groups, {"clip": 0.0}, "clip must be .*, got 0.0"),
+        (Groups, {"baseline": "value"}, "baseline must be one of .*got 'value'"),
+        (Groups, {"scale": None}, "scale must be one of .*got None"),
+        (Groups, {"baseline": "group_mean", "scale": "rollout"}, "baseline='group_mean' has no effect"),
+    ],
+)
+def test_wrong_values_of_a_part_are_named(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+def test_groups_of_one_are_refused():
+    Groups().check(2)
+    for part in (PerPrompt(), Batch(), PromptMeans()):
+        part.check(1)
+    with pytest.raises(ValueError, match="group_size must be at least 2, got 1; give rollouts="):
+        Groups().check(1)

@@ -9,6 +9,8 @@ the gradient, or the test would show nothing. The same chain gives the gradient 
 """
 
 import itertools
+from dataclasses import dataclass
+from typing import final
 
 import gymnasium as gym
 import numpy as np
@@ -16,11 +18,13 @@ import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DDPOSF, RLOO, DenoisingPolicy
+from agents import DDPOIS, DDPOSF, GRPO, KL, RLOO, AdamW, DenoisingPolicy, Groups, Rollouts
+from agents.advantages import Advantages
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import write_mixture
 from diffusion_gym.samplers import DDIM
 from diffusion_gym.transitions import transition
+from tests.gradients import applied_gradients
 
 NUM_STEPS, DIMENSIONS, LANES, ROLLOUTS = 3, 2, 1024, 60
 ALPHAS_CUMPROD = np.array([0.9, 0.6, 0.25, 0.02])
@@ -105,18 +109,12 @@ def exact_gradient(mixture, policy, kl_coefficient=0.0):
     return mean_and_error(gradients)
 
 
-def estimated_gradient(algorithm, monkeypatch):
+def estimated_gradient(algorithm):
     """Return the mean of −∇loss over rollouts of the untouched policy, and its standard error."""
-    gradients = []
-
-    def keep():
-        gradients.append(-take_gradient(algorithm.policy))
-        return torch.zeros(())
-
-    monkeypatch.setattr(algorithm, "optimizer_step", keep)
+    applied = applied_gradients(algorithm)
     algorithm.learn(ROLLOUTS * LANES * NUM_STEPS, log_interval=0)
-    assert len(gradients) == ROLLOUTS
-    return mean_and_error(gradients)
+    assert len(applied) == ROLLOUTS
+    return mean_and_error([-torch.cat([gradient.flatten() for gradient in gradients]) for gradients in applied])
 
 
 def largest_deviation(estimated, exact, factor):
@@ -127,8 +125,22 @@ def largest_deviation(estimated, exact, factor):
     return float(((mean - factor * true_mean).abs() / total).max())
 
 
-GROUPS = {"group_size": 4, "same_noise": False, "ratio": "trajectory"}
-DDPO = {"samples_per_epoch": None, "batch_size": None, "advantage_clip": None}
+@final
+@dataclass(frozen=True)
+class Raw(Advantages):
+    """The rewards themselves."""
+
+    def estimate(self, rewards, memory):
+        return rewards.values
+
+
+def groups(size=4, *, same_noise=False):
+    return Rollouts(group_size=size, same_noise=same_noise)
+
+
+UNTOUCHED = {"learning_rate": 0.0, "optimizer": AdamW(max_grad_norm=None), "seed": 0}
+TRAJECTORY = {**UNTOUCHED, "ratio": "trajectory", "rollouts": groups()}
+DDPO = {"rollouts": Rollouts(), "batch_size": None, "advantages": Raw()}
 WHOLE, PER_STEP, PER_STEP_AND_DIMENSION = 1.0, 1 / NUM_STEPS, 1 / (NUM_STEPS * DIMENSIONS)
 
 
@@ -138,36 +150,31 @@ WHOLE, PER_STEP, PER_STEP_AND_DIMENSION = 1.0, 1 / NUM_STEPS, 1 / (NUM_STEPS * D
         (DDPOSF, {**DDPO, "log_prob_reduction": "sum"}, PER_STEP),
         (DDPOSF, {**DDPO, "log_prob_reduction": "mean"}, PER_STEP_AND_DIMENSION),
         (DDPOIS, {**DDPO, "log_prob_reduction": "sum"}, PER_STEP),
-        (RLOO, GROUPS, WHOLE),
-        (RLOO, {**GROUPS, "same_noise": True}, WHOLE),
-        (RLOO, {**GROUPS, "baseline": "group_mean"}, 3 / 4),
-        (RLOO, {"group_size": 2, "same_noise": False, "ratio": "step", "log_prob_reduction": "sum"}, PER_STEP),
-        (RLOO, {"group_size": 1024, "same_noise": False, "ratio": "step"}, PER_STEP_AND_DIMENSION),
+        (RLOO, TRAJECTORY, WHOLE),
+        (RLOO, {**TRAJECTORY, "rollouts": groups(same_noise=True)}, WHOLE),
+        (RLOO, {**TRAJECTORY, "advantages": Groups("group_mean")}, 3 / 4),
+        (RLOO, {"rollouts": groups(2), "ratio": "step", "log_prob_reduction": "sum"}, PER_STEP),
+        (GRPO, {"rollouts": groups(1024), "advantages": Groups()}, PER_STEP_AND_DIMENSION),
     ],
 )
-def test_the_mean_gradient_is_the_exact_one_times_its_factor(
-    mixture, policy, env, estimator, arguments, factor, monkeypatch
-):
-    algorithm = estimator(policy, env, seed=0, **arguments)
-    if estimator is not RLOO:  # raw rewards
-        monkeypatch.setattr(algorithm, "_advantages", lambda rollout: rollout.returns)
+def test_the_mean_gradient_is_the_exact_one_times_its_factor(mixture, policy, env, estimator, arguments, factor):
+    algorithm = estimator(policy, env, **{**UNTOUCHED, **arguments})
     exact = exact_gradient(mixture, policy)
-    assert largest_deviation(estimated_gradient(algorithm, monkeypatch), exact, factor) < 4.5
+    assert largest_deviation(estimated_gradient(algorithm), exact, factor) < 4.5
 
 
 @pytest.mark.parametrize("broken", ["a baseline that knows the action", "the last step is not scored"])
 def test_broken_estimators_are_found_out(mixture, policy, env, broken, monkeypatch):
     """Each is right but for one thing, and would train."""
-    algorithm = RLOO(policy, env, seed=0, **GROUPS)
-    if broken == "a baseline that knows the action":
-        algorithm.baseline = "group_mean"
-    else:
+    knows = broken == "a baseline that knows the action"
+    algorithm = RLOO(policy, env, **TRAJECTORY, advantages=Groups("group_mean" if knows else "leave_one_out"))
+    if not knows:
         monkeypatch.setattr(policy, "scored", lambda info: np.asarray(info["next_timestep"]) > 0)
     exact = exact_gradient(mixture, policy)
-    assert largest_deviation(estimated_gradient(algorithm, monkeypatch), exact, WHOLE) > 6
+    assert largest_deviation(estimated_gradient(algorithm), exact, WHOLE) > 6
 
 
-def test_only_the_exact_kl_place_gives_the_gradient_of_the_penalised_objective(mixture, policy, env, monkeypatch):
+def test_only_the_exact_kl_place_gives_the_gradient_of_the_penalised_objective(mixture, policy, env):
     """For a policy that is farther from the reference in some states than in others: where an action leads counts."""
     for layer in (policy.denoiser.first, policy.denoiser.second):
         for parameter in layer.parameters():
@@ -175,9 +182,9 @@ def test_only_the_exact_kl_place_gives_the_gradient_of_the_penalised_objective(m
     policy.denoiser.last.bias.data.zero_()
     exact = exact_gradient(mixture, policy, kl_coefficient=0.5)
 
-    def deviation(kl_place):
-        algorithm = RLOO(policy, env, seed=0, kl_coefficient=0.5, kl_place=kl_place, **GROUPS)
-        return largest_deviation(estimated_gradient(algorithm, monkeypatch), exact, WHOLE)
+    def deviation(place):
+        algorithm = RLOO(policy, env, **TRAJECTORY, kl=KL(0.5, place=place))
+        return largest_deviation(estimated_gradient(algorithm), exact, WHOLE)
 
     assert deviation("exact") < 4.5
     assert deviation("loss") > 15

@@ -1,6 +1,9 @@
+"""A KL divergence that keeps a policy near a frozen one: where it enters the gradient, and how hard it pulls."""
+
 import itertools
 import json
-import re
+from dataclasses import dataclass
+from typing import final
 
 import gymnasium as gym
 import numpy as np
@@ -9,12 +12,46 @@ import torch
 from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DDPOSF, RLOO, ContextFreeSchedule, DenoisingPolicy, collect
-from agents.kl import adapted_coefficient, later_kl, later_kl_advantages
+from agents import (
+    DDPOIS,
+    DDPOSF,
+    DPOK,
+    GRPO,
+    KL,
+    RLOO,
+    AdamW,
+    Batch,
+    ContextFreeSchedule,
+    DenoisingPolicy,
+    Full,
+    LoRA,
+    Rollouts,
+    collect,
+)
+from agents.advantages import Advantages, group_advantages
+from agents.kl import KLPenalty, RememberedReference, adapted_coefficient, later_kl, later_kl_advantages
 from diffusion_gym.models import load_model
-from tests.gradients import assert_gradients_close
+from tests.agents.learners import MAX_STEPS, pairs, trained
+from tests.agents.learners import learner_on as rloo_on
+from tests.gradients import applied_gradients, assert_gradients_close
+from tests.tiny import make_tiny_stable_diffusion
 
-SGD_LIKE = {"adam_epsilon": 1e-6, "max_grad_norm": None}
+SGD_LIKE = AdamW(weight_decay=0.0, epsilon=1e-6, max_grad_norm=None)
+UNCLIPPED = AdamW(weight_decay=0.0, max_grad_norm=None)
+
+
+@final
+@dataclass(frozen=True)
+class Raw(Advantages):
+    """The rewards themselves."""
+
+    def estimate(self, rewards, memory):
+        return rewards.values
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +72,18 @@ def times_env(model):
     )
 
 
-def learner_on(model, kind="full", algorithm=RLOO, **arguments):
+def learner_on(model, kind="full", algorithm=RLOO, *, micro_batch_size=None, **arguments):
     """Return a learner with a KL penalty, on the latents (full or LoRA) or on the times."""
     if kind in ("full", "lora"):
         env = latents_env(model)
-        policy = DenoisingPolicy(model, use_lora=kind == "lora", seed=0)
+        policy = DenoisingPolicy(model, adaptation=LoRA() if kind == "lora" else Full(), seed=0)
     else:
         env = times_env(model)
         policy = ContextFreeSchedule([0.4] * 6, seed=0)
-    own = {"group_size": 4} if algorithm is RLOO else {"samples_per_epoch": 8, "per_prompt_buffer_size": None}
-    return algorithm(policy, env, **{"kl_coefficient": 0.1, "learning_rate": 3e-3, "seed": 3, **own, **arguments})
+    rollouts = Rollouts(samples=8, group_size=4, same_noise=algorithm is RLOO, micro_batch_size=micro_batch_size)
+    own = {} if algorithm in (RLOO, GRPO, DPOK) else {"batch_size": 8, "advantages": Batch()}
+    defaults = {"kl": KL(0.1), "learning_rate": 3e-3, "seed": 3, "rollouts": rollouts}
+    return algorithm(policy, env, **{**defaults, **own, **arguments})
 
 
 def logged(learner, folder, rollouts):
@@ -60,7 +99,6 @@ def weights(learner):
     return [parameter.detach().clone() for parameter in learner.policy.parameters()]
 
 
-# ---------------------------------------------------------------------- pure functions
 def test_later_kl_is_what_comes_after_each_step():
     kl = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     for step, episode in itertools.product(range(5), range(3)):
@@ -86,70 +124,80 @@ def test_adaptive_coefficient_is_zieglers():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"kl_coefficient": -0.1}, r"kl_coefficient must be a finite number in \[0, inf\), got -0.1"),
-        ({"kl_place": "both"}, "kl_place must be one of .*got 'both'"),
-        ({"kl_horizon": 0.5}, r"kl_horizon must be a finite number in \[1, inf\), got 0.5"),
-        ({"target_kl": 0.0}, "target_kl must be a finite number"),
-        ({"target_kl": 1.0, "kl_coefficient": 0.0}, "has to start above 0; got 1.0 and 0.0"),
-        ({"stop_kl": 0.0}, r"stop_kl must be a finite number in \(0, inf\), got 0.0"),
-        ({"sde_window": 0}, "at least 1 step and fit into sde_window_range, within the 4 steps"),
-        ({"sde_window_range": (0, 2)}, r"sde_window_range needs sde_window, .* got \(0, 2\) and None"),
-        ({"kl_coefficient": 0.0, "reference": ContextFreeSchedule([0.5])}, "needs a kl_coefficient above 0, got 0.0"),
-        ({"sde_window": 2, "sde_window_range": (3, 4)}, r"got 2 and \(3, 4\)"),
-        ({"sde_window": 2, "sde_window_range": (2, 5)}, r"got 2 and \(2, 5\)"),
+        ({"coefficient": -0.1}, ValueError, r"coefficient must be a finite number in \(0, inf\), got -0.1"),
+        ({"coefficient": 0.0}, ValueError, r"coefficient must be a finite number in \(0, inf\), got 0.0"),
+        ({"place": "both"}, ValueError, "place must be one of .*got 'both'"),
+        ({"target": 1.0, "horizon": 0.5}, ValueError, r"horizon must be a finite number in \[1, inf\), got 0.5"),
+        ({"target": 0.0}, ValueError, "target must be a finite number"),
+        ({"horizon": 3.0}, ValueError, "horizon=3.0 has no effect: it needs target"),
+        ({"reference": "frozen"}, TypeError, "reference must be a Policy, .* got 'frozen'"),
     ],
 )
-def test_wrong_arguments_are_named(mixture, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        learner_on(mixture, **arguments)
-
-
-@pytest.mark.parametrize(("size", "within"), [(2.5, None), (2, 3), (2, (0, 2.5)), (1, (0, 1, 2)), ("2", None)])
-def test_a_window_is_counted_in_steps(mixture, size, within):
-    with pytest.raises(TypeError, match=re.escape(f"got {size} and {within}")):
-        learner_on(mixture, sde_window=size, sde_window_range=within)
+def test_wrong_values_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        KL(**{"coefficient": 0.1, **arguments})
 
 
 def test_a_reference_is_another_policy(mixture):
     policy = DenoisingPolicy(mixture)
     with pytest.raises(ValueError, match="must not share what is trained"):
-        RLOO(policy, latents_env(mixture), kl_coefficient=0.1, reference=policy)
-    with pytest.raises(TypeError, match="reference must be a Policy"):
-        RLOO(policy, latents_env(mixture), kl_coefficient=0.1, reference="frozen")
-    with pytest.raises(ValueError, match="sde_window needs a DenoisingPolicy in DenoisingMDP-v0, got ContextFree"):
-        learner_on(mixture, "times", sde_window=2)
+        RLOO(policy, latents_env(mixture), kl=KL(0.1, reference=policy))
 
 
-# ---------------------------------------------------------------------- the reference
+def test_a_reference_fits_the_environment(mixture):
+    with pytest.raises(ValueError, match="ContextFreeSchedule does not fit the environment"):
+        RLOO(DenoisingPolicy(mixture), latents_env(mixture), kl=KL(0.1, reference=ContextFreeSchedule([0.5])))
+
+
+def test_a_run_with_a_reference_is_given_it_again(mixture, tmp_path):
+    reference = ContextFreeSchedule([0.6] * 6)
+    learner = learner_on(mixture, "times", kl=KL(0.1, reference=reference))
+    learner.save(tmp_path / "run")
+    assert not (tmp_path / "run" / "reference").exists()
+    with pytest.raises(ValueError, match="given to it: give it again, reference="):
+        RLOO.load(tmp_path / "run", learner.env)
+    assert RLOO.load(tmp_path / "run", learner.env, reference=reference).penalty.reference is reference
+    learner_on(mixture, "times", kl=None).save(tmp_path / "free")
+    with pytest.raises(ValueError, match="has no KL divergence: reference= has no effect"):
+        RLOO.load(tmp_path / "free", learner.env, reference=reference)
+
+
+def test_a_coefficient_without_a_target_stays():
+    penalty = KLPenalty(ContextFreeSchedule([0.5]), KL(0.1))
+    penalty.adapt(50.0)
+    assert penalty.coefficient == 0.1
+    penalty = KLPenalty(ContextFreeSchedule([0.5]), KL(0.1, target=0.5))
+    penalty.adapt(float("nan"))
+    assert penalty.coefficient == 0.1
+    penalty.adapt(50.0)
+    assert penalty.coefficient == pytest.approx(0.1 * 1.02)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "times"])
 def test_the_untrained_policy_is_the_reference_if_none_is_given(mixture, kind, tmp_path):
     learner = learner_on(mixture, kind)
-    before = [parameter.clone() for parameter in learner.kl.reference.parameters()]
+    before = [parameter.clone() for parameter in learner.penalty.reference.parameters()]
     lines = logged(learner, tmp_path, 3)
     assert abs(lines[0]["train/kl"]) < 1e-6 < 1e-5 < lines[2]["train/kl"]
-    for one, other in zip(before, learner.kl.reference.parameters(), strict=True):
+    for one, other in zip(before, learner.penalty.reference.parameters(), strict=True):
         assert torch.equal(one, other)
         assert not other.requires_grad
 
 
-@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
-def test_the_reference_of_a_denoiser_costs_no_memory(mixture, use_lora):
-    policy = DenoisingPolicy(mixture, use_lora=use_lora, seed=0)
+@pytest.mark.parametrize("adaptation", [Full(), LoRA()])
+def test_the_reference_of_a_denoiser_costs_no_memory(mixture, adaptation):
+    policy = DenoisingPolicy(mixture, adaptation=adaptation, seed=0)
     owned = {id(parameter) for parameter in mixture.denoiser.parameters()}
     assert {id(parameter) for parameter in policy.reference().parameters()} == owned
 
 
-@pytest.mark.parametrize(
-    ("dtype", "mixed_precision", "use_lora"),
-    [("float32", "bf16", False), ("float32", "bf16", True), ("bfloat16", "no", False), ("bfloat16", "no", True)],
-)
-def test_the_reference_computes_as_the_policy_does(tmp_path, dtype, mixed_precision, use_lora):
-    from tests.tiny import make_tiny_stable_diffusion
-
+@pytest.mark.parametrize("adaptation", [Full(), LoRA()])
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "bf16"), ("bfloat16", None)])
+def test_the_reference_computes_as_the_policy_does(tmp_path, dtype, precision, adaptation):
     model = load_model(make_tiny_stable_diffusion(tmp_path / "model"), dtype=dtype)
-    policy = DenoisingPolicy(model, mixed_precision=mixed_precision, use_lora=use_lora, seed=0)
+    policy = DenoisingPolicy(model, precision=precision, adaptation=adaptation, seed=0)
     env = latents_env(model, num_envs=2, reward="brightness", dtype=dtype)
     observation, _ = env.reset(seed=0)
     ours, theirs = policy.distribution(observation), policy.reference().distribution(observation)
@@ -159,7 +207,8 @@ def test_the_reference_computes_as_the_policy_does(tmp_path, dtype, mixed_precis
 @pytest.mark.parametrize("place", ["exact", "loss", "reward"])
 @pytest.mark.parametrize("kind", ["full", "lora", "times"])
 def test_a_loaded_run_has_the_first_reference_and_the_adapted_coefficient(mixture, kind, place, tmp_path):
-    arguments = {"kl_place": place, "target_kl": 0.01, "kl_horizon": 1.0, "n_epochs": 2, "batch_size": 4, **SGD_LIKE}
+    pull = KL(0.1, place=place, target=0.01, horizon=1.0)
+    arguments = {"kl": pull, "n_epochs": 2, "batch_size": 4, "optimizer": SGD_LIKE}
     whole, first = (learner_on(mixture, kind, **arguments) for _ in range(2))
     for rollout in range(4):
         whole.learn(1, log_interval=0, reset_num_timesteps=rollout == 0)
@@ -167,32 +216,31 @@ def test_a_loaded_run_has_the_first_reference_and_the_adapted_coefficient(mixtur
             first.learn(1, log_interval=0, reset_num_timesteps=rollout == 0)
     first.save(tmp_path / "run")
     again = RLOO.load(tmp_path / "run", first.env)
-    for one, other in zip(first.kl.reference.parameters(), again.kl.reference.parameters(), strict=True):
+    for one, other in zip(first.penalty.reference.parameters(), again.penalty.reference.parameters(), strict=True):
         assert torch.equal(one, other)
     for _ in range(2):
         again.learn(1, log_interval=0, reset_num_timesteps=False)
-    assert again.kl.coefficient == whole.kl.coefficient != 0.1
+    assert again.penalty.coefficient == whole.penalty.coefficient != 0.1
     for one, other in zip(weights(whole), weights(again), strict=True):
         assert torch.equal(one, other)
 
 
-# ---------------------------------------------------------------------- gradients and control
 @pytest.mark.parametrize("kind", ["full", "times"])
 @pytest.mark.parametrize(
     ("place", "n_epochs", "passes"),
     [("exact", 1, 1), ("exact", 3, 1), ("loss", 1, 1), ("loss", 3, 1), ("reward", 3, 1)],
 )
-@pytest.mark.parametrize("algorithm", [RLOO, DDPOIS])
+@pytest.mark.parametrize("algorithm", [RLOO, DDPOIS, GRPO])
 def test_the_reference_is_asked_once_for_each_transition(
     mixture, monkeypatch, algorithm, kind, place, n_epochs, passes
 ):
-    arguments = {"kl_place": place, "n_epochs": n_epochs, "batch_size": 4, "micro_batch_size": 5}
+    arguments = {"kl": KL(0.1, place=place), "n_epochs": n_epochs, "batch_size": 4, "micro_batch_size": 5}
     learner = learner_on(mixture, kind, algorithm, **arguments)
     asked, scored = [], []
     distribution, train = type(learner.policy).distribution, learner.train
 
     def count(policy, observation):
-        if policy is learner.kl.reference:
+        if policy is learner.penalty.reference:
             asked.append(len(observation["timestep"]))
         return distribution(policy, observation)
 
@@ -203,41 +251,26 @@ def test_the_reference_is_asked_once_for_each_transition(
 
 
 @pytest.mark.parametrize("kind", ["full", "times"])
-@pytest.mark.parametrize("place", ["exact", "loss"])
-def test_what_is_remembered_of_the_reference_is_what_it_says(mixture, monkeypatch, place, kind):
-    """Weights after two rollouts of two passes, with the memory and without it."""
-    after = []
-    for forget in (False, True):
-        learner = learner_on(mixture, kind, kl_place=place, n_epochs=2, batch_size=4, kl_coefficient=5.0)
-        if forget:
-            monkeypatch.setattr(learner.kl, "remembered", lambda *_, **__: None)
-        learner.learn(1, log_interval=0)
-        learner.learn(1, log_interval=0, reset_num_timesteps=False)
-        after.append(torch.cat([parameter.flatten() for parameter in weights(learner)]))
-    torch.testing.assert_close(*after, rtol=1e-4, atol=1e-5)
-
-
-def test_a_policy_that_is_trained_without_guidance_has_two_references(mixture):
-    """With train_cfg=False the divergence in the loss is between unguided predictions, the one measured guided."""
-    learner = RLOO(
-        DenoisingPolicy(mixture, train_cfg=False, guidance_scale=2.0, seed=0),
-        latents_env(mixture),
-        kl_coefficient=0.1,
-        kl_place="exact",
-    )
-    rollout = collect(learner.env, learner.policy, seeds=[1])
-    assert learner.kl.remembered(learner.policy, rollout, passes=2, micro_batch_size=8) is None
+@pytest.mark.parametrize("place", ["exact", "loss", "reward"])
+def test_what_is_remembered_of_the_reference_is_what_it_says(mixture, place, kind):
+    learner = learner_on(mixture, kind, kl=KL(0.1, place=place))
+    rollout = collect(learner.env, learner.policy, seeds=[1], reduction=learner.reduction)
+    remembered = RememberedReference(learner.penalty.reference, rollout, 5)
+    steps, lanes = (torch.from_numpy(index) for index in np.nonzero(rollout.scored))
+    observation = rollout.observation(steps, lanes)
+    distribution = learner.policy.distribution(observation)
+    found = learner.penalty.divergence(distribution, observation, remembered.at(steps, lanes))
+    torch.testing.assert_close(found, learner.penalty.divergence(distribution, observation), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("place", ["exact", "loss", "reward"])
-@pytest.mark.parametrize("algorithm", [DDPOSF, DDPOIS])
-def test_the_penalty_of_ddpo_is_in_nats_whatever_the_reduction(mixture, monkeypatch, algorithm, place, reduction):
+@pytest.mark.parametrize("algorithm", [DDPOSF, DDPOIS, GRPO])
+def test_the_penalty_is_in_nats_whatever_the_reduction(mixture, algorithm, place, reduction):
     """Against one backward pass through everything; away from the reference, where the KL has a gradient."""
-    arguments = {"advantage_clip": None, "log_prob_reduction": reduction, "batch_size": 8, "micro_batch_size": 5}
-    learner = learner_on(mixture, algorithm=algorithm, kl_place=place, **arguments)
+    arguments = {"advantages": Raw(), "log_prob_reduction": reduction, "batch_size": 8, "micro_batch_size": 5}
+    learner = learner_on(mixture, algorithm=algorithm, kl=KL(0.1, place=place), optimizer=UNCLIPPED, **arguments)
     learner.policy.denoiser.last.weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(learner, "_advantages", lambda rollout: rollout.returns)
     rollout = collect(learner.env, learner.policy, seeds=[1], reduction=reduction)
     k, b = (torch.from_numpy(index) for index in np.nonzero(rollout.scored))
     observation = rollout.observation(k, b)
@@ -254,95 +287,50 @@ def test_the_penalty_of_ddpo_is_in_nats_whatever_the_reduction(mixture, monkeypa
     loss = -(advantages[k, b] * distribution.log_prob(rollout.action(k, b), reduction)).sum()
     if place != "reward":
         loss = loss + 0.1 * kl.sum() / (2 if reduction == "mean" else 1)
-    trained = list(learner.policy.parameters())
-    expected = torch.autograd.grad(loss / len(k), trained)
-    found = []
-    step = learner.optimizer_step
-    monkeypatch.setattr(learner, "optimizer_step", lambda: found.extend(p.grad.clone() for p in trained) or step())
+    expected = torch.autograd.grad(loss / len(k), trained(learner))
+    applied = applied_gradients(learner)
     metrics = learner.train(rollout)
+    (found,) = applied
     assert_gradients_close(found, expected)
     assert float(metrics["kl"]) == pytest.approx(float(kl.detach().sum(0).mean()), rel=1e-3)
 
 
-def test_a_rollout_is_left_once_the_policy_is_too_far_from_the_one_that_sampled(mixture, tmp_path):
-    arguments = {
-        "n_epochs": 3,
-        "batch_size": 4,
-        "learning_rate": 0.03,
-        "log_prob_reduction": "sum",
-        "clip_range": 100.0,
-    }
-    (line,) = logged(learner_on(mixture, stop_kl=1e-3, **arguments), tmp_path / "stopped", 1)
-    assert 0 < line["train/n_updates"] < 6
-    assert line["train/early_stopped"] == 6 - line["train/n_updates"]
-    assert line["train/approx_kl"] > 0
-    learner = learner_on(mixture, stop_kl=1e9, **arguments)
-    (line,) = logged(learner, tmp_path / "whole", 1)
-    assert (line["train/n_updates"], line["train/early_stopped"]) == (6, 0)
-    assert {parameter.grad for parameter in learner.policy.parameters()} == {None}
-
-
-def test_an_update_that_is_dropped_changes_nothing(mixture):
-    learner = learner_on(mixture, stop_kl=1e-12, batch_size=4)
-    rollout = collect(learner.env, learner.policy, seeds=[1])
-    learner.policy.denoiser.last.bias.data += 0.1
-    before = weights(learner)
+@pytest.mark.parametrize("place", ["exact", "loss", "reward"])
+def test_the_penalty_of_times_is_in_closed_form(tiny, place):
+    """Of whole trajectories, against torch's KL divergence of Beta distributions."""
+    reference = ContextFreeSchedule([0.6] * MAX_STEPS, initial_concentration=20)
+    pull = KL(0.3, place=place, reference=reference)
+    learner = rloo_on(tiny, "times", kl=pull, rollouts=pairs(micro_batch_size=3), optimizer=UNCLIPPED)
+    rollout = collect(learner.env, learner.policy, seeds=[[5, 5, 9, 9]], reduction="sum")
+    steps, lanes = (torch.from_numpy(index) for index in np.nonzero(rollout.scored))
+    observation = rollout.observation(steps, lanes)
+    distribution = learner.policy.distribution(observation)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Beta(distribution.alpha, distribution.beta),
+        torch.distributions.Beta(torch.tensor(18 * 0.6 + 1), torch.tensor(18 * 0.4 + 1)),
+    )
+    log_prob = distribution.log_prob(rollout.action(steps, lanes))
+    returns = rollout.returns
+    if place == "reward":
+        returns = returns - 0.3 * torch.zeros(4).index_add(0, lanes, kl.detach())
+    advantages = group_advantages(returns.reshape(2, 2)).flatten()
+    weights = advantages[lanes]
+    if place == "exact":
+        later = torch.tensor(
+            [
+                float(kl[(lanes == lane) & (steps > step)].detach().sum())
+                for step, lane in zip(steps, lanes, strict=True)
+            ]
+        )
+        table = torch.zeros(rollout.num_steps, 4).index_put((steps, lanes), later)
+        others = (table.sum(1, keepdim=True) - table) / 3
+        weights = weights - 0.3 * (table - others)[steps, lanes]
+    loss = -(weights * log_prob).sum() / 4
+    if place != "reward":
+        loss = loss + 0.3 * kl.sum() / 4
+    expected = torch.autograd.grad(loss, trained(learner))
+    applied = applied_gradients(learner)
     metrics = learner.train(rollout)
-    assert (learner.num_updates, float(metrics["early_stopped"])) == (0, 2)
-    for one, other in zip(before, learner.policy.parameters(), strict=True):
-        assert torch.equal(one, other)
-        assert other.grad is None
-
-
-# ---------------------------------------------------------------------- the stochastic window
-def test_a_window_of_steps_is_stochastic_and_learnt_from(mixture, monkeypatch):
-    learner = learner_on(mixture, kl_coefficient=0.0, sde_window=2, sde_window_range=(0, 4), learning_rate=0.0)
-    deterministic = DenoisingPolicy(mixture, eta=0.0)
-    rollouts = []
-    train = learner.train
-    monkeypatch.setattr(learner, "train", lambda rollout: rollouts.append(rollout) or train(rollout))
-    learner.learn(12 * 8 * 4, log_interval=0)
-    windows = set()
-    for rollout in rollouts:
-        assert (rollout.scored == rollout.scored[:, :1]).all()
-        windows.add(tuple(np.flatnonzero(rollout.scored[:, 0])))
-        steps, lanes = (torch.from_numpy(index.ravel()) for index in np.indices(rollout.scored.shape))
-        straight = deterministic.act(rollout.observation(steps, lanes))
-        away = (rollout.action(steps, lanes) - straight).flatten(1).norm(dim=1)
-        assert ((away > 1e-5).numpy() == rollout.scored.ravel()).all()
-    assert windows == {(0, 1), (1, 2), (2,)}  # the fourth step goes to the clean end
-
-
-def test_a_window_needs_a_density(mixture):
-    with pytest.raises(
-        ValueError, match=r"\(0, 4\) allows a window of 1 steps without a density: steps \[3\] have none"
-    ):
-        learner_on(mixture, sde_window=1, sde_window_range=(0, 4))
-
-
-def test_the_ratio_is_one_within_a_window(mixture, tmp_path):
-    (line,) = logged(learner_on(mixture, sde_window=2, kl_place="exact"), tmp_path, 1)
-    assert line["train/approx_kl"] == pytest.approx(0, abs=1e-9)
-    assert line["train/kl"] == pytest.approx(0, abs=1e-6)
-
-
-def test_a_share_of_the_steps_is_taken_of_those_that_have_a_density(mixture):
-    learner = learner_on(mixture, algorithm=DDPOSF, timestep_fraction=0.25, batch_size=2, log_prob_reduction="sum")
-    learner.learn(12 * 8 * 4, log_interval=0)  # where it took the last step alone, it raised
-    assert learner.num_updates == 48
-
-
-def test_the_share_of_the_steps_is_that_of_the_window(mixture):
-    learner = learner_on(mixture, sde_window=2, timestep_fraction=0.5)
-    scored = np.zeros((4, 8), dtype=bool)
-    scored[1:3] = True
-    steps, lanes = learner._transitions(scored, np.arange(8), np.random.default_rng(0))
-    assert sorted(lanes) == list(range(8))
-    assert set(steps) == {1, 2}
-
-
-def test_rloo_learns_from_a_share_of_the_steps(mixture):
-    learner = learner_on(mixture, timestep_fraction=0.5)
-    steps, lanes = learner._transitions(np.ones((10, 8), dtype=bool), np.arange(8), np.random.default_rng(0))
-    for lane in range(8):
-        assert len(set(steps[lanes == lane].tolist())) == 5
+    (found,) = applied
+    assert_gradients_close(found, expected)
+    assert float(metrics["kl"]) == pytest.approx(float(kl.detach().sum() / 4), rel=1e-4)

@@ -16,7 +16,7 @@ import torch
 from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
-from agents import RLOO, DenoisingPolicy, collect
+from agents import KL, RLOO, AdamW, DenoisingPolicy, Rollouts, collect
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import write_mixture
 from diffusion_gym.samplers import DDIM
@@ -44,9 +44,10 @@ def learner_on(model, num_envs, num_steps, **arguments):
         num_steps=num_steps,
         autoreset_mode="DISABLED",
     )
-    fixed = {"group_size": num_envs, "same_noise": False, "log_prob_reduction": "sum", "clip_range": 0.2}
-    sizes = {"micro_batch_size": num_envs * num_steps, "max_grad_norm": None, "seed": 0}
-    return RLOO(DenoisingPolicy(model, seed=0), env, **fixed, **sizes, **arguments)
+    rollouts = Rollouts(group_size=num_envs, micro_batch_size=num_envs * num_steps)
+    optimizer = AdamW(weight_decay=0.0, max_grad_norm=None)
+    fixed = {"log_prob_reduction": "sum", "clip_range": 0.2, "seed": 0}
+    return RLOO(DenoisingPolicy(model, seed=0), env, rollouts=rollouts, optimizer=optimizer, **fixed, **arguments)
 
 
 def variance_of_the_sampler(model, num_steps):
@@ -80,7 +81,7 @@ def test_training_reaches_the_tilt_of_the_samplers_own_law(gaussian, beta):
     """
     variance, _ = variance_of_the_sampler(gaussian, 20)
     learner = learner_on(
-        gaussian, 512, 20, kl_coefficient=beta, kl_place="exact", learning_rate=lambda remaining: 0.015 * remaining
+        gaussian, 512, 20, kl=KL(beta, place="exact"), learning_rate=lambda remaining: 0.015 * remaining
     )
     learner.learn(100 * 512 * 20, log_interval=0)
     x = collect(learner.env, learner.policy, seeds=range(40), generators=torch.Generator().manual_seed(0)).returns
@@ -97,9 +98,8 @@ def test_training_reaches_the_tilt_of_the_samplers_own_law(gaussian, beta):
 
 def test_the_adaptive_coefficient_holds_the_target(gaussian, tmp_path):
     """It starts too low: with β = 0.1 the optimum is 7 nats away."""
-    learner = learner_on(
-        gaussian, 128, 5, kl_coefficient=0.1, kl_place="exact", target_kl=0.5, kl_horizon=10.0, learning_rate=0.01
-    )
+    pull = KL(0.1, place="exact", target=0.5, horizon=10.0)
+    learner = learner_on(gaussian, 128, 5, kl=pull, learning_rate=0.01)
     learner.set_logger(configure(str(tmp_path), ["json"]))
     learner.learn(100 * 128 * 5)
     learner.logger.close()

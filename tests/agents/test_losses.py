@@ -4,9 +4,11 @@ import torch
 from agents.losses import (
     approximate_kl,
     bounded_ratio,
+    clipped_surrogate,
     clipped_surrogate_coefficients,
     clipped_surrogate_loss,
     score_function_loss,
+    score_function_surrogate,
 )
 
 
@@ -44,6 +46,27 @@ def test_both_losses_have_the_policy_gradient_where_nothing_has_changed_yet():
         gradients.append(variable.grad)
     torch.testing.assert_close(gradients[0], -advantages)
     torch.testing.assert_close(gradients[1], -advantages)
+
+
+@pytest.mark.parametrize("clip_range", [1e-3, 0.2, None])
+def test_a_surrogates_coefficient_is_the_derivative_of_its_loss(clip_range):
+    """By autograd, away from the edges of the clip and from advantages of 0, where there is none; None: no clip."""
+    log_prob, old, advantages = vectors(size=2000)
+    variable = log_prob.clone().requires_grad_()
+    if clip_range is None:
+        surrogate, loss = score_function_surrogate(log_prob, advantages), score_function_loss(variable, advantages)
+    else:
+        edges = torch.tensor([1 - clip_range, 1 + clip_range], dtype=torch.float64)
+        assert ((log_prob - old).exp()[:, None] - edges).abs().min() > 1e-9
+        assert advantages.abs().min() > 1e-9
+        surrogate = clipped_surrogate(log_prob, old, advantages, clip_range=clip_range)
+        loss = clipped_surrogate_loss(variable, old, advantages, clip_range=clip_range)
+        assert 0.1 < (surrogate.coefficient == 0).double().mean() < 0.9
+        outside = ((log_prob - old).exp() - 1).abs() > clip_range
+        assert torch.equal(surrogate.metrics["clip_fraction"], outside.float())
+    (derivative,) = torch.autograd.grad(loss.sum(), variable)
+    assert torch.equal(surrogate.loss, loss.detach())
+    torch.testing.assert_close(surrogate.coefficient, derivative, rtol=1e-12, atol=1e-12)
 
 
 def test_clipping_stops_the_gradient_on_the_profitable_side_only():

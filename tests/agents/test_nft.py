@@ -1,3 +1,5 @@
+"""DiffusionNFT: its loss, what is good, and the policy that draws."""
+
 from dataclasses import replace
 
 import gymnasium as gym
@@ -6,9 +8,22 @@ import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import ContextFreeSchedule, DenoisingPolicy, DiffusionNFT, Replay, collect, evaluate
+from agents import (
+    DenoisingPolicy,
+    DiffusionNFT,
+    Full,
+    Groups,
+    LoRA,
+    Noising,
+    PerPrompt,
+    PromptMeans,
+    Replay,
+    collect,
+    evaluate,
+)
 from agents.nft import negative_aware_loss
 from diffusion_gym.models import load_model
+from diffusion_gym.samplers import DDIM
 from tests.tiny import make_tiny_stable_diffusion
 
 
@@ -66,19 +81,19 @@ def test_good_is_what_is_better_than_its_prompts_mean(mixture):
     replay = replace(replay, rewards=rewards, prompts=prompts)
     away = torch.tensor([-1.5, -0.5, 0.5, 1.5, -5, 5, -5, 5]) / (rewards.std(correction=0) + 1e-4)
     for _ in range(2):
-        torch.testing.assert_close(learner.optimality(replay), (away / 2 + 0.5).clamp(0, 1))
-    assert torch.equal(learner.optimality(replace(replay, rewards=21.3 + 1e-6 * away)), torch.full((8,), 0.5))
+        torch.testing.assert_close(learner.weights_of(replay), (away / 2 + 0.5).clamp(0, 1))
+    assert torch.equal(learner.weights_of(replace(replay, rewards=21.3 + 1e-6 * away)), torch.full((8,), 0.5))
     with pytest.warns(UserWarning, match="nothing is learnt from it"):
-        learner.optimality(replace(replay, prompts=np.arange(8)))
+        learner.weights_of(replace(replay, prompts=np.arange(8)))
 
 
 def test_with_a_buffer_prompts_are_compared_with_their_past(mixture):
-    learner = DiffusionNFT(DenoisingPolicy(mixture, seed=0), make_env(mixture), per_prompt_buffer_size=8, seed=0)
+    learner = DiffusionNFT(DenoisingPolicy(mixture, seed=0), make_env(mixture), advantages=PerPrompt(8), seed=0)
     replay = Replay.from_rollout(collect(learner.env, learner.policy, seeds=[0]))
     ones = replace(replay, rewards=torch.ones(8), prompts=np.zeros(8, dtype=np.int64))
-    assert (learner.optimality(ones) == 0.5).all()
-    assert (learner.optimality(replace(ones, rewards=torch.arange(8.0)))[:4] < 0.5).all()
-    assert list(learner.per_prompt_stats.state_dict()) == ["anything"]
+    assert (learner.weights_of(ones) == 0.5).all()
+    assert (learner.weights_of(replace(ones, rewards=torch.arange(8.0)))[:4] < 0.5).all()
+    assert list(learner.state()["advantages"]) == ["anything"]
 
 
 @pytest.mark.parametrize(("kl_coefficient", "passes"), [(0.0, 2), (1e-4, 3)])
@@ -87,7 +102,7 @@ def test_the_reference_is_asked_only_for_a_pull_to_it(mixture, monkeypatch, kl_c
     learner = DiffusionNFT(policy, make_env(mixture), kl_coefficient=kl_coefficient, seed=0)
     asked, predict = [], DenoisingPolicy.predict_noised
     monkeypatch.setattr(
-        DenoisingPolicy, "predict_noised", lambda own, *inputs: asked.append(own) or predict(own, *inputs)
+        DenoisingPolicy, "predict_noised", lambda own, *inputs, **how: asked.append(own) or predict(own, *inputs, **how)
     )
     learner.learn(1, log_interval=0)
     assert len(asked) == passes
@@ -97,14 +112,14 @@ def test_an_untrained_policy_is_where_its_reference_is_in_bf16_too(tmp_path):
     """The reference computes as the policy does, its attention too, which is another one in bf16 on a CPU."""
     model = load_model(make_tiny_stable_diffusion(tmp_path / "model"))
     env = make_env(model, 4, prompts=["a cat"])
-    policy = DenoisingPolicy(model, mixed_precision="bf16", eta=0.0, seed=0)
+    policy = DenoisingPolicy(model, precision="bf16", sampler=DDIM(0.0), seed=0)
     learner = DiffusionNFT(policy, env, kl_coefficient=0.1, seed=0)
     assert float(learner.train(collect(env, policy, seeds=[0]))["kl"]) == 0
 
 
 def test_the_policy_that_draws_follows_the_one_that_learns(mixture):
     env = make_env(mixture)
-    policy = DenoisingPolicy(mixture, eta=0.0, seed=0)
+    policy = DenoisingPolicy(mixture, sampler=DDIM(eta=0.0), seed=0)
     learner = DiffusionNFT(policy, env, learning_rate=0.01, seed=0)
     assert learner.behaviour.model is mixture
     before = learner.behaviour.denoiser.last.bias.clone()
@@ -122,7 +137,7 @@ def test_it_moves_the_mixture_toward_the_reward(mixture):
     env = make_env(
         mixture, 512, num_steps=10, reward=lambda images, *_: mixture.positions(images)[:, 0], prompts=["anything"]
     )
-    policy = DenoisingPolicy(mixture, eta=0.0, seed=0)
+    policy = DenoisingPolicy(mixture, sampler=DDIM(eta=0.0), seed=0)
     held_out = {"seeds": range(512), "prompts": ["anything"] * 512}
     before = evaluate(env, policy, **held_out)
     learner = DiffusionNFT(policy, env, learning_rate=3e-3, n_epochs=8, advantage_clip=1.0, seed=0)
@@ -132,20 +147,21 @@ def test_it_moves_the_mixture_toward_the_reward(mixture):
     assert gain > 0.8
 
 
-@pytest.mark.parametrize("use_lora", [False, True])
-def test_an_interrupted_run_goes_on_bit_for_bit(mixture, tmp_path, use_lora):
+@pytest.mark.parametrize("advantages", [PromptMeans(), PerPrompt(16, 2)])
+@pytest.mark.parametrize("adaptation", [Full(), LoRA()])
+def test_an_interrupted_run_goes_on_bit_for_bit(mixture, tmp_path, adaptation, advantages):
     def make():
-        policy = DenoisingPolicy(mixture, use_lora=use_lora, seed=0)
-        how = {"noise_draws": 2, "time_range": (0.5, 1.0), "common_noise": True}
-        return DiffusionNFT(policy, make_env(mixture), learning_rate=1e-2, batch_size=4, seed=3, **how)
+        policy = DenoisingPolicy(mixture, adaptation=adaptation, seed=0)
+        parts = {"noising": Noising(draws=2, time_range=(0.5, 1.0), common=True), "advantages": advantages}
+        return DiffusionNFT(policy, make_env(mixture), learning_rate=1e-2, batch_size=4, seed=3, **parts)
 
     whole = make()
-    whole.learn(4 * 24)
+    whole.learn(4 * 24, log_interval=0)
     half = make()
-    half.learn(2 * 24)
+    half.learn(2 * 24, log_interval=0)
     half.save(tmp_path / "run")
     again = DiffusionNFT.load(tmp_path / "run", make_env(mixture))
-    again.learn(2 * 24, reset_num_timesteps=False)
+    again.learn(2 * 24, log_interval=0, reset_num_timesteps=False)
     for ours, theirs in ((whole.policy, again.policy), (whole.behaviour, again.behaviour)):
         for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(one, other)
@@ -160,9 +176,15 @@ def test_wrong_arguments_are_named(mixture, arguments):
         DiffusionNFT(DenoisingPolicy(mixture), make_env(mixture), **arguments)
 
 
-def test_policies_and_environments_of_times_are_refused(mixture):
-    times = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model=mixture, autoreset_mode="DISABLED")
-    with pytest.raises(ValueError, match="the images of DenoisingMDP-v0"):
-        DiffusionNFT(DenoisingPolicy(mixture), times)
-    with pytest.raises(TypeError, match="must be a DenoisingPolicy, got ContextFreeSchedule"):
-        DiffusionNFT(ContextFreeSchedule([0.5] * 28), make_env(mixture))
+def test_groups_side_by_side_are_not_its_advantages(mixture):
+    """A folder has none."""
+    for wrong in (Groups(), "means"):
+        with pytest.raises(TypeError, match=r"advantages must compare samples by their prompts, .* got "):
+            DiffusionNFT(DenoisingPolicy(mixture), make_env(mixture), advantages=wrong)
+
+
+def test_defaults_are_the_published_ones(mixture):
+    learner = DiffusionNFT(DenoisingPolicy(mixture), make_env(mixture))
+    assert (learner.advantages, learner.noising, learner.sizes.group) == (PromptMeans(), Noising(), 4)
+    assert (learner.learning_rate, learner.beta, learner.advantage_clip) == (3e-4, 1.0, 5.0)
+    assert (learner.kl_coefficient, learner.max_decay) == (1e-4, 0.5)
