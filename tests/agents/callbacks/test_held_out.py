@@ -7,7 +7,7 @@ import torch
 from stable_baselines3.common.logger import KVWriter, Logger, configure
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, RLOO, RWR, Checkpoints, DenoisingPolicy, HeldOutEvaluation, TimePredictor
+from agents import DDPOIS, RLOO, RWR, Checkpoints, DenoisingPolicy, HeldOutEvaluation, Log, Rollouts, TimePredictor
 from agents.evaluation.curves import read_curves
 from agents.evaluation.measures import Samples
 from agents.runs.manifest import MANIFEST_FILE, write_manifest
@@ -15,6 +15,7 @@ from agents.updates.distributed import Processes
 from diffusion_gym.models import load_model
 from diffusion_gym.rewards import CallableReward
 from diffusion_gym.rewards.normalised import Normalised
+from diffusion_gym.samplers import DDIM
 
 PER_ITERATION = 8 * 3
 
@@ -44,14 +45,14 @@ def make_env(model, *, reward=lambda east: east, prompts=None):
     )
 
 
-def make(model, algorithm=DDPOIS, *, learning_rate=1e-3, eta=1.0, log_x_axis="timesteps", **environment):
+def make(model, algorithm=DDPOIS, *, learning_rate=1e-3, eta=1.0, x_axis="timesteps", **environment):
     learner = algorithm(
-        DenoisingPolicy(model, eta=eta, seed=0),
+        DenoisingPolicy(model, sampler=DDIM(eta), seed=0),
         make_env(model, **environment),
-        samples_per_epoch=8,
+        rollouts=Rollouts(samples=8),
         batch_size=8,
         learning_rate=learning_rate,
-        log_x_axis=log_x_axis,
+        log=Log(x_axis=x_axis),
         seed=5,
     )
     recorder = Recorder()
@@ -63,9 +64,9 @@ def held_out(model):
     return CallableReward(lambda images, *_: -model.positions(images)[:, 0], "west")
 
 
-@pytest.mark.parametrize(("log_x_axis", "per_iteration"), [("timesteps", PER_ITERATION), ("reward_queries", 8)])
-def test_evaluations_are_logged_against_the_pretrained_model(mixture, log_x_axis, per_iteration):
-    learner, recorder = make(mixture, log_x_axis=log_x_axis)
+@pytest.mark.parametrize(("x_axis", "per_iteration"), [("timesteps", PER_ITERATION), ("reward_queries", 8)])
+def test_evaluations_are_logged_against_the_pretrained_model(mixture, x_axis, per_iteration):
+    learner, recorder = make(mixture, x_axis=x_axis)
     learner.learn(4 * PER_ITERATION, HeldOutEvaluation(held_out(mixture), every=2, stop=False))
     logged = [entry for entry in recorder.entries if "evaluation/reward_gain" in entry]
     assert len(recorder.entries) == 4 + 2
@@ -85,7 +86,7 @@ def test_only_some_of_many_prompts_are_asked_and_their_queries_counted(mixture, 
     assert len(texts) == 56
     how = {"model": mixture, "reward": reward, "prompts": texts, "autoreset_mode": "DISABLED"}
     env = gym.make_vec("DenoisingMDP-v0", num_envs=8, num_steps=3, **how)
-    learner = DDPOIS(DenoisingPolicy(mixture, seed=0), env, samples_per_epoch=8, batch_size=8, seed=0)
+    learner = DDPOIS(DenoisingPolicy(mixture, seed=0), env, rollouts=Rollouts(samples=8), batch_size=8, seed=0)
     recorder = Recorder()
     learner.set_logger(Logger(None, [recorder]))
     callback = HeldOutEvaluation(held_out(mixture), every=1, samples_per_prompt=1, stop=False)
@@ -272,7 +273,7 @@ def test_a_policy_that_forgot_what_it_was_is_refused(mixture, tmp_path):
         "TimePredictionMDP-v0", num_envs=4, model=mixture, reward="brightness", max_steps=3, autoreset_mode="DISABLED"
     )
     policy = TimePredictor(env.single_observation_space, initial_ratio=0.5, seed=0)
-    learner = RLOO(policy, env, group_size=2, learning_rate=1e-2, seed=0)
+    learner = RLOO(policy, env, rollouts=Rollouts(group_size=2), learning_rate=1e-2, seed=0)
     callback = HeldOutEvaluation(held_out(mixture), every=1, stop=False)
     learner.learn(1, [callback, Checkpoints(tmp_path)])
     with pytest.raises(ValueError, match="after 1 iterations a TimePredictor no longer knows what it was"):

@@ -6,8 +6,14 @@ import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import TransformReward
 
-from agents import DDPOIS, DenoisingPolicy, TimePredictor, collect
+from agents import DDPOIS, DenoisingPolicy, Rollouts, TimePredictor, collect
+from diffusion_gym.models import load_model
 from diffusion_gym.rewards import Normalised
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return load_model("mixture")
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
@@ -26,12 +32,12 @@ def test_rollout_is_the_same(emoji, make_env, mode):
 
 
 @pytest.mark.parametrize("reward", ["reference_distance", "incompressibility"])
-def test_episodes_of_different_lengths_pay_for_their_own_steps(emoji, reward):
+def test_episodes_of_different_lengths_pay_for_their_own_steps(mixture, reward):
     def play(async_rewards):
         env = gym.make_vec(
             "TimePredictionMDP-v0",
             num_envs=4,
-            model=emoji,
+            model=mixture,
             reward=reward,
             **({"reference_steps": 2} if reward == "reference_distance" else {}),
             max_steps=12,
@@ -81,11 +87,14 @@ def test_what_the_reward_raises_is_raised(emoji, make_env):
         collect(env, DenoisingPolicy(emoji), seeds=[0])
 
 
-def test_training_is_the_same_with_a_reward_that_learns(emoji, make_env):
+def test_training_is_the_same_with_a_reward_that_learns(mixture, make_env):
     def train(async_rewards):
-        options = {"samples_per_epoch": 8, "batch_size": 4, "learning_rate": 1e-4, "seed": 3}
-        env = make_env(reward=Normalised("brightness"))
-        learner = DDPOIS(DenoisingPolicy(emoji, seed=0), env, async_rewards=async_rewards, **options)
+        options = {"batch_size": 4, "learning_rate": 1e-4, "seed": 3}
+        env, rollouts = (
+            make_env(model=mixture, reward=Normalised("brightness")),
+            Rollouts(samples=8, async_rewards=async_rewards),
+        )
+        learner = DDPOIS(DenoisingPolicy(mixture, seed=0), env, rollouts=rollouts, **options)
         learner.learn(24, log_interval=0)
         return list(learner.policy.parameters()), env.unwrapped.reward.state_dict()
 

@@ -7,8 +7,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 import diffusion_gym  # noqa: F401
-from agents import DenoisingPolicy, Replay, collect, evaluate
-from agents.experience.seeding import derived_generator
+from agents import DenoisingPolicy, Replay, collect
 from diffusion_gym.models import load_model
 from tests.tiny import make_tiny_stable_diffusion
 
@@ -106,39 +105,3 @@ def test_collection_can_be_stopped(emoji, make_env):
 def test_other_environments_are_refused(emoji):
     with pytest.raises(TypeError, match="env must be a torch vector environment"):
         collect(gym.make_vec("CartPole-v1", num_envs=2), DenoisingPolicy(emoji))
-
-
-def test_evaluation_depends_on_the_seeds_alone(emoji, make_env):
-    policy = DenoisingPolicy(emoji)
-    prompts, seeds = ["a cat", "a dog", "a cow", "a bee"], [10, 11, 12, 13]
-    four = evaluate(make_env(num_envs=4), policy, seeds=seeds, prompts=prompts)
-    two = evaluate(make_env(num_envs=2), policy, seeds=seeds, prompts=prompts)
-    np.testing.assert_allclose(four.rewards, two.rewards, atol=1e-4)
-    torch.testing.assert_close(four.images, two.images, rtol=0, atol=2e-3)
-    assert len(set(four.rewards.tolist())) == 4
-    gain, error = two.gain_over(four)
-    assert abs(gain) < 1e-4
-    assert error < 1e-4
-    assert four.mean == pytest.approx(four.rewards.mean())
-    assert four.standard_error == pytest.approx(four.rewards.std(ddof=1) / 2)
-    with pytest.raises(ValueError, match="multiple of num_envs=4"):
-        evaluate(make_env(num_envs=4), policy, seeds=[1], prompts=["a cat"])
-    with pytest.raises(ValueError, match="same seeds and prompts"):
-        evaluate(make_env(num_envs=2), policy, seeds=[1, 2], prompts=["a cat"] * 2).gain_over(four)
-    with pytest.raises(ValueError, match="same seeds and prompts"):
-        evaluate(make_env(num_envs=4), policy, seeds=[10, 11, 12, 14], prompts=prompts).gain_over(four)
-
-
-def test_evaluation_without_prompts_takes_the_environments_in_turn(emoji, make_env):
-    env = make_env(num_envs=2)
-    given = env.unwrapped.prompts
-    assert evaluate(env, DenoisingPolicy(emoji), seeds=[0, len(given) + 1]).prompts == (given[0], given[1])
-
-
-def test_evaluation_noise_is_not_the_initial_noise(emoji, make_env):
-    """The policy's draws and x_T come from streams of their own."""
-    env = make_env(num_envs=1, num_steps=20)
-    start = env.reset(seed=10)[0]["latents"].flatten()
-    noise = torch.randn(1, 4, 16, 16, generator=derived_generator(10)).flatten()
-    for shift in range(-3, 4):
-        assert abs(float(torch.corrcoef(torch.stack([start, noise.roll(shift)]))[0, 1])) < 0.15

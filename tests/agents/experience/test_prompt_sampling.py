@@ -113,5 +113,6 @@ def test_a_rollout_has_the_prompts_that_its_resets_were_given(mixture):
 
 def test_weights_that_a_sampling_ignores_are_said(mixture):
     env = make(mixture, prompts={"east": 3.0, "west": 1.0})
+    rollouts = Rollouts(samples=4, prompt_sampling="round_robin")
     with pytest.warns(UserWarning, match="the weights that prompts have are not looked at"):
-        DDPOIS(DenoisingPolicy(mixture), env, samples_per_epoch=4, batch_size=4, prompt_sampling="round_robin")
+        DDPOIS(DenoisingPolicy(mixture), env, rollouts=rollouts, batch_size=4)

@@ -1,14 +1,19 @@
 """An episode is itself, however many lanes and batches draw it with others."""
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, RLOO, RWR, DenoisingPolicy
+from agents import DDPOIS, RLOO, RWR, DenoisingPolicy, Rollouts, Steps, Window
+from agents.training.sizes import Sizes
 from agents.updates.distributed import Processes
 from diffusion_gym.models import load_model
+
+ROLLOUTS = Rollouts()
 
 
 @pytest.fixture(scope="module")
@@ -16,12 +21,13 @@ def mixture():
     return load_model("mixture")
 
 
-def learner_on(mixture, algorithm, num_envs, **options):
+def learner_on(mixture, algorithm, num_envs, *, rollouts=ROLLOUTS, **options):
     env = gym.make_vec(
         "DenoisingMDP-v0", num_envs=num_envs, num_steps=4, model=mixture, reward="brightness", autoreset_mode="DISABLED"
     )
-    sizes = {"samples_per_epoch": 8, "batch_size": 4, "micro_batch_size": 8, "learning_rate": 1e-2}
-    return algorithm(DenoisingPolicy(mixture, seed=0), env, seed=0, **{**sizes, **options})
+    options = {"batch_size": 4, "learning_rate": 1e-2, **options}
+    rollouts = replace(rollouts, samples=rollouts.samples or 8, micro_batch_size=8)
+    return algorithm(DenoisingPolicy(mixture, seed=0), env, rollouts=rollouts, seed=0, **options)
 
 
 def watched(learner):
@@ -33,10 +39,10 @@ def watched(learner):
 
 SETTINGS = [
     (DDPOIS, {}),
-    (DDPOIS, {"group_size": 2, "prompt_sampling": "round_robin"}),
-    (RLOO, {"group_size": 2}),
-    (RLOO, {"group_size": 2, "same_noise": False, "sde_window": 2}),
-    (RWR, {"group_size": 2}),
+    (DDPOIS, {"rollouts": Rollouts(group_size=2, prompt_sampling="round_robin")}),
+    (RLOO, {"rollouts": Rollouts(group_size=2, same_noise=True)}),
+    (RLOO, {"rollouts": Rollouts(group_size=2), "steps": Steps(window=Window(2))}),
+    (RWR, {"rollouts": Rollouts(group_size=2)}),
 ]
 
 
@@ -67,7 +73,7 @@ def test_two_processes_draw_the_episodes_of_one(mixture, same_noise, monkeypatch
         monkeypatch.setattr(Processes, "totals", lambda self, *values: values)
         monkeypatch.setattr(Processes, "from_main", lambda self, value: value)
         monkeypatch.setattr("agents.training.algorithm.gathered", lambda rollout, processes: rollout)
-        learner = learner_on(mixture, RLOO, num_envs, group_size=2, same_noise=same_noise)
+        learner = learner_on(mixture, RLOO, num_envs, rollouts=Rollouts(group_size=2, same_noise=same_noise))
         rollouts = []
         learner.train = lambda rollout: rollouts.append(rollout) or {}
         learner.learn(1, log_interval=0)
@@ -81,12 +87,13 @@ def test_two_processes_draw_the_episodes_of_one(mixture, same_noise, monkeypatch
 
 
 def test_updates_have_as_many_episodes_of_each_part_of_a_rollout(mixture):
-    learner = learner_on(mixture, DDPOIS, 8, samples_per_epoch=64, batch_size=16)
-    order = learner._shuffled(np.arange(64), np.random.default_rng(0))
+    sizes = {"rollouts": Rollouts(samples=64), "batch_size": 16}
+    learner = learner_on(mixture, DDPOIS, 8, **sizes)
+    order = learner.shuffled(np.arange(64), np.random.default_rng(0))
     assert sorted(order) == list(range(64))
     assert (np.sort(order.reshape(4, 16)) // 4 == np.arange(16)).all()  # one of each four side by side
-    again = learner_on(mixture, DDPOIS, 2, samples_per_epoch=64, batch_size=16)
-    assert (again._shuffled(np.arange(64), np.random.default_rng(0)) == order).all()
+    again = learner_on(mixture, DDPOIS, 2, **sizes)
+    assert (again.shuffled(np.arange(64), np.random.default_rng(0)) == order).all()
 
 
 def test_a_run_goes_on_with_other_lanes_and_sizes(mixture, tmp_path):
@@ -96,8 +103,9 @@ def test_a_run_goes_on_with_other_lanes_and_sizes(mixture, tmp_path):
     resumed = DDPOIS.load(tmp_path / "run", wide).learn(32, reset_num_timesteps=False, log_interval=0)
     for one, other in zip(unbroken.policy.parameters(), resumed.policy.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
-    wider = learner_on(mixture, DDPOIS, 16, samples_per_epoch=16).env
+    wider = learner_on(mixture, DDPOIS, 16, rollouts=Rollouts(samples=16)).env
     with pytest.raises(ValueError, match=r"multiple of the environment's num_envs \(16\), got 8.* to load too"):
         DDPOIS.load(tmp_path / "run", wider)
-    larger = DDPOIS.load(tmp_path / "run", wider, samples_per_epoch=16, batch_size=8, micro_batch_size=2, group_size=4)
-    assert (larger.samples_per_epoch, larger.batch_size, larger.micro_batch_size, larger.group_size) == (16, 8, 2, 4)
+    rollouts = Rollouts(samples=16, micro_batch_size=2, group_size=4)
+    larger = DDPOIS.load(tmp_path / "run", wider, rollouts=rollouts, batch_size=8)
+    assert larger.sizes == Sizes(samples=16, batch=8, micro_batch=2, group=4)

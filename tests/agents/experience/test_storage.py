@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy, TimePredictor, collect
+from agents import DDPOIS, DenoisingPolicy, LoRA, Rollouts, TimePredictor, collect
 from agents.experience.storage import Storage
 
 
@@ -50,8 +50,9 @@ def test_a_training_from_the_host_is_the_same(emoji, make_env):
     """Here the policy is on the host as well: that nothing else changes is all that can be seen."""
     weights = []
     for device in (None, "cpu"):
-        policy = DenoisingPolicy(emoji, use_lora=True, seed=0)
-        learner = DDPOIS(policy, make_env(), samples_per_epoch=4, batch_size=4, rollout_device=device, seed=0)
+        policy = DenoisingPolicy(emoji, adaptation=LoRA(), seed=0)
+        rollouts = Rollouts(samples=4, device=device)
+        learner = DDPOIS(policy, make_env(), rollouts=rollouts, batch_size=4, seed=0)
         learner.learn(12, log_interval=0)
         weights.append([p.detach().clone() for p in policy.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
@@ -60,13 +61,13 @@ def test_a_training_from_the_host_is_the_same(emoji, make_env):
 def test_a_device_that_is_not_there_is_named(emoji, make_env):
     storage = Storage(torch.device("cuda:99"))
     with pytest.raises(ValueError, match=r"device 'cuda:99' cannot be used here \(.*\): \"cpu\" always can"):
-        collect(make_env(), DenoisingPolicy(emoji, use_lora=True), storage=storage)
+        collect(make_env(), DenoisingPolicy(emoji, adaptation=LoRA()), storage=storage)
 
 
 def test_rounding_what_is_rounded_already_is_refused(emoji, make_env):
     env = make_env(dtype="bfloat16", model="emoji")
-    sizes = {"samples_per_epoch": 4, "batch_size": 4}
+    rollouts = Rollouts(samples=4, dtype="float16")
     with pytest.raises(ValueError, match=r"cannot be stored in torch\.float16: the environment's latents are"):
-        DDPOIS(DenoisingPolicy(env.unwrapped.model, seed=0), env, rollout_dtype="float16", **sizes)
-    with pytest.raises(ValueError, match=r"rollout_dtype must be one of .*got 'float64'"):
-        DDPOIS(DenoisingPolicy(emoji, use_lora=True), make_env(), rollout_dtype="float64", **sizes)
+        DDPOIS(DenoisingPolicy(env.unwrapped.model, seed=0), env, rollouts=rollouts, batch_size=4)
+    with pytest.raises(ValueError, match=r"dtype must be one of .*got 'float64'"):
+        Rollouts(samples=4, dtype="float64")

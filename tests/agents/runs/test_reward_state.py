@@ -14,7 +14,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy, Processes
+from agents import DDPOIS, DenoisingPolicy, Processes, Rollouts
 from diffusion_gym.rewards import Normalised
 from diffusion_gym.rewards.remote import RemoteReward
 from tests.serving import free_port, is_there, wait_until
@@ -28,7 +28,7 @@ def make(reward):
     arguments = {"model": "mixture", "num_steps": STEPS, "prompts": ["anything", "north"]}
     env = gym.make_vec("DenoisingMDP-v0", num_envs=LANES, reward=reward, **arguments)
     policy = DenoisingPolicy(env.unwrapped.model, seed=0)
-    return DDPOIS(policy, env, learning_rate=1e-3, samples_per_epoch=2 * LANES, batch_size=LANES, seed=3)
+    return DDPOIS(policy, env, learning_rate=1e-3, rollouts=Rollouts(samples=2 * LANES), batch_size=LANES, seed=3)
 
 
 class Returns(BaseCallback):

@@ -4,9 +4,10 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy
+from agents import DDPOIS, AdamW, DenoisingPolicy, Full, LoRA, Rollouts
 from diffusion_gym.models import load_model
 
+FULL = Full()
 DECAY, UPDATES = 0.4, 12  # the decay is reached after 6 updates
 
 
@@ -17,11 +18,11 @@ def mixture():
 
 @pytest.fixture
 def make(mixture):
-    def make(use_lora=False, **arguments):
+    def make(adaptation=FULL, **arguments):
         env = gym.make_vec("DenoisingMDP-v0", num_envs=4, model=mixture, num_steps=3, reward="brightness")
-        policy = DenoisingPolicy(mixture, use_lora=use_lora, seed=0)
-        settings = {"samples_per_epoch": 4, "batch_size": 4, "learning_rate": 1e-2, "seed": 0, "ema_decay": DECAY}
-        return DDPOIS(policy, env, **{**settings, **arguments})
+        policy = DenoisingPolicy(mixture, adaptation=adaptation, seed=0)
+        settings = {"batch_size": 4, "learning_rate": 1e-2, "seed": 0, "optimizer": AdamW(ema_decay=DECAY)}
+        return DDPOIS(policy, env, rollouts=Rollouts(samples=4), **{**settings, **arguments})
 
     return make
 
@@ -47,9 +48,9 @@ class Trace(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
-def test_the_average_is_the_one_computed_by_hand(make, use_lora):
-    learner, trace = make(use_lora), Trace()
+@pytest.mark.parametrize("adaptation", [FULL, LoRA()], ids=["full", "lora"])
+def test_the_average_is_the_one_computed_by_hand(make, adaptation):
+    learner, trace = make(adaptation), Trace()
     with learner.averaged_weights():
         start = trained(learner)
     learner.learn(UPDATES * 12, trace, log_interval=0)
@@ -105,9 +106,9 @@ def test_misuse_is_named(make, tmp_path):
     with learner.averaged_weights(), pytest.raises(RuntimeError, match="train outside"):
         learner.learn(12, log_interval=0)
     with (
-        pytest.raises(RuntimeError, match="make the algorithm with ema_decay"),
-        make(ema_decay=None).averaged_weights(),
+        pytest.raises(RuntimeError, match=r"no averaged weights: give the algorithm optimizer=AdamW\(ema_decay="),
+        make(optimizer=AdamW()).averaged_weights(),
     ):
         pass
-    with pytest.raises(ValueError, match=r"ema_decay must be None or in \(0, 1\), got 1"):
-        make(ema_decay=1)
+    with pytest.raises(ValueError, match=r"ema_decay must be a finite number in \(0, 1\), got 1"):
+        AdamW(ema_decay=1)

@@ -124,7 +124,7 @@ def test_a_folder_that_all_were_given_is_learnt_once(special):
 
 
 def test_samples_that_cannot_be_shared_are_named(special):
-    message = "samples_per_epoch must be a multiple of the environment's num_envs (4) × 2 processes, got 12"
+    message = "a rollout's samples must be a multiple of the environment's num_envs (4) × 2 processes, got 12"
     said = [results["too_few_samples"] for results in special]
     assert said[0] is None
     assert [error.partition(";")[0] for error in said[1:]] == [message, message]
@@ -151,12 +151,12 @@ def test_the_main_process_alone_writes_files(alone, together):
 def test_updates_have_as_many_episodes_of_each_batch_of_lanes():
     learner = work.make("ddpo-is")
     rng = np.random.default_rng(0)
-    order = learner._shuffled(np.arange(16), rng)
+    order = learner.shuffled(np.arange(16), rng)
     assert sorted(order) == list(range(16))
     assert [sorted(update // work.LANES) for update in order.reshape(4, 4)] == [[0, 1, 2, 3]] * 4
-    assert order.tolist() != learner._shuffled(np.arange(16), rng).tolist()
+    assert order.tolist() != learner.shuffled(np.arange(16), rng).tolist()
     some = np.array([0, 1, 2, 3, 4, 13])
-    order = learner._shuffled(some, rng)
+    order = learner.shuffled(some, rng)
     assert sorted(order) == some.tolist()
     assert sorted(order[:3] // work.LANES) == [0, 1, 3]
 

@@ -1,11 +1,18 @@
+import json
+import math
+import sys
+import types
+
+import gymnasium as gym
 import pytest
 import torch
 from torch import nn
 
-from agents import DDPOSF, DenoisingPolicy
+from agents import DDPOSF, AdamW, DenoisingPolicy, Muon, Rollouts
 from agents.runs.files import load_optimizer, save_optimizer
-from agents.updates.optimizers import MuonWithAdamW
+from agents.updates.optimizers import MuonWithAdamW, Optimizer
 from diffusion_gym.models import load_model
+from diffusion_gym.parts import described, made
 from tests.tiny import make_tiny_stable_diffusion
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 1e-3, "eps": 1e-8}
@@ -84,14 +91,15 @@ def test_state_survives_a_file(network, tmp_path):
 def test_a_loaded_run_with_muon_goes_on_exactly_where_it_was(make_env, tmp_path):
     # a small one: Muon's matrix products are in bfloat16, which some processors have no instructions for
     model = load_model(make_tiny_stable_diffusion(tmp_path / "model"))
-    options = {"optimizer": "muon", "samples_per_epoch": 4, "batch_size": 4, "learning_rate": 1e-4, "seed": 3}
+    options = {"optimizer": Muon(), "rollouts": Rollouts(samples=4), "learning_rate": 1e-4, "seed": 3}
     first = DDPOSF(DenoisingPolicy(model, seed=0), make_env(model=model), **options)
     before = [parameter.detach().clone() for parameter in first.policy.parameters()]
     first.learn(12, log_interval=0)
     first.save(tmp_path / "run")
     first.learn(12, log_interval=0, reset_num_timesteps=False)
     resumed = DDPOSF.load(tmp_path / "run", make_env(model=model))
-    assert isinstance(resumed.optimizer, MuonWithAdamW)
+    assert resumed.optimizer == Muon()
+    assert isinstance(resumed.updates.optimizer, MuonWithAdamW)
     resumed.learn(12, log_interval=0, reset_num_timesteps=False)
     assert first.num_updates == 2
     for old, new, again in zip(before, first.policy.parameters(), resumed.policy.parameters(), strict=True):
@@ -99,10 +107,73 @@ def test_a_loaded_run_with_muon_goes_on_exactly_where_it_was(make_env, tmp_path)
         assert not torch.equal(old, new)
 
 
-def test_optimizers_that_there_are_not_are_named(emoji, make_env):
-    with pytest.raises(ValueError, match=r"optimizer must be one of \('adamw', 'muon'\), got 'sgd'"):
-        DDPOSF(DenoisingPolicy(emoji), make_env(), samples_per_epoch=4, batch_size=4, optimizer="sgd")
-    with pytest.raises(ValueError, match='use_8bit_adam goes with optimizer="adamw"'):
-        DDPOSF(
-            DenoisingPolicy(emoji), make_env(), samples_per_epoch=4, batch_size=4, optimizer="muon", use_8bit_adam=True
-        )
+def test_an_optimizer_that_is_no_part_is_refused():
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=2, num_steps=2, model="mixture", reward="brightness")
+    for other in ("adamw", None, torch.optim.SGD):
+        with pytest.raises(TypeError, match=r"optimizer must be a part, such as Optimizer\(…\); got "):
+            DDPOSF(DenoisingPolicy(env.unwrapped.model), env, rollouts=Rollouts(samples=2), optimizer=other)
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_an_optimizer_is_written_down_and_made_again(kind):
+    optimizer = kind(betas=(0.8, 0.95), weight_decay=0.0, warmup_updates=3, max_grad_norm=None, ema_decay=0.9)
+    assert made(json.loads(json.dumps(described(optimizer))), Optimizer) == optimizer
+    assert made(described(kind()), Optimizer) == kind() != optimizer
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        *(("betas", value) for value in (0.9, [0.9, 0.99], (0.9,), (0.9, 1.0), (-0.1, 0.9))),
+        *(("weight_decay", value) for value in (-1.0, True, None)),
+        *(("epsilon", value) for value in (0.0, math.nan)),
+        *(("warmup_updates", value) for value in (-1, 1.5)),
+        *(("max_grad_norm", value) for value in (0.0, math.inf)),
+        *(("ema_decay", value) for value in (0, 1, math.nan)),
+        ("on_nonfinite", "ignore"),
+    ],
+)
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_what_a_field_does_not_allow_is_refused(kind, field, wrong):
+    with pytest.raises((TypeError, ValueError), match=f"{field} must be "):
+        kind(**{field: wrong})
+
+
+def test_adamw_is_torchs_with_its_numbers(network):
+    optimizer = AdamW(betas=(0.8, 0.95), weight_decay=0.1, epsilon=1e-6).make(network.parameters(), 0.5)
+    assert type(optimizer) is torch.optim.AdamW
+    expected = {"lr": 0.5, "betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6}
+    assert {name: optimizer.param_groups[0][name] for name in expected} == expected
+
+
+def test_adamw_in_8_bits_is_bitsandbytes(network, monkeypatch):
+    made_with = []
+    kind = types.SimpleNamespace(AdamW8bit=lambda parameters, **options: made_with.append(options))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", kind)
+    AdamW(eight_bit=True).make(network.parameters(), 0.5)
+    assert made_with == [{"lr": 0.5, "betas": (0.9, 0.999), "weight_decay": 1e-4, "eps": 1e-8}]
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match=r"AdamW\(eight_bit=True\) needs bitsandbytes: pip install"):
+        AdamW(eight_bit=True).make(network.parameters(), 0.5)
+
+
+def test_muon_has_no_8_bits():
+    with pytest.raises(TypeError, match="eight_bit"):
+        Muon(eight_bit=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"betas": (0.9, 0.99)}, r"betas\[1\]=0.99"), ({"epsilon": 1e-6}, "epsilon")]
+)
+def test_what_has_no_effect_where_all_weights_are_muons_is_refused(network, options, message):
+    matrices = [one for one in network.parameters() if one.ndim > 1]
+    with pytest.raises(ValueError, match=f"{message}.* has no effect: it needs a weight that is no matrix"):
+        Muon(**options).make(matrices, 1e-2)
+    assert isinstance(Muon(**options).make(network.parameters(), 1e-2), MuonWithAdamW)
+
+
+def test_the_learning_rate_is_warmed_up():
+    rates = [AdamW(warmup_updates=4).warmed(0.8, done) for done in range(6)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert [AdamW().warmed(0.8, done) for done in range(2)] == [0.8, 0.8]

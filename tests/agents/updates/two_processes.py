@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,58 +16,85 @@ import diffusion_gym  # noqa: F401
 from agents import (
     DDPOIS,
     DDPOSF,
+    GRPO,
+    KL,
     RLOO,
     RWR,
+    AdamW,
+    Batch,
+    Best,
     Checkpoints,
     DenoisingPolicy,
     DiffusionNFT,
+    Groups,
+    Noising,
+    PerPrompt,
     Processes,
     Replay,
+    Rollouts,
+    Steps,
     TimePredictor,
+    Window,
 )
+from agents.updates.optimizers import Optimizer
 from diffusion_gym.models import load_model
 
 LANES = 4
 ITERATIONS = 2
-SAMPLES = {"samples_per_epoch": 16, "seed": 5}
 PROMPTS = ["north", "south", "anything"]
+SIXTEEN = Rollouts(samples=16)
+EIGHT = Rollouts(samples=8)
 CASES = {
-    "ddpo-sf": (DDPOSF, {"per_prompt_buffer_size": None, "n_epochs": 2, "step_weights": "inverse_sensitivity"}),
+    "ddpo-sf": (DDPOSF, {"advantages": Batch(), "n_epochs": 2, "steps": Steps(weights="inverse_sensitivity")}),
     "ddpo-is": (
         DDPOIS,
-        {"batch_size": 4, "n_epochs": 2, "timestep_fraction": 0.5, "micro_batch_size": 3, "clip_range": 0.1}
-        | {"per_prompt_buffer_size": 8, "per_prompt_min_count": 3}
-        | {"kl_coefficient": 0.1, "kl_place": "exact", "target_kl": 0.5},
+        {"batch_size": 4, "n_epochs": 2, "steps": Steps(fraction=0.5), "clip_range": 0.1}
+        | {"rollouts": replace(SIXTEEN, micro_batch_size=3), "advantages": PerPrompt(8, 3)}
+        | {"kl": KL(0.1, place="exact", target=0.5)},
     ),
     "ddpo-window": (
         DDPOIS,
-        {"batch_size": 4, "n_epochs": 4, "clip_range": 0.5, "sde_window": 2, "sde_window_range": (0, 4)}
-        | {"kl_coefficient": 0.1, "target_kl": 0.01, "stop_kl": 2e-4},
+        {"batch_size": 4, "n_epochs": 4, "clip_range": 0.5, "steps": Steps(window=Window(2, within=(0, 4)))}
+        | {"kl": KL(0.1, target=0.01), "stop_kl": 2e-4},
     ),
     "grpo": (
-        RLOO,
-        {"batch_size": 4, "group_size": 2, "ratio": "step", "advantage_scale": "group", "baseline": "group_mean"}
-        | {"kl_coefficient": 0.1, "clip_range": 0.1},
+        GRPO,
+        {"batch_size": 4, "advantages": Groups("group_mean", scale="group"), "kl": KL(0.1), "clip_range": 0.1}
+        | {"rollouts": replace(SIXTEEN, group_size=2, same_noise=True)},
     ),
     "rloo": (
         RLOO,
-        {"group_size": 2, "ratio": "trajectory", "advantage_scale": "rollout", "same_noise": False}
-        | {"kl_coefficient": 0.1, "kl_place": "reward"},
+        {"ratio": "trajectory", "advantages": Groups(scale="rollout"), "kl": KL(0.1, place="reward")}
+        | {"rollouts": replace(SIXTEEN, group_size=2)},
     ),
     "rwr": (RWR, {"n_epochs": 2, "batch_size": 8}),
-    "rwr-sparse": (RWR, {"n_epochs": 2, "batch_size": 8, "best_share": 0.3, "per_prompt": True, "group_size": 2}),
-    "nft": (DiffusionNFT, {"batch_size": 8, "noise_draws": 2}),
+    "rwr-sparse": (
+        RWR,
+        {"n_epochs": 2, "batch_size": 8, "weights": Best(0.3, per_prompt=True)}
+        | {"rollouts": replace(SIXTEEN, group_size=2)},
+    ),
+    "nft": (DiffusionNFT, {"batch_size": 8, "noising": Noising(draws=2), "rollouts": replace(SIXTEEN, group_size=4)}),
     # Groups with common noise cancel so well that rounding alone, of other micro-batches, is 6e-4 of their gradient.
     "nft-common": (
         DiffusionNFT,
-        {"batch_size": 8, "noise_draws": 2, "common_noise": True, "group_size": 1}
-        | {"per_prompt_buffer_size": 16, "per_prompt_min_count": 2},
+        {"batch_size": 8, "noising": Noising(draws=2, common=True), "advantages": PerPrompt(16, 2)},
     ),
     # fp16 scales the losses, and has to where there are none.
-    "ddpo-fp16": (DDPOSF, {"samples_per_epoch": 8, "batch_size": 1, "timestep_fraction": 0.5}),
+    "ddpo-fp16": (DDPOSF, {"rollouts": EIGHT, "batch_size": 1, "steps": Steps(fraction=0.5)}),
     # One episode an update: all processes but one have nothing to do in it. Episodes differ in length.
-    "rloo-times": (RLOO, {"samples_per_epoch": 8, "batch_size": 1, "group_size": 2, "n_epochs": 2}),
+    "rloo-times": (
+        RLOO,
+        {"rollouts": replace(EIGHT, group_size=2, same_noise=True), "batch_size": 1, "n_epochs": 2},
+    ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Optimizer):
+    """Steps that are the gradient's, so that weights tell of gradients."""
+
+    def make(self, parameters, learning_rate):
+        return torch.optim.SGD(parameters, lr=learning_rate)
 
 
 def height(images, prompts, metadata):
@@ -103,13 +131,11 @@ def make(name, *, policy_seed=0, reference_seed=99, **more):
     """Return a case's learner, with SGD."""
     algorithm, arguments = CASES[name]
     env = make_env("TimePredictionMDP-v0" if name == "rloo-times" else "DenoisingMDP-v0")
-    if "kl_coefficient" in arguments:
-        more["reference"] = make_policy(env, reference_seed).requires_grad_(False)
-    precision = {"mixed_precision": "fp16"} if name == "ddpo-fp16" else {}
-    learner = algorithm(make_policy(env, policy_seed, **precision), env, **{**SAMPLES, **arguments, **more})
-    learner.optimizer = torch.optim.SGD(learner.optimizer.param_groups[0]["params"], lr=1.0)
-    learner._learning_rate = 0.003
-    return learner
+    if "kl" in arguments:
+        more["kl"] = replace(arguments["kl"], reference=make_policy(env, reference_seed))
+    precision = {"precision": "fp16"} if name == "ddpo-fp16" else {}
+    shared = {"rollouts": SIXTEEN, "optimizer": SGD(), "learning_rate": 0.003, "seed": 5}
+    return algorithm(make_policy(env, policy_seed, **precision), env, **{**shared, **arguments, **more})
 
 
 def trained(learner):
@@ -127,18 +153,18 @@ def run(name, folder, rank, *, break_it=False):
         for index, parameter in enumerate(trained(learner)):
             found[f"gradient/{learner.num_updates:03d}/{index}"] = parameter.grad.clone()
 
-    learner.optimizer.register_step_pre_hook(remember)
+    learner.updates.optimizer.register_step_pre_hook(remember)
     learner.set_logger(configure(str(folder / f"log{rank}"), ["json"]))
     learner.learn(total_timesteps=10**6, callback=StopAfter(ITERATIONS))
     learner.logger.close()
     found |= {f"weight/{index}": parameter.detach().clone() for index, parameter in enumerate(trained(learner))}
-    counters = [*learner._at_boundary.values(), learner.iteration, learner.num_updates]
+    counters = [*learner.counts_at_boundary.values(), learner.iteration, learner.num_updates]
     return found | {"counters": torch.tensor(counters)}
 
 
 def normalise_apart(learner):
     """Break it: each process compares its episodes with each other alone."""
-    whole = learner._advantages
+    whole = learner.advantages_of
 
     def apart(rollout):
         advantages = whole(rollout)
@@ -146,7 +172,7 @@ def normalise_apart(learner):
         advantages[rollout.lanes_here] = (mine - mine.mean()) / mine.std(correction=0)
         return advantages
 
-    learner._advantages = apart
+    learner.advantages_of = apart
 
 
 class StopAfter(BaseCallback):
@@ -166,25 +192,29 @@ def one_stops_for_all(folder, rank):
     learner = make("rloo-times")
     last = learner.processes.count - 1
     learner.learn(10**6, callback=StopAfter(1, has_a_say=rank == last), log_interval=0)
-    return [learner.iteration, *learner._at_boundary.values()]
+    return [learner.iteration, *learner.counts_at_boundary.values()]
 
 
 def all_start_alike(folder, rank):
     """Return seed and weights of learners whose processes drew, or were given, different ones."""
     learner = make("grpo", policy_seed=rank, reference_seed=99 - rank, seed=None)
-    parameters = [*trained(learner), *learner.kl.reference.parameters()]
+    parameters = [*trained(learner), *learner.penalty.reference.parameters()]
     return [learner.seed, *(float(parameter.detach().double().sum()) for parameter in parameters)]
 
 
 def a_loss_is_infinite_in_one(folder, rank):
     """Return how many updates are left out, and the weights, when the last process's loss is infinite."""
-    learner = make("ddpo-sf", on_nonfinite="skip")
+    learner = make("ddpo-sf", optimizer=SGD(on_nonfinite="skip"))
     loss = sum(parameter.sum() for parameter in trained(learner))
-    learner.backward(loss + float("inf") if rank == learner.processes.count - 1 else loss)
+    learner.updates.backward(loss + float("inf") if rank == learner.processes.count - 1 else loss)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        learner.optimizer_step()
-    return [learner.guard.num_skipped, learner.num_updates, *(float(p.detach().sum()) for p in trained(learner))]
+        learner.updates.apply()
+    return [
+        learner.updates.guard.num_skipped,
+        learner.num_updates,
+        *(float(p.detach().sum()) for p in trained(learner)),
+    ]
 
 
 def learn_from_a_folder(folder, rank):
@@ -201,7 +231,7 @@ def learn_from_a_folder(folder, rank):
 def too_few_samples(folder, rank):
     """Return what is said when the batches cannot be shared."""
     try:
-        make("ddpo-sf", samples_per_epoch=12)
+        make("ddpo-sf", rollouts=Rollouts(samples=12))
     except ValueError as error:
         return str(error)
     return None
@@ -210,12 +240,12 @@ def too_few_samples(folder, rank):
 def go_on(folder, rank):
     """Return the weights of a run that was saved and loaded again: first all save, then the main one alone."""
     processes = Processes()
-    arguments = {**SAMPLES, **CASES["ddpo-is"][1], "adam_epsilon": 1e-2, "learning_rate": 0.01}
+    arguments = {**CASES["ddpo-is"][1], "optimizer": AdamW(epsilon=1e-2), "learning_rate": 0.01, "seed": 5}
     env = make_env()
     learner = DDPOIS(make_policy(env, 0), env, **arguments, tensorboard_log=str(folder / "tensorboard"))
     for time in range(2):
         checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-        learner.learn(learner.samples_per_epoch * 4, checkpoints, reset_num_timesteps=False)
+        learner.learn(learner.sizes.samples * 4, checkpoints, reset_num_timesteps=False)
         learner.logger.close()
         if time == 0 or processes.is_main:
             learner.save(folder / "saved")
