@@ -27,7 +27,7 @@ Scores = tuple[Tensor, dict[str, Any]]
 
 _OVERFLOW = (
     ". Weights may have diverged; in float16, numbers beyond 65504 overflow: bfloat16 and float32 do not "
-    '(dtype="float32", mixed_precision="bf16"). on_invalid_reward="nan" goes on without these lanes\' rewards'
+    '(dtype="float32", precision="bf16"). on_invalid_reward="nan" goes on without these lanes\' rewards'
 )
 
 _P = ParamSpec("_P")
