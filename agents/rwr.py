@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_gym import transfer
 from diffusion_gym.checks import checked_number
 from diffusion_gym.parts import Part
-from diffusion_gym.transfer import to_host
 
 from .advantages import normalise, warn_of_lonely
 from .experience.replay import Replay
@@ -166,7 +166,7 @@ class RWR(Regression):
 
     def rows_of(self, weights: Tensor) -> np.ndarray:
         """Return the samples whose weight is not 0."""
-        return np.flatnonzero(to_host(weights))
+        return np.flatnonzero(transfer.to_host(weights))
 
     def losses_of(self, noised: Noised, weights: Tensor) -> dict[str, Tensor]:
         """Return the weighted squared error of each sample's predicted noise."""

@@ -11,7 +11,6 @@ from typing import Any
 import gymnasium as gym
 
 import diffusion_gym  # noqa: F401
-from diffusion_gym.envs.options import RewardSource
 from diffusion_gym.models.base import DiffusionModel
 from diffusion_gym.prompts import PromptSet, make_prompts
 from diffusion_gym.rewards import Reward, make_reward
@@ -61,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def reward(text: str) -> RewardSource:
+def reward(text: str) -> str | dict[str, float]:
     """Return what `make_reward` takes; argparse's error has this function's name."""
     return json.loads(text) if text.startswith("{") else text
 

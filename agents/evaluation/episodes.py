@@ -8,7 +8,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from diffusion_gym.transfer import to_host
+from diffusion_gym import transfer
 
 from ..experience.collection import collect
 from ..experience.environment import torch_env
@@ -119,9 +119,9 @@ def evaluate(
     for rollout in episodes(
         env, policy, seeds=seeds, prompts=prompts, deterministic=deterministic, max_images=max_images, keep="ends"
     ):
-        rewards.append(to_host(rollout.returns))
+        rewards.append(transfer.to_host(rollout.returns))
         lengths.append(rollout.lengths)
-        images.append(torch.from_numpy(to_host(rollout.images)))
+        images.append(torch.from_numpy(transfer.to_host(rollout.images)))
     return Evaluation(
         rewards=np.concatenate(rewards),
         lengths=np.concatenate(lengths),

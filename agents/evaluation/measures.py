@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from diffusion_gym import transfer
 from diffusion_gym.naming import unknown_name
 from diffusion_gym.rewards import Reward, to_uint8
-from diffusion_gym.transfer import to_host
 
 from ..experience.environment import torch_env
 from ..experience.rollouts import Rollout
@@ -81,7 +81,7 @@ def path_kl(policy: Policy, reference: Policy, rollout: Rollout, lanes: np.ndarr
         observation = rollout.observation(step, lane)
         distribution = policy.distribution(observation)
         total = total.index_add(0, lane, distribution.kl(reference.distribution(observation), "sum"))
-    return to_host(total)[lanes]
+    return transfer.to_host(total)[lanes]
 
 
 @torch.no_grad()
@@ -118,13 +118,13 @@ def draw_samples(
     rollouts = episodes(env, policy, seeds=range(filled), prompts=texts, max_images=filled)
     for start, rollout in zip(range(0, filled, env.num_envs), rollouts, strict=True):
         part = texts[start : start + env.num_envs]
-        parts["rewards"].append(to_host(rollout.returns))
+        parts["rewards"].append(transfer.to_host(rollout.returns))
         latents = rollout.ends if base_env.action_is_next_latents else base_env.model.encode(rollout.images)
-        parts["features"].append(to_host(features(rollout.images, latents)))
+        parts["features"].append(transfer.to_host(features(rollout.images, latents)))
         parts["images"].append(to_uint8(rollout.images).numpy())
         if held_out is not None:
             values = held_out(rollout.images, part, base_env.prompts.metadata_of(part)).values
-            parts["held_out"].append(to_host(values.float()))
+            parts["held_out"].append(transfer.to_host(values.float()))
         firsts = np.arange(min(env.num_envs, len(prompts) - start))
         if reference is not None and len(firsts):
             parts["kl"].append(path_kl(policy, reference, rollout, firsts))

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffusion_gym import transfer
+
 _LEAST_SIDE, _MOST_SIDE = 128, 256
 _FONT_SHARE = 9 / 64  # TensorBoard shows the grid at some 340 pixels until it is clicked: 10 pixels for a letter
 _PROMPT_LINES = 3
@@ -35,7 +37,7 @@ def captioned_grid(images: Tensor, captions: Sequence[tuple[str, str]], *, colum
             f"{len(captions)} pairs of captions"
         )
     images = F.avg_pool2d(images.float(), -(-images.shape[3] // _MOST_SIDE))
-    pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = transfer.to_host((images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
     enlarged = -(-_LEAST_SIDE // pixels.shape[2])
     pixels = pixels.repeat(enlarged, axis=1).repeat(enlarged, axis=2)
     _, height, width, _ = pixels.shape

@@ -8,9 +8,9 @@ import torch
 from stable_baselines3.common.logger import CSVOutputFormat, HParam, HumanOutputFormat, Image, JSONOutputFormat, Logger
 from torch import Tensor
 
+from diffusion_gym import transfer
 from diffusion_gym.envs.contract import TorchVectorEnv
 from diffusion_gym.parts import described, flattened
-from diffusion_gym.transfer import to_host
 
 from ..experience.rollouts import Rollout
 from ..policies import Policy
@@ -182,7 +182,9 @@ def report(
 def read_numbers(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Read tensors from the device of the first, as float32 and all at once: waits for it."""
     device = next(iter(tensors.values())).device
-    flat = to_host(torch.cat([tensor.detach().to(device, torch.float32).flatten() for tensor in tensors.values()]))
+    flat = transfer.to_host(
+        torch.cat([tensor.detach().to(device, torch.float32).flatten() for tensor in tensors.values()])
+    )
     ends = np.cumsum([tensor.numel() for tensor in tensors.values()])
     parts = zip(tensors.items(), np.split(flat, ends[:-1]), strict=True)
     return {name: part.reshape(tuple(tensor.shape)) for (name, tensor), part in parts}

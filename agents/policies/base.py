@@ -14,6 +14,7 @@ from gymnasium.spaces import Dict, Space
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffusion_gym.checks import checked_integer
 from diffusion_gym.models.base import DiffusionModel
 from diffusion_gym.models.weights import read_weights, require_weights
 from diffusion_gym.transitions import Reduction
@@ -137,7 +138,7 @@ class Policy(nn.Module, ABC):
         if seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(seed)
+            self.generator.manual_seed(checked_integer("seed", seed, at_least=0))
 
     @abstractmethod
     def distribution(self, observation: Observation) -> Distribution:

@@ -11,8 +11,8 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
+from diffusion_gym import transfer
 from diffusion_gym.checks import checked_number
-from diffusion_gym.transfer import to_host
 from diffusion_gym.transitions import Reduction
 
 from ..advantages import Advantages, Batch, Rewards
@@ -129,7 +129,7 @@ class PolicyGradient(Algorithm):
             metrics["early_stopped"] = advantages.new_tensor(planned - num_updates)
         if self.penalty is not None and self.penalty.part.target is not None:
             metrics["kl_coefficient"] = advantages.new_tensor(self.penalty.coefficient)
-            self.penalty.adapt(to_host(metrics["kl"]).item())
+            self.penalty.adapt(transfer.to_host(metrics["kl"]).item())
         return metrics
 
     def _updates(self, rollout: Rollout, advantages: Tensor) -> tuple[list[Metrics], int]:
@@ -141,7 +141,7 @@ class PolicyGradient(Algorithm):
             if not len(lanes):
                 continue
             metrics = self._accumulate(rollout, advantages, lanes, rng)
-            if self.stop_kl is not None and to_host(metrics["approx_kl"]).item() > self.stop_kl:
+            if self.stop_kl is not None and transfer.to_host(metrics["approx_kl"]).item() > self.stop_kl:
                 self.updates.clear()
                 return [*updates, metrics], len(updates)
             updates.append(metrics | {"grad_norm": self.updates.apply()})

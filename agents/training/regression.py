@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_gym import transfer
 from diffusion_gym.checks import checked_integer, checked_number
 from diffusion_gym.models.base import Prediction
 from diffusion_gym.parts import Part
-from diffusion_gym.transfer import to_host
 
 from ..experience.replay import Replay
 from ..experience.rollouts import Keep, Rollout
@@ -160,11 +160,11 @@ class Regression(Algorithm):
         found, needed = tuple(replay.latents.shape[1:]), self.policy.model.latent_shape
         if found != needed:
             raise ValueError(f"the replay's latents must be the policy's, of shape {needed}; got {found}")
-        finite = to_host(replay.rewards.isfinite())
+        finite = transfer.to_host(replay.rewards.isfinite())
         if not finite.all():
             row = int(np.flatnonzero(~finite)[0])
             raise ValueError(
-                f"the replay's rewards must be finite, got {to_host(replay.rewards)[row].item()} in row {row}"
+                f"the replay's rewards must be finite, got {transfer.to_host(replay.rewards)[row].item()} in row {row}"
             )
 
     def _batches(self, rows: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:

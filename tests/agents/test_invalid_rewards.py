@@ -7,7 +7,7 @@ import torch
 from stable_baselines3.common.logger import KVWriter, Logger
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DDPOSF, RLOO, RWR, DenoisingPolicy, DiffusionNFT, Replay
+from agents import DDPOIS, DDPOSF, DPOK, GRPO, RLOO, RWR, AdamW, Batch, DenoisingPolicy, DiffusionNFT, Replay, Rollouts
 from agents.advantages import group_advantages
 from diffusion_gym.models import load_model
 
@@ -25,11 +25,12 @@ class Lines(KVWriter):
         self.lines.append(dict(values))
 
 
-def learner_on(mixture, algorithm, reward, *, on_invalid_reward="nan", **options):
+def learner_on(mixture, algorithm, reward, *, on_invalid_reward="nan", async_rewards=False, **options):
     env = gym.make_vec("DenoisingMDP-v0", num_envs=8, num_steps=3, model=mixture, reward=reward,
                        autoreset_mode="DISABLED", on_invalid_reward=on_invalid_reward)  # fmt: skip
-    sizes = {"samples_per_epoch": 16, "batch_size": 16, "group_size": 4, "learning_rate": 1e-2}
-    learner = algorithm(DenoisingPolicy(mixture, seed=0), env, seed=0, **sizes, **options)
+    rollouts = Rollouts(samples=16, group_size=4, async_rewards=async_rewards)
+    sizes = {"rollouts": rollouts, "batch_size": 16, "learning_rate": 1e-2}
+    learner = algorithm(DenoisingPolicy(mixture, seed=0), env, seed=0, **{**sizes, **options})
     log = Lines()
     learner.set_logger(Logger(None, [log]))
     return learner, log.lines
@@ -42,7 +43,7 @@ def failing(images, prompts, metadata):
     return values
 
 
-ALL = [DDPOSF, DDPOIS, RLOO, RWR, DiffusionNFT]
+ALL = [DDPOSF, DDPOIS, RLOO, GRPO, DPOK, RWR, DiffusionNFT]
 
 
 @pytest.mark.parametrize("async_rewards", [False, True])
@@ -74,7 +75,8 @@ def test_a_rollout_without_any_valid_reward_ends_the_training(mixture):
 
 def test_the_others_are_learnt_from_as_if_they_were_alone(mixture):
     """Their advantages and the gradient are those of a rollout that never had the invalid ones."""
-    learner, _ = learner_on(mixture, DDPOSF, failing, per_prompt_buffer_size=None)
+    raw = AdamW(max_grad_norm=None)
+    learner, _ = learner_on(mixture, DDPOSF, failing, advantages=Batch(), optimizer=raw, learning_rate=0.0)
     rollouts, gradients = [], []
     learner.train, train = (lambda rollout: rollouts.append(rollout) or {}), learner.train
     learner.learn(1, log_interval=0)
@@ -84,16 +86,14 @@ def test_the_others_are_learnt_from_as_if_they_were_alone(mixture):
     kept = torch.from_numpy(np.flatnonzero(rollout.valid))
     rewards = rollout.returns[kept]
     advantages = torch.zeros(16).index_copy(0, kept, (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6))
-    learner.optimizer_step = lambda: (
-        gradients.extend(p.grad.clone() for p in learner.policy.parameters()) or torch.zeros(())
-    )
+    parameters = list(learner.policy.parameters())
+    learner.updates.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in parameters))
     train(rollout)
-    learner.optimizer.zero_grad()
     steps, lanes = np.nonzero(rollout.scored)
     k, b = torch.from_numpy(steps), torch.from_numpy(lanes)
     log_prob = learner.policy.log_prob(rollout.observation(k, b), rollout.action(k, b), "mean")
     (-(advantages[b] * log_prob).sum() / len(k)).backward()
-    for found, parameter in zip(gradients, learner.policy.parameters(), strict=True):
+    for found, parameter in zip(gradients, parameters, strict=True):
         torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
 
 

@@ -6,7 +6,20 @@ from functools import partial
 import gymnasium as gym
 import pytest
 
-from agents import DDPOIS, RLOO, DenoisingPolicy, FixedSchedule, TimePredictor, evaluate
+from agents import (
+    DDPOIS,
+    RLOO,
+    DenoisingPolicy,
+    FixedSchedule,
+    Groups,
+    Muon,
+    PerPrompt,
+    Rollouts,
+    Steps,
+    TimePredictor,
+    Window,
+    evaluate,
+)
 from diffusion_gym.grids import karras_grid, power_grid, shifted_grid, step_ratios, uniform_grid
 from diffusion_gym.models import load_model
 
@@ -15,21 +28,16 @@ from diffusion_gym.models import load_model
 def test_brightness_rises_on_held_out_seeds(emoji):
     """128 images: the first two of five steps learnt from, with Muon."""
     env = gym.make_vec("diffusion_gym:DenoisingMDP-v0", num_envs=32, num_steps=5, model=emoji, reward="brightness")
-    policy = DenoisingPolicy(emoji, mixed_precision="bf16", seed=0)
+    policy = DenoisingPolicy(emoji, precision="bf16", seed=0)
     learner = DDPOIS(
         policy,
         env,
-        optimizer="muon",
         learning_rate=1e-3,
-        warmup_updates=2,
         batch_size=32,
-        samples_per_epoch=32,
-        group_size=8,
-        per_prompt_buffer_size=8,
-        per_prompt_min_count=8,
-        sde_window=2,
-        sde_window_range=(0, 2),
-        step_weights="inverse_sensitivity",
+        optimizer=Muon(warmup_updates=2),
+        rollouts=Rollouts(samples=32, group_size=8),
+        advantages=PerPrompt(8, min_count=8),
+        steps=Steps(weights="inverse_sensitivity", window=Window(2, within=(0, 2))),
         seed=0,
     )
     before = evaluate(env, policy, seeds=range(32))
@@ -50,7 +58,13 @@ def test_a_time_predictor_beats_every_fixed_grid_on_the_mixture():
     env = make_env(256, step_cost="linear", step_cost_weight=1e-6)
     policy = TimePredictor(env.single_observation_space, initial_ratio=0.58, initial_concentration=20.0, seed=0)
     algorithm = RLOO(
-        policy, env, group_size=8, learning_rate=3e-3, n_epochs=2, num_starts=512, advantage_scale="rollout", seed=0
+        policy,
+        env,
+        learning_rate=3e-3,
+        n_epochs=2,
+        rollouts=Rollouts(group_size=8, same_noise=True, num_starts=512),
+        advantages=Groups(scale="rollout"),
+        seed=0,
     )
     held_out = {"seeds": range(512), "prompts": ["anything"] * 512, "deterministic": True}
     judge = make_env(512)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy, collect
+from agents import DDPOIS, Batch, DenoisingPolicy, Full, LoRA, Rollouts, collect
 from diffusion_gym.models import load_model
 from tests.gradients import assert_gradients_close
 from tests.tiny import make_tiny_stable_diffusion
@@ -36,14 +36,14 @@ def ratios(policy, rollout):
     )
 
 
-@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_the_ratio_begins_at_one_and_nothing_becomes_nan_in_ten_runs(env, precision, use_lora):
+@pytest.mark.parametrize("adaptation", [Full(), LoRA()], ids=["full", "lora"])
+@pytest.mark.parametrize("precision", [None, "bf16", "fp16"])
+def test_the_ratio_begins_at_one_and_nothing_becomes_nan_in_ten_runs(env, precision, adaptation):
     for seed in range(10):
-        policy = DenoisingPolicy(env.unwrapped.model, use_lora=use_lora, mixed_precision=precision, seed=seed)
+        policy = DenoisingPolicy(env.unwrapped.model, adaptation=adaptation, precision=precision, seed=seed)
         before = [p.detach().clone() for p in policy.parameters() if p.requires_grad]
-        settings = {"samples_per_epoch": 2, "batch_size": 2, "per_prompt_buffer_size": None}
-        learner = DDPOIS(policy, env, learning_rate=1e-3, seed=seed, **settings)
+        settings = {"rollouts": Rollouts(), "batch_size": 2, "advantages": Batch(), "seed": seed}
+        learner = DDPOIS(policy, env, learning_rate=1e-3, **settings)
         rollout = collect(env, policy, seeds=[seed])
         with torch.no_grad():
             assert (ratios(policy, rollout) - 1).abs().max() <= RATIO_BOUND
@@ -51,7 +51,7 @@ def test_the_ratio_begins_at_one_and_nothing_becomes_nan_in_ten_runs(env, precis
         while learner.num_updates < 2:
             losses.append(learner.train(rollout)["loss"])
         assert torch.stack(losses).isfinite().all()
-        assert len(losses) == 2 + learner.guard.num_overflows
+        assert len(losses) == 2 + learner.updates.guard.num_overflows
         assert len(losses) == 2 or precision == "fp16"
         after = [p for p in policy.parameters() if p.requires_grad]
         assert all(torch.isfinite(parameter).all() for parameter in after)
@@ -73,10 +73,10 @@ def first_gradient(env, **arguments):
     return {name: p.grad for name, p in policy.denoiser.named_parameters() if p.requires_grad}, len(passes)
 
 
-@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
-def test_gradient_checkpointing_computes_twice_and_changes_nothing(env, use_lora):
-    plain, once = first_gradient(env, use_lora=use_lora)
-    checkpointed, twice = first_gradient(env, use_lora=use_lora, gradient_checkpointing=True)
+@pytest.mark.parametrize("adaptation", [Full(), LoRA()], ids=["full", "lora"])
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(env, adaptation):
+    plain, once = first_gradient(env, adaptation=adaptation)
+    checkpointed, twice = first_gradient(env, adaptation=adaptation, gradient_checkpointing=True)
     assert (once, twice) == (1, 2)
     assert_gradients_close([checkpointed[name] for name in plain], list(plain.values()))
 
@@ -92,7 +92,7 @@ def test_losses_are_scaled_wherever_the_arithmetic_is_fp16(tmp_path):
     """A latent's share of a mean over 16,384 numbers and 50 steps is below the least number of fp16."""
     folder = str(make_tiny_stable_diffusion(tmp_path))
     half, single = (load_model(folder, dtype=dtype) for dtype in ("float16", "float32"))
-    assert DenoisingPolicy(half, use_lora=True).needs_loss_scaling
-    assert DenoisingPolicy(single, mixed_precision="fp16").needs_loss_scaling
+    assert DenoisingPolicy(half, adaptation=LoRA()).needs_loss_scaling
+    assert DenoisingPolicy(single, precision="fp16").needs_loss_scaling
     assert not DenoisingPolicy(half).needs_loss_scaling  # a full copy is in float32
-    assert not DenoisingPolicy(single, use_lora=True).needs_loss_scaling
+    assert not DenoisingPolicy(single, adaptation=LoRA()).needs_loss_scaling

@@ -6,9 +6,25 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DDPOSF, RLOO, RWR, DenoisingPolicy, DiffusionNFT, TimePredictor
+from agents import (
+    DDPOIS,
+    DDPOSF,
+    DPOK,
+    GRPO,
+    RLOO,
+    RWR,
+    DenoisingPolicy,
+    DiffusionNFT,
+    LoRA,
+    PolicyGradient,
+    Rollouts,
+    Steps,
+    TimePredictor,
+    Window,
+)
 from agents.policies import BetaDistribution
 from diffusion_gym.models import load_model
+from diffusion_gym.samplers import DDIM
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +45,13 @@ class Ask(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("algorithm", [DDPOSF, DDPOIS, RLOO, RWR, DiffusionNFT])
+@pytest.mark.parametrize("algorithm", [DDPOSF, DDPOIS, RLOO, GRPO, DPOK, RWR, DiffusionNFT])
 def test_callbacks_in_a_rollout_see_the_policy_as_it_is_outside(mixture, algorithm):
     env = gym.make_vec(
         "DenoisingMDP-v0", num_envs=8, num_steps=6, model=mixture, reward="brightness", autoreset_mode="DISABLED"
     )
-    windows = {"sde_window": 2} if issubclass(algorithm, DDPOSF | DDPOIS | RLOO) else {}
-    sizes = {"samples_per_epoch": 8, "batch_size": 8}
+    windows = {"steps": Steps(window=Window(2))} if issubclass(algorithm, PolicyGradient) else {}
+    sizes = {"rollouts": Rollouts(group_size=4), "batch_size": 8}
     learner = algorithm(DenoisingPolicy(mixture, seed=0), env, learning_rate=0.0, seed=0, **sizes, **windows)
     observation, _ = env.reset(seed=3)
     outside, _ = learner.predict(observation, deterministic=True)
@@ -46,7 +62,7 @@ def test_callbacks_in_a_rollout_see_the_policy_as_it_is_outside(mixture, algorit
 
 
 def test_a_window_is_another_view_of_the_policy(mixture):
-    policy = DenoisingPolicy(mixture, eta=0.7, seed=0)
+    policy = DenoisingPolicy(mixture, sampler=DDIM(eta=0.7), seed=0)
     times = mixture.schedule.timesteps(6).float()
     view = policy.windowed(float(times[1]), float(times[3]))
     assert view.denoiser is policy.denoiser
@@ -72,7 +88,7 @@ def test_policies_leave_the_global_random_state_alone(mixture):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     policy = TimePredictor(env.single_observation_space, seed=0)
-    DenoisingPolicy(env.unwrapped.model, use_lora=True, seed=0)
+    DenoisingPolicy(env.unwrapped.model, adaptation=LoRA(), seed=0)
     distribution = BetaDistribution(torch.tensor([2.0, 3.0]), torch.tensor([4.0, 2.0]))
     distribution.sample(policy.generator)
     distribution.sample([torch.Generator().manual_seed(seed) for seed in (1, 2)])
@@ -88,7 +104,7 @@ def test_no_seed_is_set_of_the_whole_process(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("torch.manual_seed was called"))
     policy = TimePredictor(env.single_observation_space, seed=0)
     policy.act(env.reset(seed=0)[0])
-    DenoisingPolicy(env.unwrapped.model, use_lora=True, seed=0)
+    DenoisingPolicy(env.unwrapped.model, adaptation=LoRA(), seed=0)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (2.5, 6.0), (900.0, 300.0)])
