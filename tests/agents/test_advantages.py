@@ -85,7 +85,6 @@ def test_normalised_rewards_have_mean_zero_and_std_one():
     assert (normalise(torch.full((5,), 3.0)) == 0).all()
 
 
-# ---------------------------------------------------------------------- rounding
 def _of_prompts(rewards, **how):
     stats = PerPromptStats(**how)
     return torch.from_numpy(stats.update(["a cat"] * len(rewards), rewards.tolist()))
@@ -122,7 +121,6 @@ def test_deviations_are_those_from_the_mean_of_the_last_dimension():
     assert (deviations(rewards)[1:3] == 0).all()
 
 
-# ---------------------------------------------------------------------- groups of a prompt
 def test_groups_of_a_prompt_are_compared_as_in_diffusion_nft():
     """train_nft_sd3.py: the mean of the prompt's rewards, the standard deviation of all of them."""
     rewards, prompts = np.array([1.0, 2.0, 6.0, 0.0, 3.0, 7.0]), np.array([3, 0, 3, 0, 3, 5])

@@ -220,9 +220,6 @@ def test_objects_of_the_wrong_kind_are_named(emoji, make_env):
         DenoisingPolicy(emoji, prompts="simple_animals")
 
 
-# ---------------------------------------------------------------------- Stable-Baselines3's manners
-
-
 def test_logs_have_sb3s_names_and_an_image_grid(emoji, make_env, tmp_path):
     make(DDPOIS, emoji, make_env(), tensorboard_log=str(tmp_path)).learn(24, tb_log_name="run")
     events = EventAccumulator(str(tmp_path / "run_1"), size_guidance={"images": 0})
@@ -371,9 +368,6 @@ def test_own_logger_can_be_read_as_csv(emoji, make_env, tmp_path):
     learner.logger.close()
     header = (tmp_path / "progress.csv").read_text().splitlines()[0].split(",")
     assert "rollout/ep_rew_mean" in header
-
-
-# ---------------------------------------------------------------------- nothing is lost
 
 
 def test_a_failing_save_leaves_the_last_one_whole(emoji, make_env, tmp_path, monkeypatch):

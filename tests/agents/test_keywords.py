@@ -341,7 +341,6 @@ def test_whole_numbers_are_whole(mixture, kind):
         kind(DenoisingPolicy(mixture, seed=0), env, seed=-1)
 
 
-# ---------------------------------------------------------------------- policies
 def bytes_saved_for_the_backward_pass(policy, observation):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one.numel()) or one, lambda one: one):

@@ -60,7 +60,6 @@ def weights(learner):
     return [parameter.detach().clone() for parameter in learner.policy.parameters()]
 
 
-# ---------------------------------------------------------------------- pure functions
 def test_later_kl_is_what_comes_after_each_step():
     kl = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     for step, episode in itertools.product(range(5), range(3)):
@@ -122,7 +121,6 @@ def test_a_reference_is_another_policy(mixture):
         learner_on(mixture, "times", sde_window=2)
 
 
-# ---------------------------------------------------------------------- the reference
 @pytest.mark.parametrize("kind", ["full", "lora", "times"])
 def test_the_untrained_policy_is_the_reference_if_none_is_given(mixture, kind, tmp_path):
     learner = learner_on(mixture, kind)
@@ -176,7 +174,6 @@ def test_a_loaded_run_has_the_first_reference_and_the_adapted_coefficient(mixtur
         assert torch.equal(one, other)
 
 
-# ---------------------------------------------------------------------- gradients and control
 @pytest.mark.parametrize("kind", ["full", "times"])
 @pytest.mark.parametrize(
     ("place", "n_epochs", "passes"),
@@ -294,7 +291,6 @@ def test_an_update_that_is_dropped_changes_nothing(mixture):
         assert other.grad is None
 
 
-# ---------------------------------------------------------------------- the stochastic window
 def test_a_window_of_steps_is_stochastic_and_learnt_from(mixture, monkeypatch):
     learner = learner_on(mixture, kl_coefficient=0.0, sde_window=2, sde_window_range=(0, 4), learning_rate=0.0)
     deterministic = DenoisingPolicy(mixture, eta=0.0)

@@ -75,7 +75,6 @@ def gradients_of(learner, rollout, monkeypatch):
     return found, metrics
 
 
-# ---------------------------------------------------------------------- pure functions
 def test_leave_one_out_compares_each_sample_with_the_others():
     rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
     expected = [[1 - 4, 2 - 3.5, 6 - 1.5], [-1.5, -1.5, 3.0]]
@@ -116,7 +115,6 @@ def test_coefficients_are_the_derivative_of_the_clipped_surrogate():
     assert 0.1 < (found == 0).float().mean() < 0.9
 
 
-# ---------------------------------------------------------------------- gradients
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 1000])
 @pytest.mark.parametrize(
     ("kind", "ratio", "reduction"),
@@ -271,7 +269,6 @@ def test_kl_to_the_reference_is_in_closed_form(time_env, latent_env, monkeypatch
     assert float(metrics["kl"]) == pytest.approx(float(kl.detach().sum() / 4), rel=1e-4)
 
 
-# ---------------------------------------------------------------------- groups
 @pytest.mark.parametrize("same_noise", [True, False])
 def test_groups_share_their_prompt_and_their_noise_if_asked(time_env, latent_env, same_noise):
     learner = make(time_env, latent_env, "times", same_noise=same_noise, samples_per_epoch=8)
@@ -347,7 +344,6 @@ def test_the_published_settings_are_accepted(latent_env):
         assert RLOO(DenoisingPolicy(env.unwrapped.model, seed=0), env, **steps, **how).ratio == "step"
 
 
-# ---------------------------------------------------------------------- runs
 @pytest.mark.parametrize("kind", ["times", "latents"])
 def test_a_loaded_run_goes_on_exactly_where_it_was(time_env, latent_env, tmp_path, kind):
     def weights(learner):

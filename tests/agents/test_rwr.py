@@ -36,7 +36,6 @@ def make_env(model, num_envs=8, **arguments):
     return gym.make_vec("DenoisingMDP-v0", num_envs=num_envs, model=model, **arguments)
 
 
-# ---------------------------------------------------------------------- weights
 def test_softmax_weights_are_the_published_ones():
     """jannerm/ddpo, array.py: softmax(β·r) times the number of samples, of all or of each prompt's."""
     rewards = torch.tensor([1.0, 2.0, 4.0, 0.5])
@@ -94,7 +93,6 @@ def test_a_prompt_that_is_drawn_once_is_warned_of(line):
     assert learner.weights(replace(replay, prompts=np.arange(8) // 2)).sum() == pytest.approx(8)
 
 
-# ---------------------------------------------------------------------- updates
 @pytest.mark.parametrize(("num_rows", "sizes"), [(8, [4, 4]), (9, [5, 4]), (5, [5]), (2, [2]), (11, [4, 4, 3])])
 def test_the_updates_of_a_pass_are_of_about_one_size(line, num_rows, sizes):
     """Not a full step from the few rows that are left over."""
@@ -207,7 +205,6 @@ def test_it_regresses_to_the_tilted_mixture(line, best_share, monkeypatch):
     assert (after.rewards > 0).mean() == pytest.approx(expected_share, abs=0.05)
 
 
-# ---------------------------------------------------------------------- images on disk
 def test_it_learns_from_a_folder_of_images(tiny, tmp_path, monkeypatch):
     env = make_env(tiny, num_envs=4)
     policy = DenoisingPolicy(tiny, seed=0)
@@ -280,7 +277,6 @@ def test_what_cannot_be_learnt_from_is_refused(line, tiny, best_share):
     assert all(torch.equal(*pair) for pair in zip(before, learner.policy.parameters(), strict=True))
 
 
-# ---------------------------------------------------------------------- files and errors
 def test_an_interrupted_run_goes_on_bit_for_bit(line, tmp_path):
     def make():
         env = make_env(line, 16)

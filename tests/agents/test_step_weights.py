@@ -35,7 +35,6 @@ def make(algorithm, model, **arguments):
     return algorithm(DenoisingPolicy(model, seed=0), make_env(model), **options)
 
 
-# ---------------------------------------------------------------------- sensitivity
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [1.0, 0.5])
 def test_sensitivity_is_how_far_the_mean_moves(mixture, monkeypatch, prediction_type, eta):
@@ -68,7 +67,6 @@ def test_a_deterministic_step_is_infinitely_loud(mixture):
     assert DenoisingPolicy(mixture, eta=0.0).sensitivity(times[:1], times[1:2]).isinf().all()
 
 
-# ---------------------------------------------------------------------- weights
 @pytest.mark.parametrize("window", [None, 2])
 def test_weights_undo_the_sensitivity_where_there_is_a_density(mixture, window):
     learner = make(RLOO, mixture, sde_window=window)
@@ -135,7 +133,6 @@ def test_times_have_no_sensitivity(mixture):
         RLOO(ContextFreeSchedule([0.4] * STEPS), env, ratio="step", step_weights="inverse_sensitivity")
 
 
-# ---------------------------------------------------------------------- groups
 def test_groups_share_the_prompt_and_nothing_else(emoji):
     env = gym.make_vec("DenoisingMDP-v0", num_envs=8, num_steps=2, model=emoji)
     learner = DDPOSF(DenoisingPolicy(emoji, use_lora=True), env, samples_per_epoch=16, group_size=4, seed=0)

@@ -84,9 +84,6 @@ def manifest(folder, iteration):
     return (checkpoint / MANIFEST_FILE).read_text()
 
 
-# ---------------------------------------------------------------------- a process that is killed
-
-
 def kill_at_file_operation(folder, count):
     """Kill this process just before it does anything to a file or folder within `folder` for the count-th time."""
     left = [count]
@@ -178,9 +175,6 @@ def test_a_run_goes_on_to_the_planned_total_with_the_schedules_rates(tmp_path):
         assert torch.equal(one, other)
 
 
-# ---------------------------------------------------------------------- files that are damaged
-
-
 @pytest.fixture
 def saved(tmp_path):
     """Return a folder with the checkpoints of iterations 1 to 3."""
@@ -257,9 +251,6 @@ def test_training_goes_on_past_a_damaged_checkpoint_and_replaces_it(saved):
     assert manifest(saved, 3) == expected
 
 
-# ---------------------------------------------------------------------- which are kept
-
-
 def test_the_newest_are_kept_also_the_one_at_the_end(tmp_path):
     learner = make()
     learner.learn(11 * PER_ITERATION, Checkpoints(tmp_path, every=2, keep=3), log_interval=0)
@@ -312,9 +303,6 @@ def test_another_runs_checkpoints_are_not_mixed_with_this_ones(saved):
 def test_wrong_arguments_are_named(tmp_path, arguments):
     with pytest.raises(ValueError, match="every and keep must be at least 1"):
         Checkpoints(tmp_path, **arguments)
-
-
-# ---------------------------------------------------------------------- a disk that is full
 
 
 class FullDisk(BaseCallback):
@@ -381,7 +369,6 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-# ---------------------------------------------------------------------- environments of other kinds
 @pytest.mark.parametrize(
     ("make_other", "error", "message"),
     [

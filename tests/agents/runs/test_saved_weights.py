@@ -46,7 +46,6 @@ def nan(tensors):
     return {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
 
 
-# ---------------------------------------------------------------------- every policy's weights
 def make_policies(mixture):
     env = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model=mixture, reward="brightness", prompts=["north"])
     return {
@@ -110,7 +109,6 @@ def test_optimizer_state_of_other_weights_is_refused_by_name(tmp_path):
         DDPOIS.load(tmp_path / "run", env, policy=DenoisingPolicy(model))
 
 
-# ---------------------------------------------------------------------- what subclasses add
 class WithCritic(DenoisingPolicy):
     """A policy with one more network, and one more argument."""
 
@@ -215,7 +213,6 @@ def test_an_algorithms_arguments_are_saved_or_the_run_is_refused_before_it_begin
     assert Remembered.load(tmp_path / "run", env).factor == 1.5
 
 
-# ---------------------------------------------------------------------- in another environment
 def inverted(images, prompts, metadata):
     return -images.mean((1, 2, 3))
 
@@ -255,7 +252,6 @@ def test_the_same_environment_made_in_other_words_is_no_other(tmp_path, mixture)
     )  # warnings are errors
 
 
-# ---------------------------------------------------------------------- disks and networks
 def without(kinds, number):
     fsync = os.fsync
 

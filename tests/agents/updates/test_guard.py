@@ -105,9 +105,6 @@ def test_an_unknown_answer_is_named(make):
         make(on_nonfinite="ignore")
 
 
-# ---------------------------------------------------------------------- fp16
-
-
 def with_scale(learner, scale):
     if learner.guard.scaler.is_enabled():
         learner.guard.scaler.load_state_dict({**learner.guard.scaler.state_dict(), "scale": scale})
