@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
@@ -163,13 +164,16 @@ class DiscreteVPSchedule(NoiseSchedule):
         interpolated = torch.lerp(log_lower, log_upper, weight)
         return torch.where(log_upper.isinf(), log_lower + torch.log1p(-weight), interpolated)
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return self._log_alpha(t).exp()
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
 
-    def time_of(self, noise_ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time_of(self, noise_ratio: Tensor) -> Tensor:
         ratio = as_float(noise_ratio)
         table = self._log_alpha_table(ratio)
         log_alpha = -torch.log1p(ratio.square()) / 2
@@ -186,7 +190,8 @@ class DiscreteVPSchedule(NoiseSchedule):
         total = self.num_train_timesteps
         return ((low + (high - low) * as_float(uniform)) * total).floor().clamp(max=total - 1)  # it may round to total
 
-    def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
+    @override
+    def timesteps(self, num_steps: int) -> Tensor:
         total = self.num_train_timesteps
         num_steps = checked_num_steps(num_steps, maximum=total)
         if self.spacing == "leading":
@@ -221,20 +226,24 @@ class FlowSchedule(NoiseSchedule):
     max_time: float = field(default=1.0, init=False)
     min_noise_ratio: float = field(default=0.01, init=False)
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return 1 - as_float(t)
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return as_float(t).clone()
 
     def noise_ratio(self, t: Tensor) -> Tensor:
         """Return σ_t = t itself, as TPDM (Ye et al., 2024) does: σ/α would be infinite at the noisy end."""
         return self.sigma(t)
 
-    def time_of(self, noise_ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time_of(self, noise_ratio: Tensor) -> Tensor:
         return as_float(noise_ratio).clone()
 
-    def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
+    @override
+    def timesteps(self, num_steps: int) -> Tensor:
         num_steps = checked_num_steps(num_steps)
         smallest = self._shifted(torch.tensor(1 / self.num_train_timesteps, dtype=torch.float64))
         grid = self._shifted(torch.linspace(1.0, float(smallest), num_steps, dtype=torch.float64))
@@ -268,16 +277,20 @@ class KarrasSchedule(NoiseSchedule):
         """σ_max: x_T = x_0 + σ_max·ε, where x_0 does not show."""
         return self.sigma_max
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(as_float(t))
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return as_float(t).clone()
 
-    def time_of(self, noise_ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time_of(self, noise_ratio: Tensor) -> Tensor:
         return as_float(noise_ratio).clone()
 
-    def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
+    @override
+    def timesteps(self, num_steps: int) -> Tensor:
         num_steps = checked_num_steps(num_steps)
         inverse = 1 / self.rho
         ramp = torch.linspace(self.sigma_max**inverse, self.sigma_min**inverse, num_steps, dtype=torch.float64)

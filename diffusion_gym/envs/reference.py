@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .. import transfer
 from ..checks import checked_integer
@@ -61,7 +62,8 @@ class ReferenceDistance(Reward):
         self.__dict__.update(state)
         self._forget()
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         raise TypeError("reference_distance compares with a sample from the same noise: only an environment knows it")

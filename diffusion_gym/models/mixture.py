@@ -15,6 +15,7 @@ from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..naming import unknown_name
 from ..schedules import as_float
@@ -242,13 +243,16 @@ class MixtureModel(DiffusionModel):
         size = math.prod(self.image_shape)
         return F.pad(pixels, (0, size - self.dimension), value=0.5).reshape(-1, *self.image_shape)
 
-    def encode(self, images: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def encode(self, images: Tensor) -> Tensor:
         return self.positions(images)[:, :, None, None]
 
-    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+    @override
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         save_lora(denoiser, folder)
 
-    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+    @override
+    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:
         load_lora(denoiser, folder)
 
 

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from typing_extensions import override
 
 from ..loading import no_progress_bar
 from .base import Conditioning, DiffusionModel, outside_inference_mode
@@ -271,12 +272,15 @@ class StableDiffusionModel(DiffusionModel):
             network.set_attn_processor(AttnProcessor())  # type: ignore[operator]
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def encode(self, images: Tensor) -> Tensor:
         posterior = self._vae.encode(images.float() * 2 - 1).latent_dist
         return posterior.mode() * self._vae.config.scaling_factor
 
-    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+    @override
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         save_unet_lora(denoiser, folder)
 
-    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+    @override
+    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:
         load_unet_lora(denoiser, folder)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
+from typing_extensions import override
 
 from .affine_head import AffineHead
 from .base import Metadata, RewardOutput
@@ -77,14 +78,16 @@ class Aesthetic(ModelReward[AestheticPredictor]):
         self.head = head
         self.head_sha256 = head_sha256 or (PUBLISHED_SHA256 if Path(head).name == PUBLISHED else None)
 
-    def load(self) -> AestheticPredictor:  # noqa: D102
+    @override
+    def load(self) -> AestheticPredictor:
         weights = read_weights(self.head, what=HEAD, keyword="head", sha256=self.head_sha256)
         clip = pretrained(CLIPModel.from_pretrained, self.clip, what=CLIP, keyword="clip")
         head = AffineHead(clip.config.projection_dim)
         fill(head, weights, self.head)
         return AestheticPredictor(clip, head)
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         fetch_file(self.head, what=HEAD, keyword="head")
         fetch_model(self.clip, what=CLIP, keyword="clip")
         self.load_rest()
@@ -93,10 +96,10 @@ class Aesthetic(ModelReward[AestheticPredictor]):
     def _prepare(self) -> ImagePreparation:
         return pretrained(ImagePreparation.load, self.clip, what="CLIP's preprocessor_config.json", keyword="clip")
 
-    def load_rest(self) -> None:  # noqa: D102
+    @override
+    def load_rest(self) -> None:
         self._prepare  # noqa: B018
 
-    def score(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
-    ) -> RewardOutput:
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         return RewardOutput(self.network(self._prepare(images)))

@@ -11,6 +11,7 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .. import transfer
 
@@ -220,7 +221,8 @@ class CallableReward(Reward):
         self.function = function
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         values: object = self.function(images, prompts, metadata or [{} for _ in prompts])

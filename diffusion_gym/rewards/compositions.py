@@ -12,6 +12,7 @@ from typing import final
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .. import transfer
 from ..checks import checked_integer, checked_number
@@ -34,10 +35,12 @@ class RewardWrapper(Reward):
         self.reward = make_reward(reward)
         self.name, self.unit, self.range = self.reward.name, self.reward.unit, self.reward.range
 
-    def state_dict(self) -> dict[str, object]:  # noqa: D102
+    @override
+    def state_dict(self) -> dict[str, object]:
         return self.reward.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
+    @override
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         self.reward.load_state_dict(state)
 
 
@@ -56,7 +59,8 @@ class Threshold(RewardWrapper):
         self.unit = "1"
         self.range = (0.0, 1.0)
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         output = checked_output(self.reward, images, prompts, metadata)
@@ -80,7 +84,8 @@ class Timed(RewardWrapper):
         self.seconds = 0.0
         self.num_images = 0
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         began = time.perf_counter()
@@ -120,7 +125,8 @@ class Cached(RewardWrapper):
         self._known: OrderedDict[bytes, tuple[float, dict[str, float]]] = OrderedDict()
 
     @torch.no_grad()
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         keys = self._keys(images, prompts, metadata)
@@ -198,7 +204,8 @@ class Retry(RewardWrapper):
         self.errors = errors
         self.num_retries = 0
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         output: RewardOutput | None = None

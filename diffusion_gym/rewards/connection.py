@@ -84,7 +84,6 @@ class Connection:
         values = self._numbers("values", said.get("values"), num_images)
         return RewardOutput(values, {name: self._numbers(name, given, num_images) for name, given in extras.items()})
 
-    # ------------------------------------------------------------------ its parts
     def _numbers(self, name: str, values: object, num: int) -> torch.Tensor:
         if not isinstance(values, list) or len(values) != num:
             raise self._garbage(f"{name!r} that are not {num} numbers, one per image: {values!r:.80}")

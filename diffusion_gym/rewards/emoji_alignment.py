@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetModel
+from typing_extensions import override
 
 from ..loading import no_progress_bar
 from .base import Metadata, Reward, RewardOutput
@@ -128,7 +129,8 @@ class EmojiAlignment(Reward):
         with torch.inference_mode(False):  # gradients are taken through it, whoever asks first
             return load_packaged_scorer()
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         texts = list(dict.fromkeys(prompts)) if self.among is None else list(self.among)

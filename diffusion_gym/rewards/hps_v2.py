@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
+from typing_extensions import override
 
 from .base import Metadata, RewardOutput
 from .clip import ClipReward
@@ -106,13 +107,15 @@ class HPSv2(ClipReward):
         super().__init__(clip=clip, processor=clip, device=device, dtype=dtype, batch_size=batch_size)
         self.weights = weights
 
-    def load(self) -> CLIPModel:  # noqa: D102
+    @override
+    def load(self) -> CLIPModel:
         weights = read_weights(self.weights, what=CHECKPOINT, keyword="weights")
         clip = CLIPModel(self._config)
         fill(clip, from_open_clip(weights), self.weights)
         return clip
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         fetch_file(self.weights, what=CHECKPOINT, keyword="weights")
         self._config  # noqa: B018
         self.load_rest()
@@ -130,7 +133,6 @@ class HPSv2(ClipReward):
         top, left = (side - height) // 2, (side - width) // 2
         return self._prepare.normalise(F.pad(images, (left, side - width - left, top, side - height - top)))
 
-    def score(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
-    ) -> RewardOutput:
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         return RewardOutput(self.cosines(images, prompts))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from typing_extensions import override
 
 from .affine_head import AffineHead
 from .base import Metadata, RewardOutput
@@ -143,7 +144,8 @@ class ImageReward(ModelReward[BlipRewardModel]):
         self.weights = weights
         self.tokenizer = tokenizer
 
-    def load(self) -> BlipRewardModel:  # noqa: D102
+    @override
+    def load(self) -> BlipRewardModel:
         weights = from_published(read_weights(self.weights, what=CHECKPOINT, keyword="weights"))
         try:
             network = BlipRewardModel(vision_config(weights), text_config(weights))
@@ -152,7 +154,8 @@ class ImageReward(ModelReward[BlipRewardModel]):
         fill(network, weights, self.weights)
         return network
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         fetch_file(self.weights, what=CHECKPOINT, keyword="weights")
         self.load_rest()
 
@@ -160,12 +163,12 @@ class ImageReward(ModelReward[BlipRewardModel]):
     def _tokenizer(self) -> BertTokenizer:
         return pretrained(BertTokenizer.from_pretrained, self.tokenizer, what="BERT's tokenizer", keyword="tokenizer")
 
-    def load_rest(self) -> None:  # noqa: D102
+    @override
+    def load_rest(self) -> None:
         self._tokenizer  # noqa: B018
 
-    def score(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
-    ) -> RewardOutput:
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         side = self.network.vision.config.image_size
         tokens = self._tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"

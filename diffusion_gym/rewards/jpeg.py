@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer
 from .base import Metadata, Reward, RewardOutput, to_uint8
@@ -54,7 +55,8 @@ class Incompressibility(Reward):
     unit = "kB"
     range = (0.0, float("inf"))
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         return RewardOutput(jpeg_kilobytes(images))
@@ -67,7 +69,8 @@ class Compressibility(Reward):
     unit = "kB"
     range = (-float("inf"), 0.0)
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         return RewardOutput(-jpeg_kilobytes(images))

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors.torch import load_file
 from torch import nn
+from typing_extensions import override
 
 from ..checks import checked_integer
 from ..loading import hub_answers
@@ -79,7 +80,8 @@ class ModelReward(Reward, Generic[Network]):
         """Load what the reward needs beside its network: first, for it is the smaller part to find missing."""
 
     @torch.no_grad()
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         check_prompts(images, prompts)

@@ -8,6 +8,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..naming import unknown_name
 from .base import CallableReward, Metadata, Reward, RewardFunction, RewardOutput, check_reward, checked_output
@@ -167,7 +168,8 @@ class WeightedSum(Reward):
         bounds = [sorted(weight * bound for bound in reward.range) for reward, weight in self.weighted if weight]
         self.range = (sum(low for low, _ in bounds), sum(high for _, high in bounds))
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         total = torch.zeros(len(images), device=images.device, dtype=torch.float32)
@@ -178,11 +180,13 @@ class WeightedSum(Reward):
             extras |= {**output.extras, reward.name: output.values}
         return RewardOutput(total, extras)
 
-    def state_dict(self) -> dict[str, object]:  # noqa: D102
+    @override
+    def state_dict(self) -> dict[str, object]:
         states = [reward.state_dict() for reward, _ in self.weighted]
         return {"weighted": states} if any(states) else {}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
+    @override
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         states = state.get("weighted", [{}] * len(self.weighted))
         if not isinstance(states, list) or len(states) != len(self.weighted) or state.keys() - {"weighted"}:
             raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")

@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .. import transfer
 from ..checks import checked_integer, checked_number
@@ -80,7 +81,8 @@ class Normalised(RewardWrapper):
         """What is divided by now."""
         return self._std if self.is_fixed else max(math.sqrt(self._squares / max(self.count, 1)), _LEAST_STD)
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         output = checked_output(self.reward, images, prompts, metadata)
@@ -101,14 +103,16 @@ class Normalised(RewardWrapper):
         self._mean += difference * num / total
         self.count = total
 
-    def state_dict(self) -> dict[str, object]:  # noqa: D102
+    @override
+    def state_dict(self) -> dict[str, object]:
         state: dict[str, object] = {}
         inner = self.reward.state_dict()
         if not self.is_fixed:
             state["normalised"] = {"count": self.count, "mean": self._mean, "squares": self._squares}
         return state | ({"reward": inner} if inner else {})
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
+    @override
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         own, inner = state.get("normalised"), state.get("reward", {})
         if not isinstance(inner, Mapping) or state.keys() - {"normalised", "reward"} or (own and self.is_fixed):
             raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")

@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer
 from . import bertscore, llava
@@ -75,10 +76,12 @@ class PromptAlignment(ModelReward[Llava]):
         self.reference = reference
         self.max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, at_least=1)
 
-    def load(self) -> Llava:  # noqa: D102
+    @override
+    def load(self) -> Llava:
         return Llava.load(self.llava, dtype=self.dtype, max_new_tokens=self.max_new_tokens)
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         bertscore.fetch(self.bert_score, self.num_layers)
         llava.fetch(self.llava)
 
@@ -88,14 +91,16 @@ class PromptAlignment(ModelReward[Llava]):
         assert self.device is not None
         return BertScore(self.bert_score, num_layers=self.num_layers, device=self.device)
 
-    def load_rest(self) -> None:  # noqa: D102
+    @override
+    def load_rest(self) -> None:
         self.compare  # noqa: B018
 
     def describe(self, images: Tensor) -> list[str]:
         """Return what LLaVA says of images [B, 3, H, W] in [0, 1]."""
         return self.network.answer(images, [self.question] * len(images))
 
-    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:  # noqa: D102
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         references = [self.reference.replace("{prompt}", prompt) for prompt in prompts]
         for prompt, reference in zip(prompts, references, strict=True):
             if not reference.strip():

@@ -10,6 +10,7 @@ from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer
 from .base import Metadata, Reward, RewardOutput, check_prompts
@@ -91,7 +92,8 @@ class RemoteReward(Reward):
             if (served.name, served.unit, served.range) != (self.name, self.unit, self.range):
                 raise ValueError(f"the servers must serve one reward: {urls[0]} has {first}, {one} has {served}")
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         check_prompts(images, prompts)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer
 from .base import Metadata, RewardOutput
@@ -52,13 +53,16 @@ class StrictVQA(ModelReward[Llava]):
         self.llava = llava
         self.max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, at_least=1)
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         fetch(self.llava)
 
-    def load(self) -> Llava:  # noqa: D102
+    @override
+    def load(self) -> Llava:
         return Llava.load(self.llava, dtype=self.dtype, max_new_tokens=self.max_new_tokens)
 
-    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:  # noqa: D102
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         asked = [
             questions_and_answers(prompt, of_prompt)
             for prompt, of_prompt in zip(prompts, metadata or [{}] * len(prompts), strict=True)

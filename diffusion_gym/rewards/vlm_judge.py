@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer, checked_number
 from .base import Metadata, Reward, RewardOutput, check_prompts, to_uint8
@@ -144,7 +145,8 @@ class VLMJudge(Reward):
             ) from error
         self.model  # noqa: B018
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         check_prompts(images, prompts)

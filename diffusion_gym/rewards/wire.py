@@ -83,7 +83,6 @@ def checked_token(token: str | None) -> str | None:
     return token
 
 
-# ---------------------------------------------------------------------- the client's side
 def encode_request(
     images: Tensor,
     prompts: Sequence[str],
@@ -117,7 +116,6 @@ def encode_request(
     return JSON_TYPE, json.dumps({"images": pictures, **texts}, default=as_json).encode()
 
 
-# ---------------------------------------------------------------------- the server's side
 def check_content_type(header: str) -> str:
     """Return what kind of body a request's header names, before any of it is read.
 
