@@ -1,4 +1,4 @@
-"""Parts: what varies is a small frozen dataclass that its owner is given, and that can be written down."""
+"""Parts: small frozen dataclasses that hold what varies; they are given to their owner, and can be written as JSON."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -56,7 +56,7 @@ def made(description: Any, kind: type[AnyPart]) -> AnyPart:
 
     Args:
         description: The dict.
-        kind: What the part is: one of its subclasses, or itself. No other name means anything.
+        kind: The part's base class: the part is of it or of a subclass, and no other name means anything.
 
     Raises:
         ValueError: it is no such part, or of a class that this process has not imported.
@@ -80,7 +80,7 @@ def _subclasses(kind: type[AnyPart]) -> list[type[AnyPart]]:
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return settings and those of the parts that `described` wrote down, "part/field"; a part itself is its name."""
+    """Return settings as one flat dict: a part that `described` wrote is its name, and its fields are "part/field"."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

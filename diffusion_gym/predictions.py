@@ -1,4 +1,4 @@
-"""What a network's output says about the clean latents x̂_0 and the noise ε̂, for every way of training it."""
+"""The clean latents x̂_0 and the noise ε̂ that a network's output stands for, for every way of training it."""
 
 from typing import Literal, get_args
 

@@ -1,4 +1,4 @@
-"""Noise schedules: the process `x_t = α_t·x_0 + σ_t·ε` as functions of a time that every sample may choose for itself.
+"""Noise schedules: the process `x_t = α_t·x_0 + σ_t·ε` as functions of the time, which may differ between samples.
 
 `t` is diffusers' own value: the timestep index for discrete variance-preserving (VP) models, σ for flow and
 variance-exploding (VE) models. All functions are stateless, work in float64 for float64 times and in float32 for every
@@ -18,12 +18,12 @@ TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
 
 def as_float(values: Tensor) -> Tensor:
-    """Return `values` in float64 if they are, else in float32: the precision of all maths in this package."""
+    """Return float64 values as they are and all others in float32: the precision of all maths in this package."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def checked_num_steps(num_steps: int, *, maximum: int | None = None) -> int:
-    """Return a number of steps as an int, NumPy's too.
+    """Return a number of steps, which may be NumPy's, as an int.
 
     Raises:
         ValueError: it is no whole number of at least 1, or above `maximum`.
@@ -75,11 +75,11 @@ class NoiseSchedule(ABC):
         """Return the time of each noise ratio, the inverse of `noise_ratio`; the clean end's for 0."""
 
     def training_times(self, uniform: Tensor, *, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-        """Return times for training a denoiser, of numbers that are uniform in [0, 1): uniform over the process.
+        """Return times for training a denoiser, uniform over the process, from numbers that are uniform in [0, 1).
 
         Args:
             uniform: The numbers.
-            within: From where to where of the process; 0 is its clean end, 1 its noisy one.
+            within: The part of the process that the times lie in; 0 is its clean end, 1 its noisy one.
         """
         low, high = within
         return self.clean + (self.max_time - self.clean) * (high - (high - low) * as_float(uniform))
@@ -185,7 +185,7 @@ class DiscreteVPSchedule(NoiseSchedule):
         return lower - 1 + weight.clamp(0, 1)
 
     def training_times(self, uniform: Tensor, *, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-        """Return indices 0 … T−1, each as probable as any other, of numbers that are uniform in [0, 1)."""
+        """Return indices 0 … T−1, each as probable as any other, from numbers that are uniform in [0, 1)."""
         low, high = within
         total = self.num_train_timesteps
         return ((low + (high - low) * as_float(uniform)) * total).floor().clamp(max=total - 1)  # it may round to total
@@ -274,7 +274,7 @@ class KarrasSchedule(NoiseSchedule):
 
     @property
     def initial_std(self) -> float:  # type: ignore[override]
-        """σ_max: x_T = x_0 + σ_max·ε, where x_0 does not show."""
+        """The standard deviation of x_T = x_0 + σ_max·ε: σ_max, beside which x_0 does not count."""
         return self.sigma_max
 
     @override

@@ -40,7 +40,7 @@ _MOST_CURVES = 4
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Return a file's content as a URI that a page can show without any other file."""
+    """Return a file's content as a data URI, which a page shows without any other file."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -51,7 +51,7 @@ def _svg(figure: Figure) -> str:
 
 
 def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: str, held_out: str | None) -> str:
-    """Return the sets' gains with their intervals, the reward's and beside it the held-out reward's."""
+    """Return a chart of the sets' gains with their intervals, in the reward and beside it in the held-out reward."""
     kinds = [("reward", f"gain in {reward}{unit}")]
     if held_out is not None:
         kinds.append(("held_out", f"gain in {held_out} (held out)"))
@@ -72,7 +72,7 @@ def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: st
 
 
 def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, held_out: str) -> str:
-    """Return what each prompt gained in the reward over what it gained, or paid, in the held-out reward."""
+    """Return a chart of each prompt's gain in the held-out reward against its gain in the reward."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(11.5, 4.6), layout="constrained")
         axes = figure.add_subplot()
@@ -108,7 +108,7 @@ def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, he
 
 
 def training_chart(curves: Curves) -> str | None:
-    """Return up to four curves of the run's log; None: it has none of those that are shown."""
+    """Return a chart of up to four curves of the run's log; None: the log has none of these curves."""
     changing = {name for name, (_, y) in curves.items() if len(y) > 1 and np.ptp(y) > 0}
     shown = [(label, name) for label, name in _CURVES.items() if name in changing][:_MOST_CURVES]
     if not shown:

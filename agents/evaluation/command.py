@@ -31,7 +31,7 @@ _FEATURES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command's arguments."""
+    """Return the parser of the command's arguments."""
     made = argparse.ArgumentParser(
         prog="python -m agents.evaluation",
         description="Compare a trained policy with the pretrained model, on the prompts that it was trained on and on "
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def reward(text: str) -> RewardSource:
-    """Return what `make_reward` takes; argparse's error has this function's name."""
+    """Return a command-line argument as a source for `make_reward`; argparse's error has this function's name."""
     return json.loads(text) if text.startswith("{") else text
 
 
@@ -83,10 +83,10 @@ def _reward_of(args: argparse.Namespace, saved: Mapping[str, Any]) -> Reward:
 
 
 def _setting(args: argparse.Namespace, name: str, saved: Mapping[str, Any], default: object = None) -> Any:
-    """Return a setting as it was given, or as the run says, or the default.
+    """Return a setting: the argument, or the run's, or the default.
 
     Raises:
-        SystemExit: there is none of them.
+        SystemExit: there is none of the three.
     """
     given = getattr(args, name)
     found = saved.get(name, default) if given is None else given
@@ -108,7 +108,7 @@ def _subset(prompts: PromptSet, rows: Iterable[int]) -> PromptSet:
 def _prompt_sets(
     args: argparse.Namespace, saved: Mapping[str, Any], model: DiffusionModel
 ) -> list[tuple[str, PromptSet]]:
-    """Return the prompts that were trained on, then those of each other set that were not, with their names.
+    """Return named prompt sets: the one that was trained on, then the unseen prompts of each other set.
 
     Raises:
         SystemExit: it is not known what was trained on, or there would be an interval over a single prompt.
@@ -139,13 +139,13 @@ def _prompt_sets(
 
 @dataclass(frozen=True)
 class Setup:
-    """How every set of prompts is evaluated.
+    """The settings of an evaluation, the same for every set of prompts.
 
     Args:
         policy: The trained policy.
-        reward: What it was trained for.
-        held_out: What it was not trained for; None: there is no such reward.
-        features: What images are compared by.
+        reward: The reward that it was trained for.
+        held_out: A reward that it was not trained for; None: there is no such reward.
+        features: The features that images are compared by.
         num_steps: Denoising steps.
         samples_per_prompt: Images of each prompt.
         num_envs: Images drawn together, at most.
@@ -161,7 +161,7 @@ class Setup:
 
     @classmethod
     def parse(cls, args: argparse.Namespace, policy: DenoisingPolicy, saved: Mapping[str, Any]) -> "Setup":
-        """Return what the arguments ask for, the rest as the run says or as is usual for its model."""
+        """Return the setup that the arguments ask for, completed by the run's settings and its model's defaults."""
         if saved.get("observe_embeds") is not False:  # the policy saw the environment's embeddings, not its own
             policy.negative_prompt = saved.get("negative_prompt", policy.negative_prompt)
         is_emoji = policy.model.source == "emoji"
@@ -179,7 +179,7 @@ class Setup:
         )
 
     def compare(self, name: str, prompts: PromptSet, *, trained_on: bool) -> Comparison:
-        """Return the pretrained model's and the policy's images of a set of prompts."""
+        """Return the comparison of the pretrained model's and the policy's images of a set of prompts."""
         policy = self.policy
         env = gym.make_vec(
             "DenoisingMDP-v0",
@@ -219,7 +219,7 @@ class Setup:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate a run, write its page and its numbers, and print what they say."""
+    """Evaluate a run, write its page and its numbers, and print the findings."""
     command = parser()
     args = command.parse_args(arguments)
     if min(args.samples_per_prompt, args.num_envs) < 1:

@@ -1,4 +1,4 @@
-"""What is measured of a policy on held-out seeds: rewards, features, the KL divergence along its path."""
+"""Measures of a policy on held-out seeds: rewards, features, the KL divergence along its path."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,17 +47,17 @@ class Samples:
 
 
 def choose_prompts(count: int, most: int) -> list[int]:
-    """Return the places of `most` of `count` prompts, drawn with a fixed seed and in their order; all, if not more."""
+    """Return the sorted indices of `most` of `count` prompts, drawn with a fixed seed; all if there are not more."""
     return np.sort(np.random.default_rng(0).permutation(count)[:most]).tolist()
 
 
 def latent_features(images: Tensor, latents: Tensor) -> Tensor:
-    """Return the directions of the latents x_0, [B, D]: features for models that no other are there for."""
+    """Return the directions of the latents x_0, [B, D]: features for models that have no others."""
     return F.normalize(latents.flatten(1).float(), dim=1)
 
 
 def make_features(name: FeatureName) -> Features:
-    """Return what the name says: the image embeddings of the emoji scorer, or the latents themselves.
+    """Return the features of a name: the emoji scorer's image embeddings, or the latents' directions.
 
     Raises:
         ValueError: the name is not known.
@@ -103,11 +103,11 @@ def draw_samples(
     Args:
         env: A vector environment with the reward that was trained for.
         policy: The policy.
-        prompts: P of them; of those in the environment's set the held-out reward sees the metadata.
-        samples_per_prompt: K.
-        held_out: Another reward.
-        features: What images are compared by.
-        reference: Where given, the KL divergence to it is measured.
+        prompts: The P prompts; the held-out reward sees the metadata of those in the environment's set.
+        samples_per_prompt: The number K of images of each prompt.
+        held_out: The held-out reward; None: there is none.
+        features: The features that images are compared by.
+        reference: The policy to measure the KL divergence to; None: it is not measured.
     """
     count = len(prompts) * samples_per_prompt
     filled = -(-count // env.num_envs) * env.num_envs

@@ -16,10 +16,10 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def captioned_grid(images: Tensor, captions: Sequence[tuple[str, str]], *, columns: int = 4) -> np.ndarray:
-    """Return images as one, [height, width, 3] uint8, in reading order on white, with two captions under each.
+    """Return one image, [height, width, 3] uint8, of all images in reading order on white, with two captions each.
 
-    Images that are less than 128 pixels wide are enlarged by a whole factor, those of more than 256 are made smaller by
-    one; letters grow with the images.
+    Images less than 128 pixels wide are enlarged by a whole factor, those of more than 256 are reduced by one; letters
+    grow with the images.
 
     Args:
         images: [B, 3, H, W], RGB in [0, 1].
@@ -60,7 +60,7 @@ def captioned_grid(images: Tensor, captions: Sequence[tuple[str, str]], *, colum
 
 
 def _wrapped(text: str, font: Font, width: int) -> list[str]:
-    """Return a text on lines that fit the width; what does not fit on the last one is cut."""
+    """Return a text as lines that fit the width; the last one is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

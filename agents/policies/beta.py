@@ -69,7 +69,7 @@ class BetaDistribution:
         return drawn.clamp(MIN_RATIO, MAX_RATIO)[:, None]
 
     def log_prob(self, value: Tensor, reduction: Reduction = "sum") -> Tensor:
-        """Return the log-density of ratios [B, 1], [B]; of one dimension, sum and mean are the same."""
+        """Return the log-density of ratios [B, 1], [B]; in one dimension, sum and mean are the same."""
         return self._torch.log_prob(value[:, 0].float())
 
     def entropy(self) -> Tensor:
@@ -86,7 +86,7 @@ class BetaDistribution:
 
 
 def _draw(alpha: Tensor, beta: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return X/(X + Y) of X ~ Gamma(α), Y ~ Gamma(β), which is Beta(α, β)."""
+    """Return a draw of Beta(α, β): X/(X + Y) with X ~ Gamma(α) and Y ~ Gamma(β)."""
     if generator is not None and generator.device != alpha.device:
         # A generator of the device, seeded by that of the host: drawing on the host would wait for α and β.
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))

@@ -1,9 +1,9 @@
 """Many processes that train one policy, launched by Hugging Face accelerate: each draws a share of every rollout.
 
-Their number changes nothing but the speed. All sizes are those of all processes together. What is small (rewards,
-prompts, which steps count) is gathered from all, in one order, so that every process computes the same advantages and
-the same shuffles; what is large (latents, embeddings) stays where it was drawn, and whoever has it goes backward over
-it. Gradients are summed before they are clipped.
+Their number changes nothing but the speed. All sizes are those of all processes together. Small data (rewards, prompts,
+the mask of steps) are gathered from all, in one order, so that every process computes the same advantages and the same
+shuffles. Large data (latents, embeddings) stay in the process that drew them, which computes their gradients. Gradients
+are summed before they are clipped.
 """
 
 import logging
@@ -29,7 +29,7 @@ _PATIENCE = 20.0  # seconds until it is said that somebody is missing
 
 
 def _launched() -> int:
-    """Return how many processes a launcher started with this one, by its environment variables."""
+    """Return the number of processes that a launcher started, this one included, by its environment variables."""
     size = os.environ.get("WORLD_SIZE") or "1"
     missing = [name for name in _BESIDE_WORLD_SIZE if not os.environ.get(name)]
     if not size.isdigit() or (size != "1" and missing):
@@ -54,15 +54,15 @@ def _say_who_is_missing(launched: int) -> None:
 
 @final
 class Processes:
-    """This process among those that were launched together; alone, every method returns what it was given.
+    """This process among those that were launched together; alone, every method returns its argument.
 
-    The first one that is made joins the group, which the launcher tells of by `WORLD_SIZE`: `accelerate launch`,
-    `torchrun`. Every process has to call the methods, in the same order.
+    The first object that is made joins the group of the launcher (`accelerate launch`, `torchrun`), whose size is
+    `WORLD_SIZE`. Every process has to call the methods, in the same order.
 
     Attributes:
-        rank: Which one this is, from 0.
-        count: How many there are.
-        device: Where accelerate wants this one to compute; None alone.
+        rank: The index of this process, from 0.
+        count: The number of processes.
+        device: The device that accelerate gave to this process; None alone.
 
     Raises:
         RuntimeError: `WORLD_SIZE` is no number, or there without what else a launcher sets; or accelerate does not see
@@ -100,7 +100,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, total: int) -> range:
-        """Return which of `total` things are this process's: a contiguous range, of all processes about as many."""
+        """Return this process's share of `total` things: a contiguous range, about as long in every process."""
         return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
     def wait(self) -> None:
@@ -118,7 +118,7 @@ class Processes:
         return torch.cat(parts).to(values.device)
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """Return the values of all processes, [M], of which each may have another number."""
+        """Return the values of all processes, [M]; their numbers may differ between processes."""
         if self.count == 1:
             return values
         sizes = self.gather(torch.tensor([len(values)])).tolist()
@@ -177,7 +177,7 @@ class Processes:
         self._sum_bucket(bucket)
 
     def _sum_bucket(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients of some parameters at once, and how many processes have each."""
+        """Replace the gradients of some parameters by their sums, with one exchange between the processes."""
         there = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
         own = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
         flat = torch.cat([there, *(gradient.float().flatten() for gradient in own)])
@@ -188,10 +188,10 @@ class Processes:
 
 
 def gathered(rollout: Rollout, processes: Processes) -> Rollout:
-    """Return the rollout of all processes: small things are all there, observations and actions this process's alone.
+    """Return the rollout of all processes: small data of all, observations and actions of this process alone.
 
     Args:
-        rollout: What this process drew; all drew as many episodes.
+        rollout: The rollout of this process; all drew as many episodes.
         processes: The processes.
     """
     if processes.count == 1:

@@ -1,4 +1,4 @@
-"""The lanes of a vector environment: what each holds, how it is seeded and started."""
+"""The lanes of a vector environment: their state, seeds and starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _OPTION_KEYS = ("prompt", "prompt_id", "latents", "reset_mask")
 
 
 def lane_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
-    """Return one seed per lane: seed + i, or the given ones, as torch's generators take them: modulo 2⁶⁴.
+    """Return one seed per lane: seed + i, or the i-th of a sequence; modulo 2⁶⁴, as torch's generators take them.
 
     Raises:
         ValueError: one is no integer or is negative, or there are several seeds, but not one per lane.
@@ -56,7 +56,7 @@ def lanes_to_reset(options: Mapping[str, Any] | None, *, num_envs: int) -> np.nd
 
 @dataclass(frozen=True)
 class ResetOptions:
-    """What a reset fixes of the new episodes; None leaves it to the lane's seed.
+    """The starting states that a reset fixes; None leaves one to the lane's seed.
 
     Args:
         texts: [num_envs] prompts.

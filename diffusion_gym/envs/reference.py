@@ -1,4 +1,4 @@
-"""The many-step sample from the same noise, as the measure of a sample that took few steps."""
+"""The distance of a sample that took few steps to the many-step sample from the same noise."""
 
 import hashlib
 from collections import OrderedDict
@@ -27,14 +27,14 @@ _Key = tuple[str, str, float, int, bytes]
 class ReferenceDistance(Reward):
     """−mean squared error between an image in [0, 1] and the one that `num_steps` uniform steps make of its noise.
 
-    Only an environment knows the noise, so it asks `distance`; as a reward of images alone it raises. References are
-    remembered by all that they depend on: lanes and episodes that start from the same noise share one.
+    Only an environment knows the noise, so it calls `distance`; a call as a reward of images alone raises. References
+    are remembered by all that they depend on: lanes and episodes that start from the same noise share one.
 
     Args:
-        guidance_scale: With which references are sampled; None: the environment's.
+        guidance_scale: The guidance scale of references; None: the environment's.
         num_steps: Network calls of a reference.
-        root: −the root of that error instead, the distance itself. The squares of a few images that end up as another
-            image outweigh those of all others; roots are easier to learn from.
+        root: Take the negative root of that error, the distance itself. The squares of a few images that end up as
+            another image outweigh those of all others; roots are easier to learn from.
 
     Raises:
         ValueError: `num_steps` is no positive integer, or `guidance_scale` no guidance scale.
@@ -80,7 +80,7 @@ class ReferenceDistance(Reward):
         negative_prompt: str,
         guidance_scale: float,
     ) -> RewardOutput:
-        """The rewards [B] of images that the model made from this noise.
+        """Return the rewards [B] of images that the model made from this noise.
 
         Args:
             images: [B, 3, H, W] in [0, 1].

@@ -1,4 +1,4 @@
-"""LoRA files: whole in diffusers' `load_lora_weights`, and in programs that read names and alphas and nothing else."""
+"""LoRA files that open whole in diffusers' `load_lora_weights`, and in programs that read only names and alphas."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,10 +49,10 @@ def _set(denoiser: nn.Module, layers: Mapping[str, Tensor], folder: Path) -> Non
 def save_unet_lora(denoiser: nn.Module, folder: Path) -> None:
     """Write a UNet's LoRA layers by kohya-ss's names, with an alpha for each layer.
 
-    So do the programs read them that do not read diffusers' metadata, and diffusers itself: whatever the layers are,
-    where attention's have one naming in diffusers' own files and all others another, of which it reads only one. Where
-    the installed diffusers does not know kohya-ss's name of a layer the file has peft's names, and the alpha stands in
-    its metadata.
+    Programs that do not read diffusers' metadata read these names, and so does diffusers itself, for all layers. (Its
+    own files name attention's layers one way and all others another, and it reads only one of the two.) Where the
+    installed diffusers does not know kohya-ss's name of a layer, the file has peft's names, and the alpha stands in its
+    metadata.
     """
     layers = _layers(denoiser)
     named = _kohya(layers, _config(denoiser).lora_alpha)

@@ -1,4 +1,4 @@
-"""Weights from files: taken when they are whole, or refused by the file's and the weights' names."""
+"""Weights from files: they are whole, or refused by an error that names the file and the weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ _SAMPLED = 32
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, or of all in a folder: large networks are written in several.
+    """Return the tensors of a safetensors file, or of all such files of a folder: a large network has several.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,11 +34,11 @@ def require_weights(
     """Raise ValueError unless weights are those that are expected, all of them, of the same shapes and finite.
 
     Args:
-        found: What a file holds.
-        expected: What is to be replaced by it.
+        found: The weights of the file.
+        expected: The weights that they are to replace.
         file: The file, for the message.
-        owner: Whose weights they are to be, for the message.
-        origin: What else is known of where they come from, for the message.
+        owner: The network that takes them, for the message.
+        origin: A further remark on their origin, for the message.
     """
     both = [name for name in expected if name in found]
     problems = {
@@ -61,7 +61,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def sample_weights(network: nn.Module) -> list[float]:
-    """Return one number of each of up to 32 of a network's matrices: two networks of one shape differ in them."""
+    """Return a number from each of up to 32 of a network's matrices: the numbers tell networks of one shape apart."""
     matrices = [parameter.detach() for parameter in network.parameters() if parameter.ndim > 1]
     chosen = matrices[:: max(1, len(matrices) // _SAMPLED)][:_SAMPLED]
     return torch.stack([matrix.reshape(-1)[matrix.numel() // 2].float() for matrix in chosen]).tolist()

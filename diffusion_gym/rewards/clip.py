@@ -1,4 +1,4 @@
-"""What the rewards share that compare an image with its prompt by CLIP, and the two that are no more than that."""
+"""The base of the rewards that compare an image with its prompt by CLIP, and the two that add nothing else."""
 
 from abc import abstractmethod
 from collections import OrderedDict
@@ -43,7 +43,7 @@ class ClipReward(ModelReward[CLIPModel]):
 
     Args:
         clip: CLIP: a folder, or an id on the Hub.
-        processor: Where its tokenizer and its `preprocessor_config.json` are: a folder, or an id on the Hub.
+        processor: The source of its tokenizer and its `preprocessor_config.json`: a folder, or an id on the Hub.
         device: See `ModelReward`.
         dtype: See `ModelReward`; embeddings are compared in float32 whatever it is.
         batch_size: See `ModelReward`.
@@ -87,7 +87,7 @@ class ClipReward(ModelReward[CLIPModel]):
         self._tokenizer, self._prepare  # noqa: B018
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return images [B, 3, H, W] in [0, 1] as CLIP wants them."""
+        """Return images [B, 3, H, W] in [0, 1] as CLIP's inputs."""
         return self._prepare(images)
 
     def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -96,7 +96,7 @@ class ClipReward(ModelReward[CLIPModel]):
         return (embed_images(self.network, self.prepare(images)) * text_embeds).sum(-1)
 
     def _embedding(self, prompt: str) -> Tensor:
-        """Return a prompt's embedding [E]: computed once, and by itself, so that the batch's others change nothing."""
+        """Return a prompt's embedding [E], computed once and by itself: it does not depend on the rest of the batch."""
         if prompt not in self._embeddings:
             self._embeddings[prompt] = embed_texts(self.network, self._tokenizer, [prompt])[0]
         self._embeddings.move_to_end(prompt)

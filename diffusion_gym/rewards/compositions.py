@@ -1,4 +1,4 @@
-"""Rewards made of another reward: thresholded, timed, remembered, tried again; `normalised` has one more."""
+"""Rewards made of another reward: `Threshold`, `Timed`, `Cached` and `Retry`; `normalised` has one more."""
 
 import hashlib
 import json
@@ -25,10 +25,10 @@ _LONGEST_WAIT = 60.0
 
 
 class RewardWrapper(Reward):
-    """A reward made of another one; what the other one remembers is saved with it.
+    """A reward made of another one, whose memory is saved with it.
 
     Args:
-        reward: The other reward, or what `make_reward` makes one of.
+        reward: The other reward, or a source of one for `make_reward`.
     """
 
     def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float]) -> None:
@@ -70,13 +70,13 @@ class Threshold(RewardWrapper):
 
 @final
 class Timed(RewardWrapper):
-    """The other reward, and how long it took: the extra `<name>_seconds` is the seconds per image of the call.
+    """The other reward, timed: the extra `<name>_seconds` is the seconds per image of the call.
 
     The clock stops when the values are on the host, so that a GPU's work counts.
 
     Attributes:
-        seconds: Of all calls.
-        num_images: Of all calls.
+        seconds: The seconds of all calls.
+        num_images: The images of all calls.
     """
 
     def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float]) -> None:
@@ -106,10 +106,10 @@ class Cached(RewardWrapper):
 
     Args:
         reward: The other reward, which remembers nothing.
-        size: The most results that are kept; the one that was not asked for the longest goes first.
+        size: The most results that are kept; the one that was not asked for longest is dropped first.
 
     Attributes:
-        hits: The images whose reward was there.
+        hits: The images whose reward was remembered.
         misses: The images whose reward was computed.
 
     Raises:
@@ -154,7 +154,7 @@ class Cached(RewardWrapper):
 
     @staticmethod
     def _keys(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> list[bytes]:
-        """Return a hash of all that each image's reward is a function of."""
+        """Return a hash of each image, its prompt and its metadata."""
         pixels = transfer.to_host(images)
         keys = []
         for index, prompt in enumerate(prompts):
@@ -169,19 +169,19 @@ class Cached(RewardWrapper):
 class Retry(RewardWrapper):
     """The other reward, asked again where it fails: for one that needs a network, a service, a queue.
 
-    A batch that raises is asked for again as a whole, images whose values are NaN or infinite by themselves; after
+    A batch that raises is asked for again as a whole; where values are NaN or infinite, only their images are; after
     `backoff`, 2·backoff, 4·backoff … seconds, at most 60, with a warning in the log. After the last try the error is
     raised, or the values are returned as they are, for the environment to judge. (A server's `RemoteReward` tries again
     by itself.)
 
     Args:
         reward: The other reward, which remembers nothing.
-        tries: How often to ask, the first time included.
+        tries: The most calls, the first one included.
         backoff: The seconds before the second try.
-        errors: What is worth another try; all else is raised at once.
+        errors: The errors that are worth another try; all others are raised at once.
 
     Attributes:
-        num_retries: How often it was asked again so far.
+        num_retries: The second and later calls so far.
 
     Raises:
         ValueError: an argument is out of its range, or the reward's values depend on those before (`Normalised`,
@@ -209,7 +209,7 @@ class Retry(RewardWrapper):
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         output: RewardOutput | None = None
-        rows = list(range(len(images)))  # what has no finite value yet
+        rows = list(range(len(images)))  # those without a finite value yet
         for last in range(1, self.tries + 1):
             asked = images if output is None else images[rows]
             given = None if metadata is None else [metadata[row] for row in rows]
@@ -235,7 +235,7 @@ class Retry(RewardWrapper):
 
 
 def _replaced(output: RewardOutput, part: RewardOutput, rows: Sequence[int]) -> RewardOutput:
-    """Return a batch's output with those of some rows in their places.
+    """Return a batch's output in which some rows are replaced by those of a part.
 
     Raises:
         ValueError: the part has other extras.

@@ -1,4 +1,4 @@
-"""One reward server as its clients see it: an exchange with it gives a checked answer, or says what went wrong."""
+"""A client's connection to one reward server: each exchange gives a checked answer or a clear error."""
 
 import json
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class RemoteRewardError(RuntimeError):
-    """A reward server that answers what is no answer, refuses a request, or has been away for too long."""
+    """A reward server gave an answer that makes no sense, refused a request, or was away for too long."""
 
 
 @dataclass(frozen=True)
 class ServedReward:
-    """What a server says of its reward (`GET /info`)."""
+    """A server's description of its reward (`GET /info`)."""
 
     name: str
     unit: str
@@ -29,11 +29,11 @@ class ServedReward:
 
 
 class Connection:
-    """The way to a server.
+    """The connection to a server.
 
     Args:
         url: "remote://host:port" or "http://host:port/path"; "https://…" for one behind a proxy.
-        token: What the server asks for.
+        token: The token that the server asks for.
         timeout: The seconds that a whole exchange may take.
 
     Raises:
@@ -46,7 +46,7 @@ class Connection:
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def info(self) -> ServedReward:
-        """Return what the server says of its reward.
+        """Return the server's description of its reward.
 
         Raises:
             Unavailable: it cannot be reached now (`Unreachable`), or has no time.
@@ -69,7 +69,7 @@ class Connection:
         return ServedReward(name, unit, bounds, limits)
 
     def score(self, content_type: str, body: bytes, num_images: int, expected: ServedReward) -> RewardOutput:
-        """Return the rewards [num_images] on the CPU that a request asks for.
+        """Return the rewards that a request asks for, [num_images] on the CPU.
 
         Raises:
             Unavailable: the server cannot be reached now, has no time, or failed.

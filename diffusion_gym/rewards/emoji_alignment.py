@@ -1,4 +1,4 @@
-"""How well an emoji shows what its prompt says: a small CLIP-like scorer that comes with the package."""
+"""The alignment of an emoji with its prompt, by a small CLIP-like scorer that comes with the package."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ IMAGE_SIZE = 64
 
 
 def prepare(images: Tensor) -> Tensor:
-    """Return images [B, 3, 64, 64] in [0, 1] as a ResNet wants them: twice the size, for its stem divides by 4."""
+    """Return images [B, 3, 64, 64] in [0, 1] as a ResNet's inputs: twice the size, for its stem divides by 4."""
     doubled = F.interpolate(images * 2 - 1, scale_factor=2.0, mode="bilinear", align_corners=False)
     return doubled.contiguous(memory_format=torch.channels_last)
 
@@ -53,7 +53,7 @@ class EmojiScorer(nn.Module):
         """Return the scorer that `save` wrote, frozen, in float32.
 
         Args:
-            folder: Where it is.
+            folder: The scorer's folder.
             tokenizer: The tokenizer's folder; None: in `folder`.
         """
         with no_progress_bar():

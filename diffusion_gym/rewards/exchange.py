@@ -1,4 +1,4 @@
-"""Exchanges over HTTP that end, in time and in size; and many of them at once."""
+"""Exchanges over HTTP with a limit on their time and size; and many of them at once."""
 
 import base64
 import http.client
@@ -32,7 +32,7 @@ class Unavailable(Exception):  # noqa: N818
 
     Args:
         message: What happened.
-        seconds: When it wants to be asked again.
+        seconds: The time after which it wants to be asked again.
     """
 
     def __init__(self, message: str, seconds: float = 0.0) -> None:
@@ -49,7 +49,7 @@ class Refused(Exception):  # noqa: N818
 
 
 class Garbage(Exception):  # noqa: N818
-    """An answer that is none."""
+    """An answer that makes no sense."""
 
 
 def is_loopback(host: str) -> bool:
@@ -61,7 +61,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Endpoint:
-    """Where requests go: https through the proxy that the environment names (https_proxy), all else directly.
+    """The address of requests: https goes through the proxy of the variable https_proxy, all else directly.
 
     Args:
         url: "http://host:port/path", "https://…", or a reward server's "remote://host:port".
@@ -94,7 +94,7 @@ class Endpoint:
             )
 
     def check(self) -> None:
-        """Do nothing where the server takes connections.
+        """Check that the server takes connections.
 
         Raises:
             Unreachable: it does not.
@@ -109,7 +109,7 @@ class Endpoint:
     def ask(
         self, method: str, path: str, *, headers: Mapping[str, str], body: bytes | None = None, max_bytes: int
     ) -> bytes:
-        """Return the body of the server's answer, which may have `max_bytes`.
+        """Return the body of the server's answer, of at most `max_bytes`.
 
         Raises:
             Unavailable: it cannot be reached now (`Unreachable`), has no time, or failed.
@@ -179,7 +179,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class _Proxy:
-    """What stands between, and what it wants to be told."""
+    """A proxy's address, and the headers that it asks for."""
 
     host: str
     port: int
@@ -222,7 +222,7 @@ def _hang_up(opened: socket.socket) -> None:
 
 
 def _error_of(answer: bytes) -> str:
-    """Return what an answer that is none says of itself, as far as it does."""
+    """Return the error message of a failed answer, or the beginning of the answer where it has none."""
     try:
         return str(json.loads(answer)["error"])[:500]
     except (ValueError, RecursionError, KeyError, TypeError):
@@ -230,12 +230,12 @@ def _error_of(answer: bytes) -> str:
 
 
 def in_parallel(function: Callable[[S, threading.Event], T], items: Iterable[S], *, num_threads: int) -> list[T]:
-    """Return what the function makes of each item; items are taken when a thread is free, and an error ends it all.
+    """Return the function's result for each item; a free thread takes the next item, and an error ends them all.
 
     Args:
-        function: Gets an item, and an event that is set when its result is wanted no more: its waits are to end then.
+        function: Takes an item, and an event that is set when its result is no longer wanted: its waits end then.
         items: The items.
-        num_threads: How many are worked on at once; one is worked on in the thread that calls.
+        num_threads: The most items at once; with 1 the calling thread does the work.
     """
     over, taking = threading.Event(), threading.Lock()
     left, results = enumerate(items), dict[int, T]()

@@ -1,4 +1,4 @@
-"""Human Preference Score v2.1, and how OpenCLIP's tensors are called in transformers."""
+"""Human Preference Score v2.1, and transformers' names of OpenCLIP's tensors."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -85,7 +85,7 @@ class HPSv2(ClipReward):
 
     Args:
         weights: The checkpoint, in OpenCLIP's names: a file, or owner/name/file on the Hub.
-        clip: Where CLIP-H's `config.json`, tokenizer and `preprocessor_config.json` are: a folder, or an id on the Hub.
+        clip: The source of CLIP-H's `config.json`, tokenizer and `preprocessor_config.json`: a folder, or a Hub id.
             Its weights are not read.
         device: See `ModelReward`.
         dtype: See `ModelReward`.
@@ -125,7 +125,7 @@ class HPSv2(ClipReward):
         return pretrained(CLIPConfig.from_pretrained, self.clip, what="CLIP-H's config.json", keyword="clip")
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return images [B, 3, H, W] in [0, 1] as HPSv2 wants them: whole, on a black square."""
+        """Return images [B, 3, H, W] in [0, 1] as HPSv2's inputs: whole, on a black square."""
         side = self._prepare.size
         scale = side / max(images.shape[-2:])
         height, width = (round(length * scale) for length in images.shape[-2:])

@@ -1,4 +1,4 @@
-"""ImageReward on transformers' BLIP classes, and how its checkpoint's tensors are called there."""
+"""ImageReward on transformers' BLIP classes, and their names of its checkpoint's tensors."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -63,7 +63,7 @@ def _layers(weights: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def vision_config(weights: Mapping[str, Tensor]) -> BlipVisionConfig:
-    """Return the image encoder's sizes, as its tensors have them; attention heads are 64 wide."""
+    """Return the image encoder's configuration, by its tensors' shapes; attention heads are 64 wide."""
     patches, width = weights["vision.embeddings.position_embedding"].shape[1:]
     patch_size = weights["vision.embeddings.patch_embedding.weight"].shape[-1]
     return BlipVisionConfig(
@@ -78,7 +78,7 @@ def vision_config(weights: Mapping[str, Tensor]) -> BlipVisionConfig:
 
 
 def text_config(weights: Mapping[str, Tensor]) -> BlipTextConfig:
-    """Return the text encoder's sizes, as its tensors have them; attention heads are 64 wide."""
+    """Return the text encoder's configuration, by its tensors' shapes; attention heads are 64 wide."""
     vocabulary, width = weights["text.embeddings.word_embeddings.weight"].shape
     return BlipTextConfig(
         vocab_size=vocabulary,
@@ -94,7 +94,7 @@ def text_config(weights: Mapping[str, Tensor]) -> BlipTextConfig:
 
 
 class BlipRewardModel(nn.Module):
-    """The prompt, read by a BERT that looks at the image in every layer; its first token's state, through the head."""
+    """A BERT that reads the prompt and looks at the image in every layer, with a head on its first token's state."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ def as_files(pictures: np.ndarray, image_format: str, options: Mapping[str, int]
 def jpeg_kilobytes(images: Tensor, *, quality: int = 95) -> Tensor:
     """Return the size of each image as a JPEG file in kB (1 kB = 1000 bytes): [B] float32, on the images' device.
 
-    Pillow's encoder with its default subsampling and without optimisation.
+    The encoder is Pillow's, with its default subsampling and without optimisation.
 
     Source: Black et al., 2023 (DDPO), section 5.1, https://arxiv.org/abs/2305.13301; the quality is ddpo-pytorch's.
 

@@ -1,4 +1,4 @@
-"""Rewards by name, and whatever else one may be given as; sums of them."""
+"""`make_reward`, which takes rewards by name and in other forms; and weighted sums of them."""
 
 import importlib
 import inspect
@@ -51,14 +51,14 @@ def reward_class(name: str) -> type[Reward]:
 def make_reward(
     reward: str | Reward | RewardFunction | Mapping[str, float], *, options: Mapping[str, object] | None = None
 ) -> Reward:
-    """Return a reward that is ready: what it needs for its first call is at hand (`Reward.make_ready`).
+    """Return a reward that is ready for its first call (see `Reward.make_ready`).
 
     Args:
         reward: A name ("incompressibility", "aesthetic", …: the README's table has them all); "module:function", which
             is imported, for a function or a `Reward` of one's own; the address of a reward server
             ("remote://host:port", "https://…"); a `Reward`; a callable `f(images [B, 3, H, W], prompts, metadata) ->
             [B]`; or {name: weight} for a weighted sum.
-        options: The keywords of the reward that a name means: make_reward("clip_score", options={"device": "cuda:1"}).
+        options: Keywords for the reward of a name: make_reward("clip_score", options={"device": "cuda:1"}).
 
     Raises:
         TypeError: a reward has no name, a function does not take (images, prompts, metadata), or `reward` is a class.
@@ -101,7 +101,7 @@ def _from_text(text: str, options: Mapping[str, object]) -> Reward:
 
 
 def named_class(text: str) -> type[Reward] | None:
-    """Return the class of the reward that a text means: of a name, an address, or "module:class"; None: of a function.
+    """Return the class of the reward that a name, an address or "module:class" stands for; None for a function.
 
     Raises:
         ValueError: it means nothing.
@@ -115,7 +115,7 @@ def named_class(text: str) -> type[Reward] | None:
 
 
 def _imported(text: str) -> object:
-    """Return what "module:function" names.
+    """Return the object that "module:name" names.
 
     Raises:
         ValueError: there is no such module, or nothing of that name in it.
@@ -141,7 +141,7 @@ class WeightedSum(Reward):
     """Σ_i w_i·r_i over named rewards; every r_i is reported as an extra.
 
     Args:
-        weighted: The rewards, or what `make_reward` makes them of, each with its weight; or {name: weight}.
+        weighted: The rewards, or their sources for `make_reward`, each with its weight; or {name: weight}.
 
     Raises:
         ValueError: there is no reward, a weight is no finite number, two of the rewards have one name, or a name is

@@ -21,7 +21,7 @@ _ROUNDING = 16 * torch.finfo(torch.float32).eps
 class Normalised(RewardWrapper):
     """(r − mean) / std: rewards of different units on one scale, to be weighted in a `WeightedSum`.
 
-    With `mean` and `std` given it is a function of image and prompt like any other reward. Without them they are those
+    With given `mean` and `std` it is a function of image and prompt like any other reward. Without them they are those
     of all values seen so far, the present batch's included; std is the population's, at least 1e-8; values that differ
     by no more than the rounding of float32 (std ≤ 16 units in the last place of the mean) are all 0. Such a reward
     drifts while it learns them: an image's reward depends on those before it, so evaluate with another one, and give
@@ -33,8 +33,8 @@ class Normalised(RewardWrapper):
 
     Args:
         reward: The other reward; its values are reported as an extra.
-        mean: What is subtracted; None: learnt.
-        std: What is divided by, positive; None: learnt.
+        mean: The mean to subtract; None: learnt.
+        std: The standard deviation to divide by, positive; None: learnt.
         learn_from: The values that are learnt from (the batch that completes them is taken whole); None: all.
 
     Attributes:
@@ -73,12 +73,12 @@ class Normalised(RewardWrapper):
 
     @property
     def mean(self) -> float:
-        """What is subtracted now."""
+        """The mean that is subtracted now."""
         return self._mean
 
     @property
     def std(self) -> float:
-        """What is divided by now."""
+        """The standard deviation that is divided by now."""
         return self._std if self.is_fixed else max(math.sqrt(self._squares / max(self.count, 1)), _LEAST_STD)
 
     @override

@@ -31,8 +31,8 @@ class RemoteReward(Reward):
     Name, unit and range are the server's, which is asked for them at once: then it has to be there. Batches are split
     to what the server takes at a time, and each part is asked for until it is answered: a server that is away (refuses
     connections, hangs, dies in the middle, is busy, answers 5xx) is asked again after 0.1 s, 0.2 s, 0.4 s, … 10 s, with
-    a warning in the log, so that an outage costs time and no sample. An answer that is none raises, and names the
-    server.
+    a warning in the log, so that an outage costs time and no sample. An answer that makes no sense raises an error
+    that names the server.
 
     Rewards are those of the same reward in process: bit for bit with "safetensors" and, for a reward that looks at
     8-bit pixels, with "png" too; other rewards see what "png" rounds to 1/255.
@@ -41,15 +41,15 @@ class RemoteReward(Reward):
         url: The server's address, "remote://host:port" ("https://…" for one behind a proxy); or those of several that
             serve the same reward: they share the parts of a batch, and stand in for each other; one that fails is asked
             after the others for the rest of the batch.
-        token: What the servers ask for; None: the environment variable DIFFUSION_GYM_REWARD_TOKEN, if it is set. It is
-            not encrypted on its way to "remote://…": a warning says so where that is another machine.
+        token: The token that the servers ask for; None: the environment variable DIFFUSION_GYM_REWARD_TOKEN, if it is
+            set. It is not encrypted on its way to "remote://…": a warning says so where that is another machine.
         timeout: The seconds that the answer to a part may take in all.
-        max_retry_seconds: How long after its first failure a part is asked for again; infinity: for ever.
-        image_format: How images are sent: "png" (lossless in 8 bits), "jpeg" (with loss), "safetensors" (float32).
+        max_retry_seconds: The time after its first failure in which a part is asked for again; infinity: for ever.
+        image_format: The format of images: "png" (lossless in 8 bits), "jpeg" (with loss), "safetensors" (float32).
         jpeg_quality: libjpeg's, 1 to 95.
 
     Attributes:
-        num_retries: How often servers had to be asked again so far.
+        num_retries: The rounds in which servers had to be asked again so far.
 
     Raises:
         ValueError: an argument is out of its range, or the servers' rewards differ.
@@ -138,9 +138,9 @@ class RemoteReward(Reward):
         failed: set[Connection],
         over: threading.Event,
     ) -> T:
-        """Return what the first of these servers answers that does; they are asked again and again until it is over.
+        """Return the answer of the first of these servers that gives one; they are asked again until time is over.
 
-        Those that failed the last time, as the parts of a batch tell each other, are asked after the others.
+        Servers in `failed`, which the parts of a batch share, failed the last time and are asked after the others.
         """
         began, rounds = None, 0
         while True:
@@ -176,7 +176,7 @@ class RemoteReward(Reward):
 
 
 def _first_info(connection: Connection) -> ServedReward:
-    """Return what a server says of its reward when it is asked for the first time.
+    """Return a server's description of its reward, when it is asked for the first time.
 
     Raises:
         Unavailable, RemoteRewardError: as `Connection.info`; where there is no connection, the latter.

@@ -1,4 +1,4 @@
-"""Does the image pass an examination? A vision-language model answers the prompt's questions."""
+"""The strict VQA reward: a vision-language model answers the prompt's questions about the image."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ class StrictVQA(ModelReward[Llava]):
     Args:
         llava: The model: a folder or a Hub id of the LLaVA family.
         max_new_tokens: The longest response, in tokens.
-        device: Where it lives; None: where the first images are.
+        device: The model's device; None: that of the first images.
         dtype: The type that it computes in.
         batch_size: The most images at once, each with all its questions.
 
@@ -77,7 +77,7 @@ class StrictVQA(ModelReward[Llava]):
 
 
 def questions_and_answers(prompt: str, metadata: Metadata) -> tuple[list[str], list[str]]:
-    """Return a prompt's questions and as many answers.
+    """Return a prompt's questions and their answers.
 
     Raises:
         ValueError: they are missing, or not lists of strings of the same length, at least 1.
@@ -93,5 +93,5 @@ def questions_and_answers(prompt: str, metadata: Metadata) -> tuple[list[str], l
 
 
 def _texts(value: object) -> list[str]:
-    """Return a list of strings as it is, and of anything else an empty one."""
+    """Return a list of strings as it is, and an empty one for anything else."""
     return list(value) if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value) else []

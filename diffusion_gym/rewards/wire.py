@@ -1,4 +1,4 @@
-"""What goes over the wire between a remote reward and its server: JSON, PNG or JPEG, safetensors; never pickle.
+"""The messages between a remote reward and its server: JSON, PNG or JPEG, safetensors; never pickle.
 
 A request to `POST /score` is either JSON, {"images": [base64 of a PNG or JPEG, …], "prompts": [text, …], "metadata":
 [object, …] or null}, or a safetensors file with `images` (float32 [B, 3, H, W] in [0, 1]) and `texts` (uint8: the UTF-8
@@ -60,12 +60,12 @@ class Limits:
 
 
 def answer_bytes(num_images: int) -> int:
-    """Return the bytes that the answer to a request of so many images may have, whoever gives it."""
+    """Return the most bytes that the answer to a request of so many images may have."""
     return _ANSWER_BYTES_PER_IMAGE * (num_images + 1)
 
 
 class BadRequest(ValueError):  # noqa: N818
-    """A request that is not taken, with what is wrong with it and HTTP's status for that."""
+    """A request that is refused, with the reason and HTTP's status for it."""
 
     def __init__(self, message: str, status: int = 422) -> None:
         super().__init__(message)
@@ -96,7 +96,7 @@ def encode_request(
     Args:
         images: [B, 3, H, W], RGB in [0, 1].
         prompts: The B prompts.
-        metadata: What the prompt set says of each; JSON has to hold it.
+        metadata: The prompts' metadata, which JSON has to hold.
         image_format: "png" (rounded to 8 bits), "jpeg" (with loss), "safetensors" (the float32 numbers themselves).
         jpeg_quality: libjpeg's, 1 to 95.
 
@@ -117,7 +117,7 @@ def encode_request(
 
 
 def check_content_type(header: str) -> str:
-    """Return what kind of body a request's header names, before any of it is read.
+    """Return the content type of a request's header, before any of the body is read.
 
     Raises:
         BadRequest: it is none that a request may have.
