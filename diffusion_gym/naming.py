@@ -22,4 +22,4 @@ def unexpected_argument(function: str, name: str, allowed: Iterable[str]) -> str
 
 def _with_allowed(name: object, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
-    return f"{name!r}: allowed are {', '.join(repr(n) for n in names)}." + did_you_mean(name, names)
+    return f"{name!r}: allowed are {', '.join(map(repr, names))}." + did_you_mean(name, names)

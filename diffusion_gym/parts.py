@@ -61,12 +61,12 @@ def made(description: Any, kind: type[AnyPart]) -> AnyPart:
     Raises:
         ValueError: it is no such part, or of a class that this process has not imported.
     """
-    known = {part.__name__: part for part in _subclasses(kind)}
-    if not isinstance(description, Mapping) or description.get(_NAME) not in known:
+    classes = {part.__name__: part for part in _subclasses(kind)}
+    if not isinstance(description, Mapping) or description.get(_NAME) not in classes:
         name = description.get(_NAME) if isinstance(description, Mapping) else description
-        raise ValueError(unknown_name(kind.__name__, str(name), sorted(known)))
+        raise ValueError(unknown_name(kind.__name__, str(name), sorted(classes)))
     values = {name: _remade(value) for name, value in description.items() if name != _NAME}
-    return known[description[_NAME]].from_fields(values)
+    return classes[description[_NAME]].from_fields(values)
 
 
 def _remade(value: Any) -> Any:

@@ -30,7 +30,7 @@ def to_x0_and_epsilon(
         latents: [B, ...] x_t, its input.
         alpha: [B] α_t.
         sigma: [B] σ_t > 0.
-        prediction_type: What the network was trained to predict.
+        prediction_type: The quantity that the network was trained to predict.
 
     Raises:
         ValueError: `prediction_type` is none of the four.

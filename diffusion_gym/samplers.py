@@ -162,7 +162,7 @@ class Windowed(Sampler):
     Args:
         sampler: The other sampler.
         noisy: The noisiest time from which a step is in the window.
-        clean: Where the window ends: steps from this time and cleaner ones are outside.
+        clean: The end of the window: steps from this time and from cleaner ones are outside.
 
     Raises:
         TypeError, ValueError: `sampler` is no sampler, or the times are no numbers.

@@ -104,7 +104,7 @@ class DiscreteVPSchedule(NoiseSchedule):
 
     Args:
         alphas_cumprod: [T] ᾱ_t = α_t² of index 0 … T−1, decreasing, in [0, 1).
-        spacing: Which indices a grid of fewer steps takes, as diffusers' `timestep_spacing`.
+        spacing: The choice of indices for a grid of fewer steps, as diffusers' `timestep_spacing`.
         steps_offset: Added to the indices of the "leading" spacing (1 for Stable Diffusion).
         ends_clean: Whether the grid ends at the clean end (−1) or at index 0, as diffusers' `set_alpha_to_one`. At
             index 0 some noise is left, so the last step stays stochastic and has a density.
@@ -177,7 +177,7 @@ class DiscreteVPSchedule(NoiseSchedule):
         ratio = as_float(noise_ratio)
         table = self._log_alpha_table(ratio)
         log_alpha = -torch.log1p(ratio.square()) / 2
-        # Descending log α of the indices −1 … T−1: the interval [lower, lower + 1] that holds each.
+        # log α falls from index −1 to T−1 and searchsorted wants rising values: hence the signs.
         lower = torch.searchsorted(-table, -log_alpha).sub(1).clamp(0, self.num_train_timesteps - 1)
         log_lower, log_upper = table[lower], table[lower + 1]
         inside = (log_alpha - log_lower) / (log_upper - log_lower)

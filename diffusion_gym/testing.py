@@ -164,18 +164,18 @@ def _actions(env: VectorEnv, observation: Mapping[str, Tensor], places: list[tup
         env.action_space.seed(1009 * episode + step)
         rows.append(np.asarray(env.action_space.sample())[lane])
     device = next(iter(observation.values())).device
-    dtype = next((v.dtype for v in observation.values() if v.is_floating_point()), torch.float32)
+    dtype = next((value.dtype for value in observation.values() if value.is_floating_point()), torch.float32)
     return torch.from_numpy(np.stack(rows)).to(device, dtype)
 
 
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def _equal(row: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return row.keys() == other.keys() and all(torch.equal(row[key], other[key]) for key in row)
 
 
-def _close(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def _close(row: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Return whether two rows agree but for the last bits, in which networks differ between batches."""
-    return one.keys() == other.keys() and all(
-        torch.allclose(one[key].float(), other[key].float(), rtol=1e-2, atol=1e-2) for key in one
+    return row.keys() == other.keys() and all(
+        torch.allclose(row[key].float(), other[key].float(), rtol=1e-2, atol=1e-2) for key in row
     )
 
 
@@ -295,7 +295,8 @@ def _check_twin(episodes: list[list[_Episode]], twins: list[list[_Episode]]) -> 
     for lane, twin_lane in zip(episodes, twins, strict=True):
         for episode, twin in zip(lane, twin_lane, strict=True):
             equal = len(episode.rewards) == len(twin.rewards) and all(
-                _equal(one, other) for one, other in zip(episode.observations, twin.observations, strict=True)
+                _equal(observation, twin_observation)
+                for observation, twin_observation in zip(episode.observations, twin.observations, strict=True)
             )
             assert equal, "two runs with one seed and the same actions must give equal observations"
             assert torch.equal(torch.stack(episode.rewards), torch.stack(twin.rewards)), (
@@ -321,7 +322,7 @@ def _check_next_episode(env: VectorEnv, started: list[_Episode], *, max_steps: i
         assert length == allowed, f"an episode after autoreset took {length} steps, but {allowed} after a reset"
         pairs = zip(episode.observations, expected.observations, strict=True)
         assert all(_close(*pair) for pair in pairs), "an episode after autoreset must be as one after a reset"
-        rewards = ({"": torch.stack(one.rewards)} for one in (episode, expected))
+        rewards = ({"": torch.stack(played_episode.rewards)} for played_episode in (episode, expected))
         assert _close(*rewards), "an episode after autoreset must earn as one after a reset"
 
 

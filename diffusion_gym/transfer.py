@@ -29,7 +29,7 @@ def to_host(tensor: Tensor) -> np.ndarray:
     `transfer.to_host(…)`, so that a test which replaces it here sees every wait.
 
     Args:
-        tensor: Of any shape and dtype, on any device.
+        tensor: A tensor of any shape and dtype, on any device.
     """
     host = tensor.detach().cpu()
     return (host.float() if host.dtype == torch.bfloat16 else host).numpy()

@@ -51,7 +51,10 @@ def draw_noise(like: Tensor, generators: torch.Generator | Sequence[torch.Genera
         return to_device(noise, like.device)
     if len(generators) != len(like):
         raise ValueError(f"generators must be one per sample: got {len(generators)} for a batch of {len(like)}")
-    rows = [torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generators]
+    rows = [
+        torch.randn(like.shape[1:], generator=generator, device=generator.device, dtype=like.dtype)
+        for generator in generators
+    ]
     return to_device(torch.stack(rows), like.device)
 
 
@@ -121,7 +124,7 @@ class GaussianTransition:
                 "with eta > 0"
             )
         stochastic = broadcast_to((self.std > 0) | (other.std > 0), self.mean)
-        std, other_std = (torch.where(stochastic, broadcast_to(one.std, self.mean), 1.0) for one in (self, other))
+        std, other_std = (torch.where(stochastic, broadcast_to(side.std, self.mean), 1.0) for side in (self, other))
         divergence = torch.log(other_std / std) + (std**2 + (self.mean - other.mean) ** 2) / (2 * other_std**2) - 0.5
         return reduce_dimensions(torch.where(stochastic, divergence, 0.0), reduction)
 

@@ -145,12 +145,12 @@ class HeldOutEvaluation(BaseCallback):
         """Take up a resumed run's state and return True, or begin with the pretrained model as the best."""
         self._evaluated = self.best_iteration = self.over_optimised = 0
         self._best = _scores(self._pretrained)
-        known = self._algorithm.callback_states.get(self._name)
-        if known is not None and known["prompts"] == list(self._texts) and np.shape(known["best"]) == self._best.shape:
-            self._evaluated, self.best_iteration = known["evaluated"], known["best_iteration"]
-            self.over_optimised, self._best = known["over_optimised"], np.array(known["best"], dtype=np.float32)
+        state = self._algorithm.callback_states.get(self._name)
+        if state is not None and state["prompts"] == list(self._texts) and np.shape(state["best"]) == self._best.shape:
+            self._evaluated, self.best_iteration = state["evaluated"], state["best_iteration"]
+            self.over_optimised, self._best = state["over_optimised"], np.array(state["best"], dtype=np.float32)
             return True
-        if known is None:
+        if state is None:
             self._remember()
         return False
 
@@ -165,7 +165,7 @@ class HeldOutEvaluation(BaseCallback):
         }
 
     def _count_queries(self) -> None:
-        """Count an evaluation's images as an uninterrupted run would: those that a resumed run draws again count once."""
+        """Count an evaluation's images as an uninterrupted run would: repeated ones of a resumed run count once."""
         lanes, count = self._algorithm.env.num_envs, len(self._texts) * self.samples_per_prompt
         self._algorithm.evaluation_queries += -(-count // lanes) * lanes * self._algorithm.processes.count
 
@@ -180,7 +180,7 @@ class HeldOutEvaluation(BaseCallback):
 
     def _judge(self, now: Samples) -> None:
         """Log an evaluation, and count it if it is over-optimised against the best one."""
-        first, scores = _scores(self._pretrained), _scores(now)
+        pretrained, scores = _scores(self._pretrained), _scores(now)
         rose, fell = (
             probability_of_no_rise(differences.mean(1)) < self.significance
             for differences in (scores[0] - self._best[0], self._best[1] - scores[1])
@@ -190,8 +190,8 @@ class HeldOutEvaluation(BaseCallback):
             self._best, self.best_iteration = scores, self._algorithm.iteration
         self._remember()
         scalars = {
-            "reward_gain": (scores[0] - first[0]).mean(),
-            "held_out_gain": (scores[1] - first[1]).mean(),
+            "reward_gain": (scores[0] - pretrained[0]).mean(),
+            "held_out_gain": (scores[1] - pretrained[1]).mean(),
             "feature_distance": distance_between(self._pretrained.features, now.features).mean(),
             "over_optimised": self.over_optimised,
         }

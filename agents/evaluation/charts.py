@@ -60,12 +60,12 @@ def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: st
         rows = np.arange(len(summaries))[::-1]
         for number, (key, label) in enumerate(kinds):
             axes = figure.add_subplot(1, len(kinds), number + 1)
-            for row, one, colour in zip(rows, summaries, itertools.cycle(COLOURS), strict=False):
-                gain = one[key]["gain"]
+            for row, summary, colour in zip(rows, summaries, itertools.cycle(COLOURS), strict=False):
+                gain = summary[key]["gain"]
                 axes.plot([gain["low"], gain["high"]], [row, row], color=colour, lw=2.5, solid_capstyle="round")
                 axes.plot(gain["mean"], row, "o", color=colour, ms=7)
             axes.axvline(0, color="#5b6069", lw=1)
-            names = [spoken(one["name"]) for one in summaries]
+            names = [spoken(summary["name"]) for summary in summaries]
             axes.set(xlabel=label, yticks=rows, yticklabels=names if number == 0 else [], ylim=(-0.6, len(rows) - 0.4))
             axes.tick_params(axis="y", length=0)
         return _svg(figure)
@@ -80,12 +80,12 @@ def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, he
             gains, others = comparison.gains, comparison.held_out_gains
             assert others is not None
             axes.scatter(gains, others, s=14, alpha=0.45, color=colour, lw=0)
-            across, along = mean_interval(gains), mean_interval(others)
+            reward_gain, held_out_gain = mean_interval(gains), mean_interval(others)
             axes.errorbar(
-                across.mean,
-                along.mean,
-                xerr=across.high - across.mean,
-                yerr=along.high - along.mean,
+                reward_gain.mean,
+                held_out_gain.mean,
+                xerr=reward_gain.high - reward_gain.mean,
+                yerr=held_out_gain.high - held_out_gain.mean,
                 fmt="o",
                 ms=9,
                 mec="white",

@@ -32,33 +32,35 @@ _FEATURES = {
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's arguments."""
-    made = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="python -m agents.evaluation",
         description="Compare a trained policy with the pretrained model, on the prompts that it was trained on and on "
         "unseen ones, and write a page (index.html) and all numbers (results.json).",
     )
-    made.add_argument("run", type=Path, help="a saved run, a folder of checkpoints, or a folder with a model/")
-    made.add_argument("--output", type=Path, help="where to write; RUN/evaluation if not given")
-    made.add_argument(
+    command.add_argument("run", type=Path, help="a saved run, a folder of checkpoints, or a folder with a model/")
+    command.add_argument("--output", type=Path, help="where to write; RUN/evaluation if not given")
+    command.add_argument(
         "--reward",
         type=reward,
         help="the reward that was trained for, if the run does not say: a name, a sum as JSON, {name: weight}, or a "
         "Python function or reward, module:name",
     )
-    made.add_argument(
+    command.add_argument(
         "--held-out", type=reward, help='a reward that was not trained for, or "none"; emoji_alignment for emoji'
     )
-    made.add_argument("--prompts", help="the prompts that were trained on (a name or a file), if the run does not say")
-    made.add_argument("--unseen", nargs="*", help="sets of prompts; those of the training are left out")
-    made.add_argument("--features", choices=tuple(_FEATURES), help="what images are compared by")
-    made.add_argument("--num-steps", type=int, help="denoising steps, if the run does not say")
-    made.add_argument("--samples-per-prompt", type=int, default=4, help="images of each prompt (4)")
-    made.add_argument(
+    command.add_argument(
+        "--prompts", help="the prompts that were trained on (a name or a file), if the run does not say"
+    )
+    command.add_argument("--unseen", nargs="*", help="sets of prompts; those of the training are left out")
+    command.add_argument("--features", choices=tuple(_FEATURES), help="what images are compared by")
+    command.add_argument("--num-steps", type=int, help="denoising steps, if the run does not say")
+    command.add_argument("--samples-per-prompt", type=int, default=4, help="images of each prompt (4)")
+    command.add_argument(
         "--max-prompts", type=int, default=48, help="of larger sets so many are drawn, always the same (48)"
     )
-    made.add_argument("--num-envs", type=int, default=32, help="images drawn together (32)")
-    made.add_argument("--device", default="cpu", help="a torch device (cpu)")
-    return made
+    command.add_argument("--num-envs", type=int, default=32, help="images drawn together (32)")
+    command.add_argument("--device", default="cpu", help="a torch device (cpu)")
+    return command
 
 
 def reward(text: str) -> RewardSource:
@@ -88,11 +90,11 @@ def _setting(args: argparse.Namespace, name: str, saved: Mapping[str, Any], defa
     Raises:
         SystemExit: there is none of the three.
     """
-    given = getattr(args, name)
-    found = saved.get(name, default) if given is None else given
-    if found is None:
+    argument = getattr(args, name)
+    setting = saved.get(name, default) if argument is None else argument
+    if setting is None:
         raise SystemExit(f"{args.run} does not say its {name}: give --{name.replace('_', '-')}")
-    return found
+    return setting
 
 
 def _some(prompts: PromptSet, most: int) -> PromptSet:
@@ -122,8 +124,8 @@ def _prompt_sets(
         )
     sets = [(Path(source).stem if isinstance(source, str) else "training prompts", _some(trained_on, args.max_prompts))]
     knows_others = isinstance(model.default_prompts, str)  # a mixture knows no prompts but its own
-    usual = _UNSEEN_EMOJI if model.source == "emoji" else _UNSEEN if knows_others else ()
-    for other in usual if args.unseen is None else args.unseen:
+    default_unseen = _UNSEEN_EMOJI if model.source == "emoji" else _UNSEEN if knows_others else ()
+    for other in default_unseen if args.unseen is None else args.unseen:
         prompts = make_prompts(other)
         rows = [row for row, text in enumerate(prompts) if text not in trained_on.texts]
         if len(rows) < 2:
@@ -166,8 +168,8 @@ class Setup:
             policy.negative_prompt = saved.get("negative_prompt", policy.negative_prompt)
         is_emoji = policy.model.source == "emoji"
         reward = _reward_of(args, saved)
-        usual = "emoji_alignment" if is_emoji and reward.name != "emoji_alignment" else "none"
-        held_out = args.held_out or usual
+        default_held_out = "emoji_alignment" if is_emoji and reward.name != "emoji_alignment" else "none"
+        held_out = args.held_out or default_held_out
         return cls(
             policy,
             reward,
@@ -192,18 +194,18 @@ class Setup:
         )
         policy.prompts = prompts.texts
         pretrained = policy.reference()
-        how: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "prompts": prompts.texts,
             "samples_per_prompt": self.samples_per_prompt,
             "held_out": self.held_out,
             "features": make_features(self.features),
         }
-        before = draw_samples(env, pretrained, **how)
-        return Comparison(name, trained_on, before, draw_samples(env, policy, reference=pretrained, **how))
+        before = draw_samples(env, pretrained, **settings)
+        return Comparison(name, trained_on, before, draw_samples(env, policy, reference=pretrained, **settings))
 
     def results(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         """Return the numbers of all sets, the first of which was trained on, as JSON can hold them."""
-        summaries = [one.summary(comparisons[0]) for one in comparisons]
+        summaries = [comparison.summary(comparisons[0]) for comparison in comparisons]
         unit = "" if self.reward.unit == "1" else f" {self.reward.unit}"
         held_out = None if self.held_out is None else self.held_out.name
         return {

@@ -31,12 +31,12 @@ def standard_error(values: np.ndarray, prompts: Sequence[str] | None = None) -> 
         values: [N] the values.
         prompts: [N] the prompt of each value; None: each value is an observation.
     """
-    of = (
+    groups = (
         np.arange(len(values))
         if prompts is None or len(set(prompts)) < 2
         else np.unique(prompts, return_inverse=True)[1]
     )
-    sums = np.bincount(of, weights=values - values.mean())
+    sums = np.bincount(groups, weights=values - values.mean())
     return float((len(sums) / (len(sums) - 1) * np.square(sums).sum()) ** 0.5 / len(values))
 
 

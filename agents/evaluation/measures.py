@@ -110,13 +110,13 @@ def draw_samples(
         reference: The policy to measure the KL divergence to; None: it is not measured.
     """
     count = len(prompts) * samples_per_prompt
-    filled = -(-count // env.num_envs) * env.num_envs
-    texts = [prompts[index % len(prompts)] for index in range(filled)]
+    num_episodes = -(-count // env.num_envs) * env.num_envs
+    texts = [prompts[index % len(prompts)] for index in range(num_episodes)]
     parts: dict[str, list[np.ndarray]] = {"rewards": [], "held_out": [], "features": [], "kl": [], "images": []}
     base_env = torch_env(env)
     has_density = False
-    rollouts = episodes(env, policy, seeds=range(filled), prompts=texts, max_images=filled)
-    for start, rollout in zip(range(0, filled, env.num_envs), rollouts, strict=True):
+    rollouts = episodes(env, policy, seeds=range(num_episodes), prompts=texts, max_images=num_episodes)
+    for start, rollout in zip(range(0, num_episodes, env.num_envs), rollouts, strict=True):
         part = texts[start : start + env.num_envs]
         parts["rewards"].append(to_host(rollout.returns))
         latents = rollout.ends if base_env.action_is_next_latents else base_env.model.encode(rollout.images)
@@ -125,10 +125,10 @@ def draw_samples(
         if held_out is not None:
             values = held_out(rollout.images, part, base_env.prompts.metadata_of(part)).values
             parts["held_out"].append(to_host(values.float()))
-        firsts = np.arange(min(env.num_envs, len(prompts) - start))
-        if reference is not None and len(firsts):
-            parts["kl"].append(path_kl(policy, reference, rollout, firsts))
-            has_density |= bool(rollout.scored[:, firsts].any())
+        first_lanes = np.arange(min(env.num_envs, len(prompts) - start))
+        if reference is not None and len(first_lanes):
+            parts["kl"].append(path_kl(policy, reference, rollout, first_lanes))
+            has_density |= bool(rollout.scored[:, first_lanes].any())
 
     def by_prompt(name: str) -> np.ndarray:
         values = np.concatenate(parts[name])[:count]

@@ -40,14 +40,14 @@ def ratio_interval(
         confidence: The share of such intervals that hold the true ratio.
         seed: The seed of the resampling.
     """
-    below = mean_interval(denominators, confidence=confidence)
-    if below.low <= 0 <= below.high:
+    denominator = mean_interval(denominators, confidence=confidence)
+    if denominator.low <= 0 <= denominator.high:
         return None
 
     def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
         return a.mean(axis) / b.mean(axis)
 
-    found = stats.bootstrap(
+    bounds = stats.bootstrap(
         (numerators, denominators),
         ratio,
         n_resamples=_RESAMPLES,
@@ -55,7 +55,7 @@ def ratio_interval(
         method="percentile",
         random_state=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(ratio(numerators, denominators)), float(found.low), float(found.high))
+    return Interval(float(ratio(numerators, denominators)), float(bounds.low), float(bounds.high))
 
 
 def probability_of_no_rise(differences: np.ndarray) -> float:
@@ -73,8 +73,8 @@ def distance_within(features: np.ndarray) -> np.ndarray:
     Args:
         features: [P, K, F], of length 1.
     """
-    k = features.shape[1]
-    return 1 - (np.square(features.sum(1)).sum(-1) - k) / (k * (k - 1))
+    num_images = features.shape[1]
+    return 1 - (np.square(features.sum(1)).sum(-1) - num_images) / (num_images * (num_images - 1))
 
 
 def distance_between(features: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -82,9 +82,9 @@ class Comparison:
         if self.before.held_out is not None and self.after.held_out is not None:
             values["held_out"] = (self.before.held_out, self.after.held_out)
         return {
-            f"{name}_{when}": one[row].tolist()
-            for name, both in values.items()
-            for when, one in zip(("before", "after"), both, strict=True)
+            f"{name}_{when}": rewards[row].tolist()
+            for name, pair in values.items()
+            for when, rewards in zip(("before", "after"), pair, strict=True)
         }
 
 
@@ -103,16 +103,16 @@ def findings(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: str, 
     """Return the findings in words, a sentence or two for each set; the first set was trained on."""
     change = _change_of(summaries[0]["reward"]["gain"])
     sentences = []
-    for one in summaries:
-        gain, share, other = one["reward"]["gain"], one["carry_over"], one["held_out"]
-        where = f"{spoken(one['name'])}, which were {'' if one['trained_on'] else 'not '}trained on"
+    for summary in summaries:
+        gain, share, held_out_change = summary["reward"]["gain"], summary["carry_over"], summary["held_out"]
+        where = f"{spoken(summary['name'])}, which were {'' if summary['trained_on'] else 'not '}trained on"
         sentence = f"On {where}, {reward} {_verb(gain)}: {_said(gain)}{unit}"
         if share is not None:
             sentence += f", {percent(share['mean'])} of the {change} on the training prompts"
             sentence += f" ({percent(share['low'])} to {percent(share['high'])})"
-        if other is not None:
-            sentence += f". {held_out}, held out, {_verb(other['gain'])}: {_said(other['gain'])}"
-            sentence += ", so the training has over-optimised here" if one["over_optimised"] else ""
+        if held_out_change is not None:
+            sentence += f". {held_out}, held out, {_verb(held_out_change['gain'])}: {_said(held_out_change['gain'])}"
+            sentence += ", so the training has over-optimised here" if summary["over_optimised"] else ""
         sentences.append(f"{sentence}.")
     return sentences
 

@@ -41,10 +41,10 @@ def ratio_metrics(log_ratios: Sequence[Tensor]) -> dict[str, Tensor]:
     Args:
         log_ratios: [M] each: log π − log π_old, as the loss has them (summed or averaged over dimensions).
     """
-    together = torch.cat(list(log_ratios))
+    all_log_ratios = torch.cat(list(log_ratios))
     # ρ/Σρ in place of ρ: the same share, without overflow.
-    share = effective_sample_size(torch.softmax(together, 0)) / len(together)
-    return {"ratio_min": together.min().exp(), "ratio_max": together.max().exp(), "ratio_ess": share}
+    share = effective_sample_size(torch.softmax(all_log_ratios, 0)) / len(all_log_ratios)
+    return {"ratio_min": all_log_ratios.min().exp(), "ratio_max": all_log_ratios.max().exp(), "ratio_ess": share}
 
 
 def latent_diversity(latents: Tensor, prompts: np.ndarray) -> Tensor | None:

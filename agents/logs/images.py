@@ -43,15 +43,15 @@ def captioned_grid(images: Tensor, captions: Sequence[tuple[str, str]], *, colum
     font = ImageFont.load_default(font_size)
     texts = [(_wrapped(prompt, font, width), _shortened(reward, font, width)) for prompt, reward in captions]
     line, gap = font_size * 5 // 4, font_size
-    below = line * (max(len(prompt) for prompt, _ in texts) + 1) + line // 4
+    caption_height = line * (max(len(prompt) for prompt, _ in texts) + 1) + line // 4
     rows = -(-len(pixels) // columns)
     columns = min(columns, len(pixels))
-    size = (columns * (width + gap) + gap, rows * (height + below + gap) + gap)
+    size = (columns * (width + gap) + gap, rows * (height + caption_height + gap) + gap)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for index, (prompt, reward) in enumerate(texts):
         row, column = divmod(index, columns)
-        left, top = gap + column * (width + gap), gap + row * (height + below + gap)
+        left, top = gap + column * (width + gap), gap + row * (height + caption_height + gap)
         canvas.paste(Image.fromarray(pixels[index]), (left, top))
         for number, text in enumerate([*prompt, reward]):
             colour = "black" if number < len(prompt) else "dimgray"

@@ -95,12 +95,12 @@ def environment_settings(env: TorchVectorEnv) -> dict[str, bool | int | float | 
     A reward or prompts that were given otherwise than by a name or a file's are None: no name could make them anew.
     Both are None for an environment that Gymnasium did not make, whose arguments are unknown.
     """
-    made_with = {"prompts": None, "reward": None} if env.spec is None else env.spec.kwargs
-    unknown = {name: None for name in ("prompts", "reward") if name in made_with}
+    keywords = {"prompts": None, "reward": None} if env.spec is None else env.spec.kwargs
+    unknown = {name: None for name in ("prompts", "reward") if name in keywords}
     return {
         "reward": env.reward.name,
         **unknown,
-        **_scalars(made_with),
+        **_scalars(keywords),
         "num_envs": env.num_envs,
         "negative_prompt": env.negative_prompt,
         "observe_embeds": env.observe_embeds,
@@ -148,10 +148,10 @@ def report(
     if env.action_is_next_latents:
         diversity = latent_diversity(rollout.ends, rollout.prompt_id)
         numbers |= {} if diversity is None else {"rollout/latent_diversity": diversity}
-    host = read_numbers(numbers)
+    host_numbers = read_numbers(numbers)
     seconds = stopwatch.read(num_timesteps)
-    of_all, rewards = host.pop("returns"), {name: host.pop(name) for name in rollout.extras}
-    returns = of_all[valid]
+    all_returns, rewards = host_numbers.pop("returns"), {name: host_numbers.pop(name) for name in rollout.extras}
+    returns = all_returns[valid]
     scalars = {
         _MAIN_METRIC: returns.mean(),
         "rollout/ep_rew_std": returns.std(),
@@ -159,7 +159,7 @@ def report(
         **{f"rollout/ep_rew_q{percent:02}": np.percentile(returns, percent) for percent in QUANTILES},
         **{f"rollout/{name}": values[valid].mean() for name, values in rewards.items()},
         **({} if valid.all() else {"rollout/invalid_rewards": np.sum(~valid)}),
-        **host,
+        **host_numbers,
     }
     for name, value in {**{name: float(scalars[name]) for name in scalars}, **counters, **seconds}.items():
         logger.record(name, value)
@@ -171,9 +171,11 @@ def report(
     }
     if len(rollout.images):
         texts = [env.prompts[index] for index in rollout.prompt_id[: len(rollout.images)]]
-        shown = rewards[f"reward/{env.reward.name}"]
+        shown_rewards = rewards[f"reward/{env.reward.name}"]
         unit = "" if env.reward.unit == "1" else f" {env.reward.unit}"
-        captions = [(text, f"{reward:#.3g}".rstrip(".") + unit) for text, reward in zip(texts, shown, strict=False)]
+        captions = [
+            (text, f"{reward:#.3g}".rstrip(".") + unit) for text, reward in zip(texts, shown_rewards, strict=False)
+        ]
         pictures["images/samples"] = Image(captioned_grid(rollout.images, captions), "HWC")
     for name, picture in pictures.items():
         logger.record(name, picture, exclude=_NOT_AS_TEXT)

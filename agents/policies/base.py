@@ -57,8 +57,10 @@ def write_config(folder: Path | str, policy: "Policy", **config: object) -> None
     """
     config |= policy.saved_arguments()
     if type(policy).load.__func__.__module__.startswith(__package__):  # type: ignore[attr-defined]
-        ours = [kind for kind in type(policy).__mro__ if kind.__module__.startswith(__package__)]
-        lost = _arguments(type(policy)) - config.keys() - {name for kind in ours for name in _arguments(kind)}
+        package_classes = [kind for kind in type(policy).__mro__ if kind.__module__.startswith(__package__)]
+        lost = (
+            _arguments(type(policy)) - config.keys() - {name for kind in package_classes for name in _arguments(kind)}
+        )
         if lost:
             raise TypeError(
                 f"{type(policy).__name__} would be loaded without its own arguments {sorted(lost)}: return them from "
@@ -83,7 +85,7 @@ def read_config(folder: Path, kind: "type[Policy]") -> dict[str, Any]:
     """
     config = _read(folder)
     name = config.pop("policy")
-    if name not in {known.__name__ for known in kind.__mro__}:
+    if name not in {base.__name__ for base in kind.__mro__}:
         raise ValueError(f"{folder} holds a {name}, not a {kind.__name__}: load it with {name}.load")
     return config
 
@@ -152,14 +154,14 @@ class Policy(nn.Module, ABC):
     def check_fit(self, observation_space: Space, action_space: Space) -> None:
         """Raise ValueError if the policy cannot act where one lane has these spaces."""
         spaces = {**(observation_space if isinstance(observation_space, Dict) else {}), "action": action_space}
-        found = {key: space.shape or () for key, space in spaces.items()}
+        shapes = {key: space.shape or () for key, space in spaces.items()}
         for key, needed in self.needed_shapes.items():
-            shape = found.get(key, ())
+            shape = shapes.get(key, ())
             pairs = zip(needed, shape, strict=False)
             if len(shape) != len(needed) or any(need not in (None, size) for need, size in pairs):
                 raise ValueError(
                     f"{type(self).__name__} does not fit the environment: it needs {key} of shape {needed}, and there "
-                    f"is {shape if key in found else 'none'}; make it from this environment's model or space"
+                    f"is {shape if key in shapes else 'none'}; make it from this environment's model or space"
                 )
 
     def check_prompts(self, observation_space: Space, prompts: Sequence[str], negative_prompt: str) -> None:
@@ -221,10 +223,10 @@ class Policy(nn.Module, ABC):
     def _load_further(self, folder: Path, saved: str) -> None:
         """Read what `_save_further` wrote; ValueError: it is not there, or does not fit."""
         file = Path(folder) / _FURTHER_FILE
-        if own := self._further_weights(saved):
-            found = read_weights(file) if file.is_file() else {}
-            require_weights(found, own, file=file, owner=type(self).__name__)
-            self.load_state_dict(found, strict=False)
+        if expected := self._further_weights(saved):
+            weights = read_weights(file) if file.is_file() else {}
+            require_weights(weights, expected, file=file, owner=type(self).__name__)
+            self.load_state_dict(weights, strict=False)
 
     def scored(self, info: Mapping[str, object]) -> np.ndarray | None:
         """Return the mask of lanes whose next action has a density, [B] bool on the host; None: all.
@@ -332,5 +334,5 @@ class Policy(nn.Module, ABC):
         deterministic: bool,
         precision: torch.dtype | None,
     ) -> Tensor:
-        drawn = distribution.mode if deterministic else distribution.sample(generators or self.generator)
-        return drawn.detach().to(precision or drawn.dtype).to(self.action_dtype(observation))
+        action = distribution.mode if deterministic else distribution.sample(generators or self.generator)
+        return action.detach().to(precision or action.dtype).to(self.action_dtype(observation))

@@ -83,8 +83,12 @@ class TimePredictor(Policy):
                 "observation_space must be that of one lane of TimePredictionMDP-v0, env.single_observation_space; "
                 f"got {observation_space}"
             )
-        known = dict(initial_ratio) if isinstance(initial_ratio, Mapping) else {0.0: initial_ratio}
-        if not known or not all(0 < ratio < 1 for ratio in known.values()) or not 2 < initial_concentration < math.inf:
+        ratio_at = dict(initial_ratio) if isinstance(initial_ratio, Mapping) else {0.0: initial_ratio}
+        if (
+            not ratio_at
+            or not all(0 < ratio < 1 for ratio in ratio_at.values())
+            or not 2 < initial_concentration < math.inf
+        ):
             raise ValueError(
                 "initial_ratio must be in (0, 1) and initial_concentration above 2 and finite, "
                 f"got {initial_ratio} and {initial_concentration}"
@@ -108,12 +112,12 @@ class TimePredictor(Policy):
         self.output = skip_init(nn.Linear, width, 2, **float32)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
-        times, ratios = torch.tensor(sorted(known.items()), dtype=torch.float32).T
+        times, ratios = torch.tensor(sorted(ratio_at.items()), dtype=torch.float32).T
         self.register_buffer("_times", times.contiguous())
         self.register_buffer("_first_logits", BetaDistribution.logits_of(ratios, initial_concentration))
         self._arguments = {
             "hidden_channels": width,
-            "initial_ratio": [*known.items()],
+            "initial_ratio": [*ratio_at.items()],
             "initial_concentration": initial_concentration,
         }
         self.to(self.device)

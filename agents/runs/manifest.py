@@ -96,8 +96,8 @@ def whole_checkpoint(path: Path) -> Path:
         ValueError: the checkpoint is damaged, or all in the folder are.
         FileNotFoundError: the folder is neither.
     """
-    found = find_checkpoints(path)
-    if not found or (path / MANIFEST_FILE).exists():
+    checkpoints = find_checkpoints(path)
+    if not checkpoints or (path / MANIFEST_FILE).exists():
         if not any(path.iterdir()):
             raise FileNotFoundError(f"there is no saved run at {path}: the folder is empty")
         damage = find_damage(path)
@@ -105,15 +105,15 @@ def whole_checkpoint(path: Path) -> Path:
             raise ValueError(f"{path} is not a whole checkpoint: {damage}; load an earlier one")
         return path
     damages: dict[Path, str] = {}
-    for checkpoint in reversed(found):
+    for checkpoint in reversed(checkpoints):
         damage = find_damage(checkpoint)
         if damage is None:
-            for passed, reason in damages.items():
-                warnings.warn(f"{passed} is damaged: {reason}. Going on from {checkpoint}", stacklevel=3)
+            for damaged, reason in damages.items():
+                warnings.warn(f"{damaged} is damaged: {reason}. Going on from {checkpoint}", stacklevel=3)
             return checkpoint
         damages[checkpoint] = damage
     listed = "".join(f"\n  {checkpoint.name}: {damage}" for checkpoint, damage in damages.items())
-    raise ValueError(f"none of the {len(found)} checkpoints in {path} is whole:{listed}")
+    raise ValueError(f"none of the {len(checkpoints)} checkpoints in {path} is whole:{listed}")
 
 
 def _sha256(file: Path) -> str:

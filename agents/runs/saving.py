@@ -86,7 +86,7 @@ def _state_of(algorithm: "Algorithm") -> dict[str, Any]:
         "algorithm": type(algorithm).__name__,
         "hyperparameters": algorithm.hyperparameters(),
         "environment": environment_settings(algorithm.base_env),
-        "told_apart_by": _told_apart_by(algorithm.base_env),
+        "told_apart_by": _identity_of(algorithm.base_env),
         "learning_rate": None if callable(rate) else rate,
         "seed": algorithm.run_seed,
         **({} if algorithm.tensorboard_log is None else {"log_identity": algorithm.log_identity}),
@@ -171,7 +171,7 @@ def _restore(run: "Algorithm", folder: Path, state: Mapping[str, Any]) -> None:
         policy.load_weights(folder / name)
 
 
-def _told_apart_by(env: TorchVectorEnv) -> dict[str, Any]:
+def _identity_of(env: TorchVectorEnv) -> dict[str, Any]:
     """Return an environment's identity beyond the arguments that it was made with, which may lack names."""
     texts = list(env.prompts)
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
@@ -187,12 +187,12 @@ def _told_apart_by(env: TorchVectorEnv) -> dict[str, Any]:
 def _warn_of_changes(folder: Path, state: Mapping[str, Any], env: TorchVectorEnv) -> None:
     """Warn of differences to the environment that a run was saved in, where they change results."""
     defaults = {name: argument.default for name, argument in inspect.signature(type(env)).parameters.items()}
-    now_apart = _told_apart_by(env)
+    identity_now = _identity_of(env)
     before, now = (
-        {name: value for name, value in {**defaults, **settings}.items() if name not in _WITHOUT_EFFECT} | apart
-        for settings, apart in (
-            (state["environment"], state.get("told_apart_by", now_apart)),
-            (environment_settings(env), now_apart),
+        {name: value for name, value in {**defaults, **settings}.items() if name not in _WITHOUT_EFFECT} | identity
+        for settings, identity in (
+            (state["environment"], state.get("told_apart_by", identity_now)),
+            (environment_settings(env), identity_now),
         )
     )
     changes = [

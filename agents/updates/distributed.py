@@ -79,13 +79,13 @@ class Processes:
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (
             torch.cuda.is_available() or torch.xpu.is_available()
         )
-        lonely = threading.Timer(_PATIENCE, _say_who_is_missing, [launched])
-        lonely.daemon = True
-        lonely.start()
+        reminder = threading.Timer(_PATIENCE, _say_who_is_missing, [launched])
+        reminder.daemon = True
+        reminder.start()
         try:
             state = PartialState(cpu=on_cpu)
         finally:
-            lonely.cancel()
+            reminder.cancel()
         if state.num_processes != launched:
             raise RuntimeError(
                 f"WORLD_SIZE is {launched}, but accelerate sees {state.num_processes} process: create Processes() "
@@ -112,9 +112,9 @@ class Processes:
         """Return the values of all processes, equal in shape, one after the other along the first dimension."""
         if self.count == 1:
             return values
-        own = values.to(self.device).contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(parts, own)
+        local_values = values.to(self.device).contiguous()
+        parts = [torch.empty_like(local_values) for _ in range(self.count)]
+        dist.all_gather(parts, local_values)
         return torch.cat(parts).to(values.device)
 
     def concatenate(self, values: Tensor) -> Tensor:
@@ -155,10 +155,10 @@ class Processes:
         """
         if self.device is None or not parameters:
             return
-        found = parameters[0].device
-        if found.type != self.device.type or (found.index or 0) != (self.device.index or 0):
+        policy_device = parameters[0].device
+        if policy_device.type != self.device.type or (policy_device.index or 0) != (self.device.index or 0):
             raise ValueError(
-                f"process {self.rank} is to compute on {self.device}, but its policy is on {found}: make the "
+                f"process {self.rank} is to compute on {self.device}, but its policy is on {policy_device}: make the "
                 "environment with device=Processes().device"
             )
         for parameter in parameters:
@@ -170,7 +170,7 @@ class Processes:
             return
         bucket: list[nn.Parameter] = []
         for parameter in parameters:
-            if bucket and sum(one.numel() for one in bucket) + parameter.numel() > _BUCKET:
+            if bucket and sum(member.numel() for member in bucket) + parameter.numel() > _BUCKET:
                 self._sum_bucket(bucket)
                 bucket = []
             bucket.append(parameter)
@@ -178,11 +178,13 @@ class Processes:
 
     def _sum_bucket(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace the gradients of some parameters by their sums, with one exchange between the processes."""
-        there = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
-        own = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-        flat = torch.cat([there, *(gradient.float().flatten() for gradient in own)])
+        has_gradient = torch.tensor(
+            [float(weight.grad is not None) for weight in parameters], device=parameters[0].device
+        )
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in parameters]
+        flat = torch.cat([has_gradient, *(gradient.float().flatten() for gradient in gradients)])
         dist.all_reduce(flat)
-        counts, *sums = flat.split([len(parameters), *(one.numel() for one in parameters)])
+        counts, *sums = flat.split([len(parameters), *(weight.numel() for weight in parameters)])
         for parameter, count, total in zip(parameters, counts.tolist(), sums, strict=True):
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if count else None
 
@@ -214,7 +216,7 @@ def gathered(rollout: Rollout, processes: Processes) -> Rollout:
         prompt_id=on_the_host(rollout.prompt_id),
         extras={name: processes.gather(values) for name, values in rollout.extras.items()},
         ends=processes.gather(rollout.ends),
-        # The first episodes are the main process's; only if it has too few of them are others' images wanted.
+        # The first episodes are the main process's: others' images are needed only if it has too few.
         images=processes.gather(rollout.images) if len(rollout.images) == rollout.num_episodes else rollout.images,
         first_episode=processes.rank * rollout.num_episodes,
     )

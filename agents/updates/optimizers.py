@@ -154,15 +154,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(parameters, {"lr": lr})
         weights = self.param_groups[0]["params"]
-        self._matrices = {one: nn.Parameter(one.detach().flatten(1).clone()) for one in weights if one.ndim >= 2}
+        self._matrices = {
+            weight: nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights if weight.ndim >= 2
+        }
         self._parts: list[tuple[torch.optim.Optimizer, list[int]]] = []
         if self._matrices:
             scale: dict[str, Any] = {"momentum": betas[0], "adjust_lr_fn": "match_rms_adamw"}
             muon = torch.optim.Muon(self._matrices.values(), lr=lr, weight_decay=weight_decay, **scale)
-            self._parts.append((muon, [place for place, one in enumerate(weights) if one.ndim >= 2]))
-        if others := [one for one in weights if one.ndim < 2]:
+            self._parts.append((muon, [index for index, weight in enumerate(weights) if weight.ndim >= 2]))
+        if others := [weight for weight in weights if weight.ndim < 2]:
             adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-            self._parts.append((adamw, [place for place, one in enumerate(weights) if one.ndim < 2]))
+            self._parts.append((adamw, [index for index, weight in enumerate(weights) if weight.ndim < 2]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -182,7 +184,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         parts = [(part.state_dict()["state"], places) for part, places in self._parts]
         groups = [{**self.param_groups[0], "params": list(range(len(self.param_groups[0]["params"])))}]
         return {
-            "state": {places[number]: one for state, places in parts for number, one in state.items()},
+            "state": {places[number]: values for state, places in parts for number, values in state.items()},
             "param_groups": groups,
         }
 
@@ -191,5 +193,5 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups[0]["lr"] = state_dict["param_groups"][0]["lr"]
         state = state_dict["state"]
         for part, places in self._parts:
-            found = {number: state[place] for number, place in enumerate(places) if place in state}
-            part.load_state_dict({**part.state_dict(), "state": found})
+            part_state = {number: state[place] for number, place in enumerate(places) if place in state}
+            part.load_state_dict({**part.state_dict(), "state": part_state})

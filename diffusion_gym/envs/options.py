@@ -27,10 +27,10 @@ def to_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     Raises:
         ValueError: there is no such mode.
     """
-    for known in AutoresetMode:
-        if mode in (known, known.value, known.name):
-            return known
-    raise ValueError(f"autoreset_mode must be one of {[known.name for known in AutoresetMode]}, got {mode!r}")
+    for member in AutoresetMode:
+        if mode in (member, member.value, member.name):
+            return member
+    raise ValueError(f"autoreset_mode must be one of {[member.name for member in AutoresetMode]}, got {mode!r}")
 
 
 def resolve_model(
@@ -50,16 +50,16 @@ def resolve_model(
         return load_model(
             model, device=device or "cpu", dtype=dtype or "float32", image_size=image_size, variant=variant
         )
-    wanted = {
+    requests = {
         "device": (None if device is None else to_device(device), model.device),
         "dtype": (None if dtype is None else to_dtype(dtype), model.dtype),
         "image_size": (image_size, model.image_shape[1]),
         "variant": (variant, model.variant),
     }
-    for name, (asked, loaded) in wanted.items():
-        if asked is not None and asked != loaded:
+    for name, (requested, loaded) in requests.items():
+        if requested is not None and requested != loaded:
             raise ValueError(
-                f"{name}={asked} differs from the loaded model's {loaded}: leave it out, or load_model anew"
+                f"{name}={requested} differs from the loaded model's {loaded}: leave it out, or load_model anew"
             )
     return model
 

@@ -53,10 +53,10 @@ class ReferenceDistance(Reward):
         self._forget()
 
     def _forget(self) -> None:
-        self._known: WeakKeyDictionary[DiffusionModel, OrderedDict[_Key, Tensor]] = WeakKeyDictionary()
+        self._samples: WeakKeyDictionary[DiffusionModel, OrderedDict[_Key, Tensor]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_known"}
+        return {key: value for key, value in self.__dict__.items() if key != "_samples"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -93,7 +93,7 @@ class ReferenceDistance(Reward):
             guidance_scale: The environment's, for a reward that has none of its own.
         """
         scale = guidance_scale if self.guidance_scale is None else self.guidance_scale
-        known = self._known.setdefault(model, OrderedDict())
+        samples_of = self._samples.setdefault(model, OrderedDict())
         keys = [
             (
                 prompt,
@@ -104,17 +104,17 @@ class ReferenceDistance(Reward):
             )
             for prompt, row in zip(prompts, transfer.to_host(noise.float()), strict=True)
         ]
-        first = {key: row for row, key in enumerate(keys) if key not in known}
-        if first:
-            rows = torch.tensor(list(first.values()), device=noise.device)
-            chosen = {name: value[rows] for name, value in conditioning.items()}
+        missing = {key: row for row, key in enumerate(keys) if key not in samples_of}
+        if missing:
+            rows = torch.tensor(list(missing.values()), device=noise.device)
+            missing_conditioning = {name: value[rows] for name, value in conditioning.items()}
             grid = uniform_grid(model.schedule, self.num_steps)
-            samples = sample_latents(model, noise[rows], chosen, grid, guidance_scale=scale)
-            known.update(zip(first, samples, strict=True))
+            samples = sample_latents(model, noise[rows], missing_conditioning, grid, guidance_scale=scale)
+            samples_of.update(zip(missing, samples, strict=True))
         for key in keys:
-            known.move_to_end(key)
-        references = model.decode(torch.stack([known[key] for key in keys]))
-        while len(known) > _CACHED_SAMPLES:
-            known.popitem(last=False)
+            samples_of.move_to_end(key)
+        references = model.decode(torch.stack([samples_of[key] for key in keys]))
+        while len(samples_of) > _CACHED_SAMPLES:
+            samples_of.popitem(last=False)
         error = (images - references).square().flatten(1).mean(1)
         return RewardOutput(-(error.sqrt() if self.root else error))

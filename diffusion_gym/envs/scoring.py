@@ -147,8 +147,8 @@ class Scorer:
         if self._is_deferred:
             rewards = torch.zeros(self._num_envs, device=final.images.device, dtype=torch.float32)
             return rewards, info | {"pending_rewards": pending}
-        rewards, named = pending.result()
-        return rewards, info | named
+        rewards, reward_info = pending.result()
+        return rewards, info | reward_info
 
     def submit(
         self, final: FinalImages, reward_of: RewardOf, episode_return: Callable[[Tensor, Tensor], Tensor]
@@ -179,7 +179,7 @@ class Scorer:
         """Return the scores: the reward is asked about the valid lanes, whose images these are."""
         lanes, valid = final.lanes, final.valid
         output, finite = self._asked(final, images, reward_of)
-        asked, invalid, steps = (
+        rewarded_lanes, invalid_lanes, steps = (
             transfer.to_device(values, images.device)
             for values in (lanes[valid], lanes[~finite], final.num_steps[valid])
         )
@@ -188,11 +188,13 @@ class Scorer:
         failed = np.zeros_like(ended)
         failed[lanes[~finite]] = True
         info: dict[str, Any] = {"reward_invalid": failed, "_reward_invalid": ended}
-        rewards = self._of_lanes(episode_return(output.values.float(), steps), asked)
+        rewards = self._of_lanes(episode_return(output.values.float(), steps), rewarded_lanes)
         for key, values in {**output.extras, self._name: output.values}.items():
-            info[f"reward/{key}"] = self._of_lanes(values.float(), asked).index_fill_(0, invalid, torch.nan)
+            info[f"reward/{key}"] = self._of_lanes(values.float(), rewarded_lanes).index_fill_(
+                0, invalid_lanes, torch.nan
+            )
             info[f"_reward/{key}"] = ended
-        return rewards.index_fill_(0, invalid, torch.nan), info
+        return rewards.index_fill_(0, invalid_lanes, torch.nan), info
 
     def _asked(self, final: FinalImages, images: Tensor, reward_of: RewardOf) -> tuple[RewardOutput, np.ndarray]:
         """Return the reward's output for the valid lanes, and the mask of finite rewards, [k] bool. It waits."""

@@ -124,7 +124,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
         reference_steps: int = REFERENCE_STEPS,
         **options: Unpack[VectorEnvOptions],
     ) -> None:
-        own: dict[str, Any] = {
+        keywords: dict[str, Any] = {
             "max_steps": max_steps,
             "guidance_scale": guidance_scale,
             "t_min": t_min,
@@ -135,7 +135,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
             "allow_negative": allow_negative,
             "reference_steps": reference_steps,
         }
-        EzPickle.__init__(self, num_envs, **{**own, **options})
+        EzPickle.__init__(self, num_envs, **{**keywords, **options})
         self.max_steps: int = checked_integer("max_steps", max_steps, at_least=1)
         if last_step not in get_args(LastStep):
             raise ValueError(f"last_step must be one of {get_args(LastStep)}, got {last_step!r}")
@@ -164,7 +164,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
         schedule = self.model.schedule
         self._start_time = schedule.start_time
         self._start_ratio = float(schedule.noise_ratio(torch.tensor([self._start_time], dtype=torch.float64)))
-        # Its end is the noise ratio at the start.
+        # Above the noise ratio at the start, an episode would end before its first step.
         self.t_min = checked_number(
             "t_min", schedule.min_noise_ratio if t_min is None else t_min, f"(0, {self._start_ratio:.6g})"
         )

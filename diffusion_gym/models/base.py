@@ -99,8 +99,8 @@ class DiffusionModel(ABC):
         time_embedding_size: E, the length of the denoiser's time embedding.
         denoiser_folder: The denoiser's subfolder in the diffusers layout.
         lora_targets: Names of the layers that LoRA adapts unless told otherwise.
-        guidance: How a prompt is given weight. "classifier_free": by two passes, one of them told the negative prompt.
-            "embedded": the network is told the scale, and there is no negative prompt.
+        guidance: The way in which a prompt is given weight. "classifier_free": by two passes, one of them with the
+            negative prompt. "embedded": the network is told the scale, and there is no negative prompt.
         default_prompts: The prompts of environments that are given none: a prompt set's name, or texts.
     """
 
@@ -358,10 +358,10 @@ def to_device(device: str | torch.device) -> torch.device:
         ValueError: there is no such device here.
     """
     try:
-        tried = torch.empty(0, device=device).device
+        usable = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f'device {device!r} cannot be used here ({error}): "cpu" always can') from error
-    return torch.device("cpu") if tried.type == "cpu" else tried
+    return torch.device("cpu") if usable.type == "cpu" else usable
 
 
 def to_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -370,10 +370,10 @@ def to_dtype(dtype: str | torch.dtype) -> torch.dtype:
     Raises:
         ValueError: it is not the name of a floating-point dtype.
     """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ValueError(f'dtype must be a floating-point dtype such as "float32" or "bfloat16", got {dtype!r}')
-    return found
+    return torch_dtype
 
 
 def _find_folder(source: str | os.PathLike[str], revision: str | None, variant: str | None) -> Path:
@@ -429,7 +429,7 @@ def load_model(
         dtype: The frozen denoiser's precision.
         image_size: Height and width in pixels; None: what the model was trained on.
         revision: The Hub's branch, tag or commit.
-        variant: Which files of weights to take where there are several, such as "fp16" for `model.fp16.safetensors`;
+        variant: The variant of the files of weights, such as "fp16" for `model.fp16.safetensors`;
             a network that has no such file is read from its plain one.
 
     Raises:

@@ -106,13 +106,13 @@ def check_weights(network: nn.Module, weights: Path, *, prefix: str = "") -> Non
     Raises:
         FileNotFoundError, ValueError: it does not.
     """
-    found: Mapping[str, tuple[int, ...]] = {key.removeprefix(prefix): shape for key, shape in _shapes(weights).items()}
+    shapes: Mapping[str, tuple[int, ...]] = {key.removeprefix(prefix): shape for key, shape in _shapes(weights).items()}
     for name, parameter in network.named_parameters():
         name = name.removeprefix(prefix)
-        old = name
+        old_name = name
         for before, after in _OLD_ATTENTION.items():
-            old = old.replace(after, before)
-        shape = found.get(name, found.get(old))
+            old_name = old_name.replace(after, before)
+        shape = shapes.get(name, shapes.get(old_name))
         if shape is None:
             raise ValueError(
                 f"{weights} lacks {name}, which config.json beside it describes: the two do not belong together"

@@ -68,17 +68,17 @@ def save_unet_lora(denoiser: nn.Module, folder: Path) -> None:
 def load_unet_lora(denoiser: nn.Module, folder: Path) -> None:
     """Read what `save_unet_lora` wrote, or a file by diffusers' names; the errors are those of `load_lora`."""
     file = folder / _LORA_FILE
-    found = read_weights(file)
-    if not any(name.startswith(_UNET) for name in found):
-        return _set(denoiser, _from_diffusers(found), folder)
+    weights = read_weights(file)
+    if not any(name.startswith(_UNET) for name in weights):
+        return _set(denoiser, _from_diffusers(weights), folder)
     alpha = _config(denoiser).lora_alpha
     expected = _kohya(_layers(denoiser), alpha)
-    require_weights(found, expected, file=file, owner="this denoiser's LoRA layers")
-    alphas = {float(found[name]) for name in found if name.endswith(".alpha")}
+    require_weights(weights, expected, file=file, owner="this denoiser's LoRA layers")
+    alphas = {float(weights[name]) for name in weights if name.endswith(".alpha")}
     if alphas != {float(torch.tensor(alpha, dtype=torch.float32))}:
         raise ValueError(f"{file} has lora_alpha {sorted(alphas)}, this denoiser's LoRA layers {alpha}")
     names = {_kohya_name(name): name for name in _layers(denoiser)}
-    return _set(denoiser, {names[name]: found[name] for name in found if name in names}, folder)
+    return _set(denoiser, {names[name]: weights[name] for name in weights if name in names}, folder)
 
 
 def _kohya_name(name: str) -> str:

@@ -39,13 +39,13 @@ def discrete_schedule(
             stacklevel=2,
         )
     check_values(config, scheduler_type, SCHEDULER, file)
-    own = keys_of(scheduler_type)
-    passed_over = {key for key, understood in SCHEDULER.items() if not understood.is_refused}  # the folder's own walk
+    defaults = keys_of(scheduler_type)
+    ignored_keys = {key for key, understood in SCHEDULER.items() if not understood.is_refused}  # the folder's own walk
     values: dict[str, Any] = {
-        **own,
-        **{key: value for key, value in config.items() if key in own and key not in passed_over},
+        **defaults,
+        **{key: value for key, value in config.items() if key in defaults and key not in ignored_keys},
     }
-    if steps_offset is not None and "steps_offset" in own:
+    if steps_offset is not None and "steps_offset" in defaults:
         values["steps_offset"] = steps_offset
     try:
         schedule = DiscreteVPSchedule(

@@ -184,9 +184,9 @@ def check_values(config: Mapping[str, Any], network: type, understood: Mapping[s
     Raises:
         ValueError: a value is not.
     """
-    own = keys_of(network)
+    keys = keys_of(network)
     for key, values in understood.items():
-        if key in own and key in config and not values.allowed(config[key]):
+        if key in keys and key in config and not values.allowed(config[key]):
             message = f"{file}: {key} must be {values.words} for this package, got {config[key]!r}: {values.cure}"
             if values.is_refused:
                 raise ValueError(message)
@@ -194,11 +194,13 @@ def check_values(config: Mapping[str, Any], network: type, understood: Mapping[s
     for key, parameter in inspect.signature(network.__init__).parameters.items():  # type: ignore[misc]
         if key in config and key not in understood and not _may_be(config[key], parameter):
             raise ValueError(f"{file}: {key} must be {parameter.annotation}, got {config[key]!r}: {Values.cure}")
-    others = {key for name in (*_SAME_TIMES, *_OTHER_TIMES) for key in keys_of(getattr(diffusers, name))}
-    known = {*own, *others, "quantization_config"} if understood is SCHEDULER else {*own, "quantization_config"}
+    scheduler_keys = {key for name in (*_SAME_TIMES, *_OTHER_TIMES) for key in keys_of(getattr(diffusers, name))}
+    known_keys = (
+        {*keys, *scheduler_keys, "quantization_config"} if understood is SCHEDULER else {*keys, "quantization_config"}
+    )
     for key in config:
-        if key not in known and not key.startswith("_"):
-            message = f"{file}: {key!r} is no key of {network.__name__}, and passed over.{did_you_mean(key, own)}"
+        if key not in known_keys and not key.startswith("_"):
+            message = f"{file}: {key!r} is no key of {network.__name__}, and passed over.{did_you_mean(key, keys)}"
             warnings.warn(message, stacklevel=2)
 
 

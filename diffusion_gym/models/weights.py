@@ -29,7 +29,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def require_weights(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, file: Path, owner: str, origin: str = ""
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, file: Path, owner: str, origin: str = ""
 ) -> None:
     """Raise ValueError unless weights are those that are expected, all of them, of the same shapes and finite.
 
@@ -40,20 +40,22 @@ def require_weights(
         owner: The network that takes them, for the message.
         origin: A further remark on their origin, for the message.
     """
-    both = [name for name in expected if name in found]
+    shared = [name for name in expected if name in weights]
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
         "of another shape": [
-            f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
-            for name in both
-            if found[name].shape != expected[name].shape
+            f"{name} {list(weights[name].shape)} instead of {list(expected[name].shape)}"
+            for name in shared
+            if weights[name].shape != expected[name].shape
         ],
-        "NaN or infinite": [name for name in both if not bool(torch.isfinite(found[name]).all())],
+        "NaN or infinite": [name for name in shared if not bool(torch.isfinite(weights[name]).all())],
     }
-    said = "; ".join(f"{len(names)} are {problem} ({_listed(names)})" for problem, names in problems.items() if names)
-    if said:
-        raise ValueError(f"{file} holds no weights for {owner}: of {len(expected)} weights {said}{origin}")
+    summary = "; ".join(
+        f"{len(names)} are {problem} ({_listed(names)})" for problem, names in problems.items() if names
+    )
+    if summary:
+        raise ValueError(f"{file} holds no weights for {owner}: of {len(expected)} weights {summary}{origin}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -58,8 +58,8 @@ class PromptSet:
             raise ValueError(
                 f"a prompt set is made of a sequence of prompts, got one text, {self.texts!r}: put it in a list"
             )
-        for name, given in vars(self).copy().items():
-            object.__setattr__(self, name, tuple(given))
+        for name, values in vars(self).copy().items():
+            object.__setattr__(self, name, tuple(values))
         if not self.texts:
             raise ValueError("a prompt set needs at least one prompt, got none")
         for text in self.texts:
@@ -90,8 +90,8 @@ class PromptSet:
 
     def metadata_of(self, texts: Iterable[str]) -> list[Metadata]:
         """Return the metadata of each text; {} of a text that is not in the set."""
-        known = dict(zip(self.texts, self.metadata, strict=True))
-        return [known.get(text, {}) for text in texts]
+        metadata = dict(zip(self.texts, self.metadata, strict=True))
+        return [metadata.get(text, {}) for text in texts]
 
     def draw(self, generator: torch.Generator) -> int:
         """Return the index of a random prompt, drawn uniformly or in proportion to the weights."""

@@ -60,9 +60,9 @@ def _prompt_set(
     metadata: dict[str, Metadata] = {}
     totals: dict[str, float] = {}
     repeated, differing, left_out = 0, 0, []
-    given = iter(weights)
+    remaining_weights = iter(weights)
     for place, text, entry in rows:
-        weight = next(given, 1)
+        weight = next(remaining_weights, 1)
         if not isinstance(text, str | None):
             raise ValueError(f"{place}: a prompt must be a string, got {text!r:.80}")
         text = (text or "").strip()
@@ -192,8 +192,10 @@ def prompts_from_dataset(source: str, *, split: str = "train", column: str | Non
         raise ValueError(f"{source} has no column {column!r}; there are {table.column_names}")
     with _naming(source):
         column = column or _prompt_column(table.column_names)
-        plain = table.select_columns([one.name for one in table.features.arrow_schema if "binary" not in str(one.type)])
-        return _from_rows(((f"row {number}", row) for number, row in enumerate(plain, start=1)), source, column)
+        columns = table.select_columns(
+            [field.name for field in table.features.arrow_schema if "binary" not in str(field.type)]
+        )
+        return _from_rows(((f"row {number}", row) for number, row in enumerate(columns, start=1)), source, column)
 
 
 def make_prompts(
@@ -201,7 +203,7 @@ def make_prompts(
 ) -> PromptSet:
     """Return a prompt set.
 
-    A `PromptSet` is taken as it is. In all other sources, spaces around a prompt are cut off, a prompt that occurs twice
+    A `PromptSet` is taken as it is. In all other sources, spaces around a prompt are cut off, a prompt given twice
     is drawn twice as often (its weight is 2), blank prompts and comments ("# …") are left out, and a warning says so.
 
     Args:

@@ -120,7 +120,7 @@ class BertScore:
         # bert-score gives an empty candidate 0 too, but fails with transformers 5
         filled = [index for index, candidate in enumerate(candidates) if candidate.strip()]
         if filled:
-            found = bert_cos_score_idf(
+            columns = bert_cos_score_idf(
                 self.network,
                 [references[index] for index in filled],
                 [candidates[index] for index in filled],
@@ -128,6 +128,6 @@ class BertScore:
                 self.weights,
                 device=self.device,
             )
-            scores[filled] = torch.from_numpy(transfer.to_host(found))
+            scores[filled] = torch.from_numpy(transfer.to_host(columns))
         precision, recall, f1 = scores.unbind(1)
         return precision, recall, f1

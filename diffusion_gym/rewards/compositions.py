@@ -122,7 +122,7 @@ class Cached(RewardWrapper):
             raise ValueError(f"{self.name} remembers what it saw: cache the reward within it instead")
         self.size = checked_integer("size", size, at_least=1)
         self.hits = self.misses = 0
-        self._known: OrderedDict[bytes, tuple[float, dict[str, float]]] = OrderedDict()
+        self._results: OrderedDict[bytes, tuple[float, dict[str, float]]] = OrderedDict()
 
     @torch.no_grad()
     @override
@@ -130,23 +130,25 @@ class Cached(RewardWrapper):
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         keys = self._keys(images, prompts, metadata)
-        results = {key: self._known[key] for key in keys if key in self._known}
-        first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in results}
-        missing = sorted(first.values())
+        results = {key: self._results[key] for key in keys if key in self._results}
+        first_index = {key: index for index, key in reversed(list(enumerate(keys))) if key not in results}
+        missing = sorted(first_index.values())
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
-            given = None if metadata is None else [metadata[index] for index in missing]
-            output = checked_output(self.reward, images[missing], [prompts[index] for index in missing], given)
-            columns = {name: transfer.to_host(one).tolist() for name, one in output.extras.items()}
+            missing_metadata = None if metadata is None else [metadata[index] for index in missing]
+            output = checked_output(
+                self.reward, images[missing], [prompts[index] for index in missing], missing_metadata
+            )
+            columns = {name: transfer.to_host(extra).tolist() for name, extra in output.extras.items()}
             values = transfer.to_host(output.values).tolist()
             for row, (index, value) in enumerate(zip(missing, values, strict=True)):
                 results[keys[index]] = value, {name: column[row] for name, column in columns.items()}
         for key in keys:
-            self._known[key] = results[key]
-            self._known.move_to_end(key)
-        while len(self._known) > self.size:
-            self._known.popitem(last=False)
+            self._results[key] = results[key]
+            self._results.move_to_end(key)
+        while len(self._results) > self.size:
+            self._results.popitem(last=False)
         device, rows = images.device, [results[key] for key in keys]
         as_tensor = partial(torch.tensor, dtype=torch.float32, device=device)
         extras = {name: as_tensor([row[1][name] for row in rows]) for name in rows[0][1]}
@@ -158,9 +160,9 @@ class Cached(RewardWrapper):
         pixels = transfer.to_host(images)
         keys = []
         for index, prompt in enumerate(prompts):
-            given = None if metadata is None else dict(metadata[index])
-            known = [prompt, given, list(images.shape[1:]), str(images.dtype)]
-            texts = json.dumps(known, sort_keys=True, default=as_json)
+            entry = None if metadata is None else dict(metadata[index])
+            content = [prompt, entry, list(images.shape[1:]), str(images.dtype)]
+            texts = json.dumps(content, sort_keys=True, default=as_json)
             keys.append(hashlib.sha256(texts.encode() + b"\0" + pixels[index].tobytes()).digest())
         return keys
 
@@ -210,24 +212,26 @@ class Retry(RewardWrapper):
     ) -> RewardOutput:
         output: RewardOutput | None = None
         rows = list(range(len(images)))  # those without a finite value yet
-        for last in range(1, self.tries + 1):
-            asked = images if output is None else images[rows]
-            given = None if metadata is None else [metadata[row] for row in rows]
+        for attempt in range(1, self.tries + 1):
+            part_images = images if output is None else images[rows]
+            part_metadata = None if metadata is None else [metadata[row] for row in rows]
             try:
-                said = self.reward(asked, [prompts[row] for row in rows], given)
+                answer = self.reward(part_images, [prompts[row] for row in rows], part_metadata)
             except self.errors as error:
-                if last == self.tries:
+                if attempt == self.tries:
                     raise
                 reason = f"{type(error).__name__}: {error}"
             else:
-                part = check_output(self.reward, said, asked)
+                part = check_output(self.reward, answer, part_images)
                 output = part if output is None else _replaced(output, part, rows)
                 rows = np.flatnonzero(~transfer.to_host(torch.isfinite(output.values))).tolist()
-                if not rows or last == self.tries:
+                if not rows or attempt == self.tries:
                     break
                 reason = f"NaN or infinity for {len(rows)} of {len(images)} images"
-            wait = min(self.backoff * 2 ** (last - 1), _LONGEST_WAIT)
-            logger.warning("the reward %s, try %d of %d: %s; again in %g s", self.name, last, self.tries, reason, wait)
+            wait = min(self.backoff * 2 ** (attempt - 1), _LONGEST_WAIT)
+            logger.warning(
+                "the reward %s, try %d of %d: %s; again in %g s", self.name, attempt, self.tries, reason, wait
+            )
             self.num_retries += 1
             time.sleep(wait)
         assert output is not None

@@ -52,20 +52,20 @@ class Connection:
             Unavailable: it cannot be reached now (`Unreachable`), or has no time.
             RemoteRewardError: it is no reward server, one of another protocol, or the token is wrong.
         """
-        said = self._ask("GET", "/info", max_bytes=_INFO_BYTES)
-        if said.get("protocol") != PROTOCOL:
-            raise self._garbage(f"protocol {said.get('protocol')!r} instead of {PROTOCOL} (one of its version?)")
+        description = self._ask("GET", "/info", max_bytes=_INFO_BYTES)
+        if description.get("protocol") != PROTOCOL:
+            raise self._garbage(f"protocol {description.get('protocol')!r} instead of {PROTOCOL} (one of its version?)")
         try:
-            low, high = (None if bound is None else float(bound) for bound in said["range"])  # type: ignore[attr-defined]
-            limits = Limits(**{key: said[key] for key in ("max_batch", "max_pixels", "max_bytes")})  # type: ignore[arg-type]
-            name, unit = said["name"], said["unit"]
+            low, high = (None if bound is None else float(bound) for bound in description["range"])  # type: ignore[attr-defined]
+            limits = Limits(**{key: description[key] for key in ("max_batch", "max_pixels", "max_bytes")})  # type: ignore[arg-type]
+            name, unit = description["name"], description["unit"]
         except (KeyError, TypeError, ValueError) as error:
             raise self._garbage(f"an /info with {type(error).__name__}: {error}") from error
         if not isinstance(name, str) or not isinstance(unit, str) or not name or not unit:
             raise self._garbage(f"an /info whose name and unit are {name!r} and {unit!r}")
         bounds = (-float("inf") if low is None else low, float("inf") if high is None else high)
         if not bounds[0] <= bounds[1]:
-            raise self._garbage(f"an /info whose range is {said['range']}")
+            raise self._garbage(f"an /info whose range is {description['range']}")
         return ServedReward(name, unit, bounds, limits)
 
     def score(self, content_type: str, body: bytes, num_images: int, expected: ServedReward) -> RewardOutput:
@@ -75,14 +75,16 @@ class Connection:
             Unavailable: the server cannot be reached now, has no time, or failed.
             RemoteRewardError: it refuses the request, or answers something else than that many finite numbers.
         """
-        said = self._ask("POST", "/score", max_bytes=answer_bytes(num_images), body=body, type_=content_type)
-        if said.get("name") != expected.name:
-            raise self._garbage(f"the reward {said.get('name')!r}, which was {expected.name!r} before")
-        extras = said.get("extras")
+        answer = self._ask("POST", "/score", max_bytes=answer_bytes(num_images), body=body, type_=content_type)
+        if answer.get("name") != expected.name:
+            raise self._garbage(f"the reward {answer.get('name')!r}, which was {expected.name!r} before")
+        extras = answer.get("extras")
         if not isinstance(extras, dict):
             raise self._garbage(f"extras {extras!r:.80}")
-        values = self._numbers("values", said.get("values"), num_images)
-        return RewardOutput(values, {name: self._numbers(name, given, num_images) for name, given in extras.items()})
+        values = self._numbers("values", answer.get("values"), num_images)
+        return RewardOutput(
+            values, {name: self._numbers(name, numbers, num_images) for name, numbers in extras.items()}
+        )
 
     def _numbers(self, name: str, values: object, num: int) -> torch.Tensor:
         if not isinstance(values, list) or len(values) != num:

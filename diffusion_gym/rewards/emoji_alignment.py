@@ -140,5 +140,5 @@ class EmojiAlignment(Reward):
         scorer = self._scorer.to(images.device)
         cosine = scorer.embed_images(images.float()) @ scorer.embed_texts(texts).T
         values = cosine if self.among is None else F.log_softmax(scorer.scale * cosine, dim=-1)
-        own = torch.tensor([texts.index(prompt) for prompt in prompts], device=images.device)
-        return RewardOutput(values.gather(1, own[:, None])[:, 0])
+        index = torch.tensor([texts.index(prompt) for prompt in prompts], device=images.device)
+        return RewardOutput(values.gather(1, index[:, None])[:, 0])

@@ -31,7 +31,7 @@ class Unavailable(Exception):  # noqa: N818
     """A server that may answer if it is asked again.
 
     Args:
-        message: What happened.
+        message: The reason.
         seconds: The time after which it wants to be asked again.
     """
 
@@ -76,8 +76,8 @@ class Endpoint:
         parts, port = urlsplit(url), None
         with suppress(ValueError):  # a port that is no number is refused below
             port = parts.port or _PORTS.get(parts.scheme)
-        beside = parts.username or parts.query or parts.fragment
-        if parts.scheme not in _PORTS or not (parts.hostname and port) or beside:
+        extra_parts = parts.username or parts.query or parts.fragment
+        if parts.scheme not in _PORTS or not (parts.hostname and port) or extra_parts:
             raise ValueError(
                 f"a server's address is like remote://host:port, http://host:port/path or https://host, got {url!r}"
             )
@@ -150,7 +150,7 @@ class Endpoint:
             began = time.monotonic()
             deadline.start()
             try:
-                # A server may refuse a body before it has read all of it: what it says comes all the same.
+                # A server may refuse a body before it has read all of it: its answer comes all the same.
                 with suppress(BrokenPipeError, ConnectionResetError):
                     connection.request(method, path, body=body, headers=dict(headers))
                 response = connection.getresponse()
@@ -192,19 +192,21 @@ def _proxy_for(host: str) -> _Proxy | None:
     Raises:
         ValueError: it is no address of an HTTP proxy.
     """
-    given = getproxies().get("https", "")
-    if not given or proxy_bypass(host):
+    address = getproxies().get("https", "")
+    if not address or proxy_bypass(host):
         return None
-    parts, port = urlsplit(given if "://" in given else f"http://{given}"), None
+    parts, port = urlsplit(address if "://" in address else f"http://{address}"), None
     with suppress(ValueError):  # a port that is no number is refused below
         port = parts.port or 80
     if parts.scheme not in ("http", "https") or not (parts.hostname and port):
-        shown = given.rpartition("@")[2]
+        shown = address.rpartition("@")[2]
         raise ValueError(f"the variable https_proxy must be like http://host:port or host:port, got {shown!r}")
     if parts.username is None:
         return _Proxy(parts.hostname, port)
-    who = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return _Proxy(parts.hostname, port, {"Proxy-Authorization": f"Basic {base64.b64encode(who.encode()).decode()}"})
+    credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return _Proxy(
+        parts.hostname, port, {"Proxy-Authorization": f"Basic {base64.b64encode(credentials.encode()).decode()}"}
+    )
 
 
 def _connect(connection: http.client.HTTPConnection) -> None:
@@ -238,12 +240,12 @@ def in_parallel(function: Callable[[S, threading.Event], T], items: Iterable[S],
         num_threads: The most items at once; with 1 the calling thread does the work.
     """
     over, taking = threading.Event(), threading.Lock()
-    left, results = enumerate(items), dict[int, T]()
+    remaining, results = enumerate(items), dict[int, T]()
 
     def work() -> None:
         while not over.is_set():
             with taking:
-                taken = next(left, None)
+                taken = next(remaining, None)
             if taken is None:
                 return
             index, item = taken

@@ -93,7 +93,7 @@ class ModelReward(Reward, Generic[Network]):
             outputs.append(self.score(chunk, prompts[part], None if metadata is None else metadata[part]))
         values = torch.cat([output.values.float() for output in outputs])
         extras = {name: torch.cat([output.extras[name].float() for output in outputs]) for name in outputs[0].extras}
-        return RewardOutput(values.to(images.device), {name: one.to(images.device) for name, one in extras.items()})
+        return RewardOutput(values.to(images.device), {name: extra.to(images.device) for name, extra in extras.items()})
 
 
 def checked_device(device: torch.device | str) -> torch.device:
@@ -152,11 +152,11 @@ def read_weights(source: str | Path, *, what: str, keyword: str, sha256: str | N
     """
     path = pretrained(_find_file, source, what=what, keyword=keyword)
     if sha256 is not None:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != sha256.lower():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != sha256.lower():
             raise ValueError(
-                f"{path} is not the expected file of {what}: its SHA-256 is {found}, expected {sha256}. Fetch it "
-                f"again, or, if it is meant, give {keyword}_sha256={found!r}"
+                f"{path} is not the expected file of {what}: its SHA-256 is {digest}, expected {sha256}. Fetch it "
+                f"again, or, if it is meant, give {keyword}_sha256={digest!r}"
             )
     if path.suffix == ".safetensors":
         return load_file(path)
@@ -201,9 +201,9 @@ def _find_in(source: str, name: str, *, local_files_only: bool) -> Path | None:
         path = Path(source) / name
         return path if path.is_file() else None
     try:
-        known = try_to_load_from_cache(source, name)
+        cached = try_to_load_from_cache(source, name)
         return Path(
-            known if isinstance(known, str) else hf_hub_download(source, name, local_files_only=local_files_only)
+            cached if isinstance(cached, str) else hf_hub_download(source, name, local_files_only=local_files_only)
         )
     except EntryNotFoundError:
         return None

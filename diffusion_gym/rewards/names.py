@@ -65,10 +65,10 @@ def make_reward(
         ValueError: a name is not known, it takes no such options, or weights cannot be had.
         RuntimeError: a server cannot be reached.
     """
-    made = _make(reward, {} if options is None else options)
-    check_reward(made)
-    made.make_ready()
-    return made
+    ready_reward = _make(reward, {} if options is None else options)
+    check_reward(ready_reward)
+    ready_reward.make_ready()
+    return ready_reward
 
 
 def _make(reward: str | Reward | RewardFunction | Mapping[str, float], options: Mapping[str, object]) -> Reward:
@@ -91,13 +91,13 @@ def _from_text(text: str, options: Mapping[str, object]) -> Reward:
     kind = named_class(text)
     if kind is None:
         return _make(_imported(text), options)  # type: ignore[arg-type]
-    given = {"url": text, **options} if "://" in text else dict(options)
+    keywords = {"url": text, **options} if "://" in text else dict(options)
     signature = inspect.signature(kind)
     try:
-        signature.bind(**given)
+        signature.bind(**keywords)
     except TypeError as error:
         raise ValueError(f"{text} does not take these options: {error}; it is {text}{signature}") from None
-    return kind(**given)
+    return kind(**keywords)
 
 
 def named_class(text: str) -> type[Reward] | None:
@@ -110,8 +110,8 @@ def named_class(text: str) -> type[Reward] | None:
         return importlib.import_module(".remote", __package__).RemoteReward
     if ":" not in text:
         return reward_class(text)
-    found = _imported(text)
-    return found if isinstance(found, type) and issubclass(found, Reward) else None
+    value = _imported(text)
+    return value if isinstance(value, type) and issubclass(value, Reward) else None
 
 
 def _imported(text: str) -> object:
@@ -122,7 +122,7 @@ def _imported(text: str) -> object:
     """
     module_name, _, path = text.partition(":")
     try:
-        found: object = importlib.import_module(module_name)
+        value: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and misses another one
@@ -131,10 +131,12 @@ def _imported(text: str) -> object:
             "its file is (python -m looks in the present folder), or name its folder in PYTHONPATH"
         ) from error
     for part in path.split("."):
-        if part not in dir(found):
-            raise ValueError(unknown_name(f"name in {module_name}", part, [one for one in dir(found) if one[0] != "_"]))
-        found = getattr(found, part)
-    return found
+        if part not in dir(value):
+            raise ValueError(
+                unknown_name(f"name in {module_name}", part, [name for name in dir(value) if name[0] != "_"])
+            )
+        value = getattr(value, part)
+    return value
 
 
 class WeightedSum(Reward):
@@ -190,5 +192,5 @@ class WeightedSum(Reward):
         states = state.get("weighted", [{}] * len(self.weighted))
         if not isinstance(states, list) or len(states) != len(self.weighted) or state.keys() - {"weighted"}:
             raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")
-        for (reward, _), one in zip(self.weighted, states, strict=True):
-            reward.load_state_dict(one)
+        for (reward, _), reward_state in zip(self.weighted, states, strict=True):
+            reward.load_state_dict(reward_state)

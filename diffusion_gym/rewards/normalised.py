@@ -106,16 +106,24 @@ class Normalised(RewardWrapper):
     @override
     def state_dict(self) -> dict[str, object]:
         state: dict[str, object] = {}
-        inner = self.reward.state_dict()
+        inner_state = self.reward.state_dict()
         if not self.is_fixed:
             state["normalised"] = {"count": self.count, "mean": self._mean, "squares": self._squares}
-        return state | ({"reward": inner} if inner else {})
+        return state | ({"reward": inner_state} if inner_state else {})
 
     @override
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        own, inner = state.get("normalised"), state.get("reward", {})
-        if not isinstance(inner, Mapping) or state.keys() - {"normalised", "reward"} or (own and self.is_fixed):
+        statistics, inner_state = state.get("normalised"), state.get("reward", {})
+        if (
+            not isinstance(inner_state, Mapping)
+            or state.keys() - {"normalised", "reward"}
+            or (statistics and self.is_fixed)
+        ):
             raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")
-        self.reward.load_state_dict(inner)
-        if isinstance(own, Mapping):
-            self.count, self._mean, self._squares = int(own["count"]), float(own["mean"]), float(own["squares"])
+        self.reward.load_state_dict(inner_state)
+        if isinstance(statistics, Mapping):
+            self.count, self._mean, self._squares = (
+                int(statistics["count"]),
+                float(statistics["mean"]),
+                float(statistics["squares"]),
+            )

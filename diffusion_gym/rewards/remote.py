@@ -82,15 +82,15 @@ class RemoteReward(Reward):
         self.jpeg_quality = jpeg_quality
         self.num_retries = 0
         self._jitter = random.Random()
-        self._connections = [Connection(one, token=token, timeout=timeout) for one in urls]
+        self._connections = [Connection(address, token=token, timeout=timeout) for address in urls]
         self._served = [
             self._ask([connection], _first_info, set(), threading.Event()) for connection in self._connections
         ]
         first = self._served[0]
         self.name, self.unit, self.range = first.name, first.unit, first.range
-        for one, served in zip(urls, self._served, strict=True):
+        for address, served in zip(urls, self._served, strict=True):
             if (served.name, served.unit, served.range) != (self.name, self.unit, self.range):
-                raise ValueError(f"the servers must serve one reward: {urls[0]} has {first}, {one} has {served}")
+                raise ValueError(f"the servers must serve one reward: {urls[0]} has {first}, {address} has {served}")
 
     @override
     def __call__(
@@ -120,14 +120,14 @@ class RemoteReward(Reward):
         """Yield requests (content type, body, number of images) that keep to all servers' limits, in order."""
         limits = [served.limits for served in self._served]
         pixels = images.shape[-2] * images.shape[-1]
-        size = largest or min(min(one.max_batch, max(1, one.max_pixels // pixels)) for one in limits)
+        size = largest or min(min(limit.max_batch, max(1, limit.max_pixels // pixels)) for limit in limits)
         for start in range(0, len(images), size):
-            own = slice(start, start + size)
-            given = (images[own], prompts[own], None if metadata is None else metadata[own])
-            type_, body = encode_request(*given, image_format=self.image_format, jpeg_quality=self.jpeg_quality)
-            num_images = len(given[0])
-            if len(body) > min(one.max_bytes for one in limits) and num_images > 1:
-                yield from self._parts(*given, largest=(num_images + 1) // 2)
+            rows = slice(start, start + size)
+            part = (images[rows], prompts[rows], None if metadata is None else metadata[rows])
+            type_, body = encode_request(*part, image_format=self.image_format, jpeg_quality=self.jpeg_quality)
+            num_images = len(part[0])
+            if len(body) > min(limit.max_bytes for limit in limits) and num_images > 1:
+                yield from self._parts(*part, largest=(num_images + 1) // 2)
             else:
                 yield type_, body, num_images
 
@@ -144,8 +144,8 @@ class RemoteReward(Reward):
         """
         began, rounds = None, 0
         while True:
-            wanted, failures = 0.0, []
-            for connection in sorted(connections, key=lambda one: one in failed):
+            requested_wait, failures = 0.0, []
+            for connection in sorted(connections, key=lambda server: server in failed):
                 if over.is_set():
                     raise RemoteRewardError("the reward server is asked no more: another part of the batch has failed")
                 try:
@@ -156,10 +156,10 @@ class RemoteReward(Reward):
                     logger.warning("reward server %s: %s", connection.url, unavailable)
                     failed.add(connection)
                     failures.append(f"{connection.url}: {unavailable}")
-                    wanted = max(wanted, unavailable.seconds)
+                    requested_wait = max(requested_wait, unavailable.seconds)
             began = time.monotonic() if began is None else began
             wait = min(_FIRST_WAIT * 2 ** min(rounds, 16), _LONGEST_WAIT) * self._jitter.uniform(0.75, 1.0)
-            wait = max(wait, min(wanted, _LONGEST_WAIT))
+            wait = max(wait, min(requested_wait, _LONGEST_WAIT))
             rounds += 1
             left = self.max_retry_seconds - (time.monotonic() - began)
             if wait > left:

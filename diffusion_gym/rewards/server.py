@@ -150,8 +150,8 @@ class RewardServer:
         )
 
     def _unauthorized(self, request: Request) -> JSONResponse | None:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if self._authorization is None or hmac.compare_digest(given, self._authorization):
+        credentials = request.headers.get("authorization", "").encode("latin-1")
+        if self._authorization is None or hmac.compare_digest(credentials, self._authorization):
             return None
         message = f"the token is missing or wrong: give the server's as token=…, or in the variable {TOKEN_VARIABLE}"
         return _failure(401, message, {"WWW-Authenticate": "Bearer"})
@@ -294,10 +294,10 @@ def _load_reward(name: str, options: Mapping[str, object], *, device: str, dtype
     if options.keys() & {"device", "dtype"}:
         raise ValueError("device and dtype are not given among the options, but as --device and --dtype")
     kind = named_class(name)
-    given = {**options, **({"device": device} if kind is not None and issubclass(kind, ModelReward) else {})}
+    keywords = {**options, **({"device": device} if kind is not None and issubclass(kind, ModelReward) else {})}
     if dtype is not None:
-        given["dtype"] = _DTYPES[dtype]
-    reward = make_reward(name, options=given)
+        keywords["dtype"] = _DTYPES[dtype]
+    reward = make_reward(name, options=keywords)
     if isinstance(reward, ModelReward):
         reward.load_all()
     return reward
@@ -306,14 +306,14 @@ def _load_reward(name: str, options: Mapping[str, object], *, device: str, dtype
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve the reward that the command line names."""
     parser = _parser()
-    given = parser.parse_args(arguments)
+    settings = parser.parse_args(arguments)
     try:
-        token = given.token_file.read_text().strip() if given.token_file else os.environ.get(TOKEN_VARIABLE)
-        reward = _load_reward(given.reward, given.options, device=given.device, dtype=given.dtype)
-        limits = Limits(max_batch=given.max_batch, max_pixels=given.max_pixels, max_bytes=given.max_bytes)
-        served = {"max_queue": given.max_queue, "read_seconds": given.read_seconds}
-        server = RewardServer(reward, device=given.device, token=token, limits=limits, **served)
-        serve(server, host=given.host, port=given.port)
+        token = settings.token_file.read_text().strip() if settings.token_file else os.environ.get(TOKEN_VARIABLE)
+        reward = _load_reward(settings.reward, settings.options, device=settings.device, dtype=settings.dtype)
+        limits = Limits(max_batch=settings.max_batch, max_pixels=settings.max_pixels, max_bytes=settings.max_bytes)
+        served = {"max_queue": settings.max_queue, "read_seconds": settings.read_seconds}
+        server = RewardServer(reward, device=settings.device, token=token, limits=limits, **served)
+        serve(server, host=settings.host, port=settings.port)
     except (TypeError, ValueError, OSError, RemoteRewardError) as error:
         parser.error(str(error))
 

@@ -63,16 +63,18 @@ class StrictVQA(ModelReward[Llava]):
 
     @override
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
-        asked = [
+        examinations = [
             questions_and_answers(prompt, of_prompt)
             for prompt, of_prompt in zip(prompts, metadata or [{}] * len(prompts), strict=True)
         ]
-        owner = torch.tensor([image for image, (questions, _) in enumerate(asked) for _ in questions])
-        questions = [question for questions, _ in asked for question in questions]
+        owner = torch.tensor([image for image, (questions, _) in enumerate(examinations) for _ in questions])
+        questions = [question for questions, _ in examinations for question in questions]
         responses = self.network.answer(images[owner.to(images.device)], questions)
-        answers = [answer for _, answers in asked for answer in answers]
-        right = torch.tensor([float(answer in said) for answer, said in zip(answers, responses, strict=True)])
-        total = torch.zeros(len(images)).index_add(0, owner, right)
+        answers = [answer for _, answers in examinations for answer in answers]
+        is_right = torch.tensor(
+            [float(answer in response) for answer, response in zip(answers, responses, strict=True)]
+        )
+        total = torch.zeros(len(images)).index_add(0, owner, is_right)
         return RewardOutput(total / owner.bincount(minlength=len(images)))
 
 

@@ -42,10 +42,10 @@ def read_number(reply: str, greatest: float) -> float | None:
     "7", "7.", "**7**", "8/10" where 10 is the greatest number that was asked for, "<think>…</think>7".
     """
     answer = _THOUGHTS_END.split(reply)[-1].strip()
-    found = _REPLY.fullmatch(answer) if len(answer) <= _REPLY_LETTERS else None
-    if found is None or found.group(2) not in (None, *_written(greatest)):
+    match = _REPLY.fullmatch(answer) if len(answer) <= _REPLY_LETTERS else None
+    if match is None or match.group(2) not in (None, *_written(greatest)):
         return None
-    return float(found.group(1))
+    return float(match.group(1))
 
 
 class VLMJudge(Reward):
@@ -111,10 +111,10 @@ class VLMJudge(Reward):
         if model is not None:
             self.model = model
         try:
-            asks = self.question("\0")
+            question = self.question("\0")
         except (KeyError, IndexError) as error:
             raise ValueError(f"template may only contain {{prompt}}, {{low}} and {{high}}, got {template!r}") from error
-        if "\0" not in asks:
+        if "\0" not in question:
             raise ValueError(f'template must contain "{{prompt}}", got {template!r}')
 
     def question(self, prompt: str) -> str:
@@ -152,8 +152,10 @@ class VLMJudge(Reward):
     ) -> RewardOutput:
         check_prompts(images, prompts)
         self.model  # noqa: B018  (asked for once, before the threads)
-        asked = zip(to_uint8(images).numpy(), prompts, strict=True)
-        values = in_parallel(lambda one, over: self.judge(*one, over), asked, num_threads=self.max_concurrency)
+        pictures = zip(to_uint8(images).numpy(), prompts, strict=True)
+        values = in_parallel(
+            lambda picture, over: self.judge(*picture, over), pictures, num_threads=self.max_concurrency
+        )
         return RewardOutput(torch.tensor(values, dtype=torch.float32, device=images.device))
 
     def judge(self, pixels: np.ndarray, prompt: str, over: threading.Event) -> float:

@@ -104,7 +104,7 @@ def encode_request(
         TypeError: JSON cannot hold the metadata.
         ValueError: an image is NaN or infinite.
     """
-    texts = {"prompts": list(prompts), "metadata": None if metadata is None else [dict(one) for one in metadata]}
+    texts = {"prompts": list(prompts), "metadata": None if metadata is None else [dict(entry) for entry in metadata]}
     if image_format == "safetensors":
         check_finite(images)
         as_bytes = torch.frombuffer(bytearray(json.dumps(texts, default=as_json).encode()), dtype=torch.uint8)
@@ -154,9 +154,9 @@ def decode_request(
 
 
 def _parse_object(text: bytes, limits: Limits, *, allowed: set[str]) -> dict[str, object]:
-    most, given = _VALUES_PER_IMAGE * limits.max_batch, sum(text.count(mark) for mark in b",[{")
-    if given > most:  # about as many values, of which one of two letters takes up to 70 bytes of memory
-        raise BadRequest(f"prompts and metadata may have {most} commas and opening brackets together, got {given}", 413)
+    most, count = _VALUES_PER_IMAGE * limits.max_batch, sum(text.count(mark) for mark in b",[{")
+    if count > most:  # about as many values, of which one of two letters takes up to 70 bytes of memory
+        raise BadRequest(f"prompts and metadata may have {most} commas and opening brackets together, got {count}", 413)
     try:
         parsed = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -184,7 +184,7 @@ def _texts(request: Mapping[str, object], limits: Limits) -> tuple[list[str], li
             raise BadRequest(f"prompt {index} is not Unicode text: it has half of a surrogate pair")
     if metadata is None:
         return prompts, None
-    if not isinstance(metadata, list) or not all(isinstance(one, dict) for one in metadata):
+    if not isinstance(metadata, list) or not all(isinstance(entry, dict) for entry in metadata):
         raise BadRequest("'metadata' must be a list of objects, or null")
     if len(metadata) != len(prompts):
         raise BadRequest(f"'metadata' must have one object per prompt, {len(prompts)}, got {len(metadata)}")
