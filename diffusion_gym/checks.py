@@ -1,4 +1,4 @@
-"""Checks of arguments that are numbers: NumPy's are taken as Python's are, booleans and NaN are not."""
+"""Checks of numeric arguments: NumPy's numbers are taken like Python's, booleans and NaN are refused."""
 
 import math
 from numbers import Integral, Real
@@ -21,7 +21,7 @@ def checked_number(name: str, value: object, within: str = "(-inf, inf)") -> flo
 
     Args:
         name: The argument.
-        value: What was given.
+        value: Its value.
         within: The interval that it has to be in, such as "(0, 1]" or "[0, inf)".
 
     Raises:

@@ -1,10 +1,10 @@
-"""Fixed grids of times for samplers that need not keep to a checkpoint's own: what a learned schedule has to beat.
+"""Fixed grids of times for samplers that need not keep to a checkpoint's own grid: the baselines of learned ones.
 
 Each returns `num_steps + 1` times from the schedule's noisy start to its clean end: float64, on the CPU. All of them
 spend `num_steps` network calls, the step to the clean end being one of them.
 
-A step can also be said as the ratio r of the noise ratios after and before it, whatever the process; time prediction
-does.
+A step can also be written as the ratio r of the noise ratios after and before it, whatever the process: time prediction
+does so.
 """
 
 import torch

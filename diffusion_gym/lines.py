@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return a file's lines; a text may hold other separators, such as U+2028."""
+    """Return a file's lines, separated by line feeds alone: a text may hold other separators, such as U+2028."""
     return file.read_text(encoding="utf-8-sig").split("\n")
 
 

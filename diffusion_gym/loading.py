@@ -1,4 +1,4 @@
-"""Quietness while small networks load, and whether there is a Hub to load from."""
+"""Helpers for loading networks: no progress bar for small ones, and a test whether the Hub can be reached."""
 
 import contextlib
 import socket
@@ -13,9 +13,9 @@ _HUB_SECONDS = 5.0
 
 
 def hub_answers() -> bool:
-    """Return whether the Hugging Face Hub takes connections: where it does not, its library tries for most of a minute.
+    """Return whether the Hugging Face Hub takes connections, in 5 s: its own library tries for most of a minute.
 
-    Behind a proxy nothing is tried, for only the proxy knows.
+    Behind a proxy the answer is True without a try, for only the proxy knows.
     """
     if constants.HF_HUB_OFFLINE:
         return False

@@ -1,11 +1,11 @@
-"""Error messages for names that are not known."""
+"""Error messages for unknown names."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def did_you_mean(name: object, allowed: Iterable[str]) -> str:
-    """Return " Did you mean …?" of the allowed name that is most like this one, or nothing."""
+    """Return " Did you mean …?" with the allowed name that is most like this one; empty where none is like it."""
     closest = difflib.get_close_matches(str(name), sorted(allowed), n=1)
     return f" Did you mean {closest[0]!r}?" if closest else ""
 
@@ -16,10 +16,10 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> str:
 
 
 def unexpected_argument(function: str, name: str, allowed: Iterable[str]) -> str:
-    """Return the same for an argument, in Python's own words, which some libraries look for."""
+    """Return the message for an unknown argument, in Python's own words, which some libraries look for."""
     return f"{function}() got an unexpected keyword argument {_with_allowed(name, allowed)}"
 
 
 def _with_allowed(name: object, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
-    return f"{name!r}: allowed are {', '.join(repr(n) for n in names)}." + did_you_mean(name, names)
+    return f"{name!r}: allowed are {', '.join(map(repr, names))}." + did_you_mean(name, names)

@@ -1,4 +1,4 @@
-"""Parts: what varies is a small frozen dataclass that its owner is given, and that can be written down."""
+"""Parts: small frozen dataclasses that hold what varies; they are given to their owner, and can be written as JSON."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -56,17 +56,17 @@ def made(description: Any, kind: type[AnyPart]) -> AnyPart:
 
     Args:
         description: The dict.
-        kind: What the part is: one of its subclasses, or itself. No other name means anything.
+        kind: The part's base class: the part is of it or of a subclass, and no other name means anything.
 
     Raises:
         ValueError: it is no such part, or of a class that this process has not imported.
     """
-    known = {part.__name__: part for part in _subclasses(kind)}
-    if not isinstance(description, Mapping) or description.get(_NAME) not in known:
+    classes = {part.__name__: part for part in _subclasses(kind)}
+    if not isinstance(description, Mapping) or description.get(_NAME) not in classes:
         name = description.get(_NAME) if isinstance(description, Mapping) else description
-        raise ValueError(unknown_name(kind.__name__, str(name), sorted(known)))
+        raise ValueError(unknown_name(kind.__name__, str(name), sorted(classes)))
     values = {name: _remade(value) for name, value in description.items() if name != _NAME}
-    return known[description[_NAME]].from_fields(values)
+    return classes[description[_NAME]].from_fields(values)
 
 
 def _remade(value: Any) -> Any:
@@ -80,7 +80,7 @@ def _subclasses(kind: type[AnyPart]) -> list[type[AnyPart]]:
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return settings and those of the parts that `described` wrote down, "part/field"; a part itself is its name."""
+    """Return settings as one flat dict: a part that `described` wrote is its name, and its fields are "part/field"."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a network's output says about the clean latents x̂_0 and the noise ε̂, for every way of training it."""
+"""The clean latents x̂_0 and the noise ε̂ that a network's output stands for, for every way of training it."""
 
 from typing import Literal, get_args
 
@@ -30,7 +30,7 @@ def to_x0_and_epsilon(
         latents: [B, ...] x_t, its input.
         alpha: [B] α_t.
         sigma: [B] σ_t > 0.
-        prediction_type: What the network was trained to predict.
+        prediction_type: The quantity that the network was trained to predict.
 
     Raises:
         ValueError: `prediction_type` is none of the four.

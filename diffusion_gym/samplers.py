@@ -18,12 +18,12 @@ from .schedules import NoiseSchedule, as_float
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """What a step multiplies by: x_s = x0·x̂_0 + epsilon·ε̂ + std·z, with z of unit variance.
+    """The factors of a step: x_s = x0·x̂_0 + epsilon·ε̂ + std·z, with z of unit variance.
 
     Args:
-        x0: [B] of the predicted clean latents.
-        epsilon: [B] of the predicted noise.
-        std: [B] of the fresh noise, at least 0.
+        x0: [B] the factor of the predicted clean latents.
+        epsilon: [B] the factor of the predicted noise.
+        std: [B] the factor of the fresh noise, at least 0.
         deterministic: The whole batch is known, without looking at `std`, to have std 0.
     """
 
@@ -34,11 +34,11 @@ class Scales:
 
 
 class Sampler(Part, ABC):
-    """How the next latents are drawn from a prediction: a frozen dataclass without state."""
+    """A rule for drawing the next latents from a prediction: a frozen dataclass without state."""
 
     @abstractmethod
     def scales(self, schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Scales:
-        """Return the scales of the steps from t to s, each sample's own.
+        """Return the scales of the steps from t to s, for each sample its own.
 
         Args:
             schedule: The process that t and s belong to.
@@ -162,7 +162,7 @@ class Windowed(Sampler):
     Args:
         sampler: The other sampler.
         noisy: The noisiest time from which a step is in the window.
-        clean: Where the window ends: steps from this time and cleaner ones are outside.
+        clean: The end of the window: steps from this time and from cleaner ones are outside.
 
     Raises:
         TypeError, ValueError: `sampler` is no sampler, or the times are no numbers.
@@ -179,7 +179,7 @@ class Windowed(Sampler):
             object.__setattr__(self, name, checked_number(name, getattr(self, name)))
 
     def scales(self, schedule: NoiseSchedule, t: Tensor, s: Tensor) -> Scales:
-        """The other sampler's where clean < t ≤ noisy, to the last bit; elsewhere α_s, σ_s and 0."""
+        """The other sampler's scales where clean < t ≤ noisy, to the last bit; elsewhere α_s, σ_s and 0."""
         inside, outside = self.sampler.scales(schedule, t, s), DDIM(0.0).scales(schedule, t, s)
         is_inside = (t <= self.noisy) & (t > self.clean)
         x0, epsilon, std = (

@@ -1,4 +1,4 @@
-"""Plain sampling by deterministic steps: what a model draws when nobody acts."""
+"""Plain sampling by deterministic steps, without environment or policy."""
 
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ def sample_latents(
     *,
     guidance_scale: float | None = None,
 ) -> Tensor:
-    """The x_0 of x_T, [B, C, H, W], by DDIM with η = 0 (Euler on a flow); one network call per step and sample.
+    """Return the x_0 of x_T, [B, C, H, W], by DDIM with η = 0 (Euler on a flow); one network call per step and sample.
 
     Source: Song et al., 2020, https://arxiv.org/abs/2010.02502.
 

@@ -1,4 +1,4 @@
-"""Noise schedules: the process `x_t = α_t·x_0 + σ_t·ε` as functions of a time that every sample may choose for itself.
+"""Noise schedules: the process `x_t = α_t·x_0 + σ_t·ε` as functions of the time, which may differ between samples.
 
 `t` is diffusers' own value: the timestep index for discrete variance-preserving (VP) models, σ for flow and
 variance-exploding (VE) models. All functions are stateless, work in float64 for float64 times and in float32 for every
@@ -12,17 +12,18 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
 
 def as_float(values: Tensor) -> Tensor:
-    """Return `values` in float64 if they are, else in float32: the precision of all maths in this package."""
+    """Return float64 values as they are and all others in float32: the precision of all maths in this package."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def checked_num_steps(num_steps: int, *, maximum: int | None = None) -> int:
-    """Return a number of steps as an int, NumPy's too.
+    """Return a number of steps, which may be NumPy's, as an int.
 
     Raises:
         ValueError: it is no whole number of at least 1, or above `maximum`.
@@ -74,11 +75,11 @@ class NoiseSchedule(ABC):
         """Return the time of each noise ratio, the inverse of `noise_ratio`; the clean end's for 0."""
 
     def training_times(self, uniform: Tensor, *, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-        """Return times for training a denoiser, of numbers that are uniform in [0, 1): uniform over the process.
+        """Return times for training a denoiser, uniform over the process, from numbers that are uniform in [0, 1).
 
         Args:
             uniform: The numbers.
-            within: From where to where of the process; 0 is its clean end, 1 its noisy one.
+            within: The part of the process that the times lie in; 0 is its clean end, 1 its noisy one.
         """
         low, high = within
         return self.clean + (self.max_time - self.clean) * (high - (high - low) * as_float(uniform))
@@ -103,7 +104,7 @@ class DiscreteVPSchedule(NoiseSchedule):
 
     Args:
         alphas_cumprod: [T] ᾱ_t = α_t² of index 0 … T−1, decreasing, in [0, 1).
-        spacing: Which indices a grid of fewer steps takes, as diffusers' `timestep_spacing`.
+        spacing: The choice of indices for a grid of fewer steps, as diffusers' `timestep_spacing`.
         steps_offset: Added to the indices of the "leading" spacing (1 for Stable Diffusion).
         ends_clean: Whether the grid ends at the clean end (−1) or at index 0, as diffusers' `set_alpha_to_one`. At
             index 0 some noise is left, so the last step stays stochastic and has a density.
@@ -163,17 +164,20 @@ class DiscreteVPSchedule(NoiseSchedule):
         interpolated = torch.lerp(log_lower, log_upper, weight)
         return torch.where(log_upper.isinf(), log_lower + torch.log1p(-weight), interpolated)
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return self._log_alpha(t).exp()
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
 
-    def time_of(self, noise_ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time_of(self, noise_ratio: Tensor) -> Tensor:
         ratio = as_float(noise_ratio)
         table = self._log_alpha_table(ratio)
         log_alpha = -torch.log1p(ratio.square()) / 2
-        # Descending log α of the indices −1 … T−1: the interval [lower, lower + 1] that holds each.
+        # log α falls from index −1 to T−1 and searchsorted wants rising values: hence the signs.
         lower = torch.searchsorted(-table, -log_alpha).sub(1).clamp(0, self.num_train_timesteps - 1)
         log_lower, log_upper = table[lower], table[lower + 1]
         inside = (log_alpha - log_lower) / (log_upper - log_lower)
@@ -181,12 +185,13 @@ class DiscreteVPSchedule(NoiseSchedule):
         return lower - 1 + weight.clamp(0, 1)
 
     def training_times(self, uniform: Tensor, *, within: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-        """Return indices 0 … T−1, each as probable as any other, of numbers that are uniform in [0, 1)."""
+        """Return indices 0 … T−1, each as probable as any other, from numbers that are uniform in [0, 1)."""
         low, high = within
         total = self.num_train_timesteps
         return ((low + (high - low) * as_float(uniform)) * total).floor().clamp(max=total - 1)  # it may round to total
 
-    def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
+    @override
+    def timesteps(self, num_steps: int) -> Tensor:
         total = self.num_train_timesteps
         num_steps = checked_num_steps(num_steps, maximum=total)
         if self.spacing == "leading":
@@ -221,20 +226,24 @@ class FlowSchedule(NoiseSchedule):
     max_time: float = field(default=1.0, init=False)
     min_noise_ratio: float = field(default=0.01, init=False)
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return 1 - as_float(t)
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return as_float(t).clone()
 
     def noise_ratio(self, t: Tensor) -> Tensor:
         """Return σ_t = t itself, as TPDM (Ye et al., 2024) does: σ/α would be infinite at the noisy end."""
         return self.sigma(t)
 
-    def time_of(self, noise_ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time_of(self, noise_ratio: Tensor) -> Tensor:
         return as_float(noise_ratio).clone()
 
-    def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
+    @override
+    def timesteps(self, num_steps: int) -> Tensor:
         num_steps = checked_num_steps(num_steps)
         smallest = self._shifted(torch.tensor(1 / self.num_train_timesteps, dtype=torch.float64))
         grid = self._shifted(torch.linspace(1.0, float(smallest), num_steps, dtype=torch.float64))
@@ -265,19 +274,23 @@ class KarrasSchedule(NoiseSchedule):
 
     @property
     def initial_std(self) -> float:  # type: ignore[override]
-        """σ_max: x_T = x_0 + σ_max·ε, where x_0 does not show."""
+        """The standard deviation of x_T = x_0 + σ_max·ε: σ_max, beside which x_0 does not count."""
         return self.sigma_max
 
-    def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(as_float(t))
 
-    def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
         return as_float(t).clone()
 
-    def time_of(self, noise_ratio: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def time_of(self, noise_ratio: Tensor) -> Tensor:
         return as_float(noise_ratio).clone()
 
-    def timesteps(self, num_steps: int) -> Tensor:  # noqa: D102
+    @override
+    def timesteps(self, num_steps: int) -> Tensor:
         num_steps = checked_num_steps(num_steps)
         inverse = 1 / self.rho
         ramp = torch.linspace(self.sigma_max**inverse, self.sigma_min**inverse, num_steps, dtype=torch.float64)

@@ -32,7 +32,7 @@ _MOVING = ("latents", "timestep", "next_timestep")
 
 @dataclass(frozen=True)
 class _Episode:
-    """What one lane saw and earned in one episode, from its first observation to its last one."""
+    """The observations and rewards of one episode of one lane, from the first observation to the last one."""
 
     observations: list[Row]
     rewards: list[Tensor]
@@ -41,13 +41,19 @@ class _Episode:
 def check_vector_env(env: VectorEnv, *, max_steps: int = 1000) -> None:
     """Check that a vector environment is a `TorchVectorEnv`, and keeps Gymnasium's contract in its own autoreset mode.
 
-    The members that a `TorchVectorEnv` has, and that what it says of itself is so: which keys of the observation are
-    constant within an episode, how many actions an episode takes, whether the action is the next latents. Spaces
-    against shapes, dtypes and devices; seeds, and what is drawn without one; that a step changes neither what
-    was returned before nor the action, and returns no memory of the action's; two seeded runs of two episodes, which
-    must be equal to the last bit; the autoreset mode's promises at the end of an episode, and that the episode that it
-    starts is the one that a reset would have started; partial reset; info masks; closing, and what comes after it. The
-    environment is closed in the end.
+    The checks are these:
+
+    - It has the members of a `TorchVectorEnv`, and they are true: the keys of the observation that are constant within
+      an episode, the number of actions of an episode, and whether the action is the next latents.
+    - Observations, rewards and flags have the shapes, dtypes and device that the spaces say; so have the info masks.
+    - A seed decides the first observation, and a reset without one draws another.
+    - A step changes neither its action nor what was returned before, and returns no memory of the action's.
+    - Two seeded runs of two episodes are equal to the last bit.
+    - The autoreset mode's promises hold at the end of an episode, and the episode that it starts is the one that a
+      reset would have started.
+    - A partial reset touches no other lane, and a closed environment cannot be used.
+
+    The environment is closed in the end.
 
     Args:
         env: A vector environment with `Dict` observations of torch tensors and `Box` actions; wrappers around it are
@@ -74,7 +80,7 @@ def check_vector_env(env: VectorEnv, *, max_steps: int = 1000) -> None:
 
 
 def _checked_members(env: VectorEnv) -> TorchVectorEnv:
-    """The environment without its wrappers, once it has the members of a `TorchVectorEnv`, each of its type."""
+    """Return the environment without its wrappers, after a check that it has the members of a `TorchVectorEnv`."""
     bare = env.unwrapped
     kind = type(bare).__name__
     missing = missing_members(bare)
@@ -99,9 +105,9 @@ def _checked_members(env: VectorEnv) -> TorchVectorEnv:
 def _play(
     env: VectorEnv, start: Start, *, max_steps: int, first_episode: int = 0, num_episodes: int = 2
 ) -> list[list[_Episode]]:
-    """Return each lane's episodes from `start` on, once what every step has to keep to is checked.
+    """Return each lane's episodes from `start` on, after a check of every step.
 
-    A lane's actions are its own, that of the episode and of the step, whatever other lanes do.
+    A lane's action depends on the lane, its episode and its step alone, whatever the other lanes do.
     """
     mode: AutoresetMode = env.metadata["autoreset_mode"]
     before, reset_info = start
@@ -152,24 +158,24 @@ def _row(observation: Mapping[str, Tensor], lane: int) -> Row:
 
 
 def _actions(env: VectorEnv, observation: Mapping[str, Tensor], places: list[tuple[int, int]]) -> Tensor:
-    """Return random actions, each lane's that of its (episode, step)."""
+    """Return random actions, for each lane the one of its (episode, step)."""
     rows = []
     for lane, (episode, step) in enumerate(places):
         env.action_space.seed(1009 * episode + step)
         rows.append(np.asarray(env.action_space.sample())[lane])
     device = next(iter(observation.values())).device
-    dtype = next((v.dtype for v in observation.values() if v.is_floating_point()), torch.float32)
+    dtype = next((value.dtype for value in observation.values() if value.is_floating_point()), torch.float32)
     return torch.from_numpy(np.stack(rows)).to(device, dtype)
 
 
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def _equal(row: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return row.keys() == other.keys() and all(torch.equal(row[key], other[key]) for key in row)
 
 
-def _close(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+def _close(row: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Return whether two rows agree but for the last bits, in which networks differ between batches."""
-    return one.keys() == other.keys() and all(
-        torch.allclose(one[key].float(), other[key].float(), rtol=1e-2, atol=1e-2) for key in one
+    return row.keys() == other.keys() and all(
+        torch.allclose(row[key].float(), other[key].float(), rtol=1e-2, atol=1e-2) for key in row
     )
 
 
@@ -216,7 +222,7 @@ def _check_step(
 def _check_memory(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], action: Tensor, kept: list[Tensor]
 ) -> None:
-    """Check that a step changed nothing of what was there before it, and that what moves is never the same memory."""
+    """Check that a step changed nothing that was there before it, and that moving observations share no memory."""
     assert torch.equal(action, kept[-1]), "step must not change the caller's action"
     for (key, value), copy in zip(before.items(), kept, strict=False):
         assert after[key].data_ptr() != action.data_ptr(), f"observation {key!r} shares memory with the action"
@@ -243,7 +249,7 @@ def _final_observation(
     ended: np.ndarray,
     reset_info: Mapping[str, object],
 ) -> Mapping[str, Tensor]:
-    """Return where the last observations of the lanes that ended are, once it is checked against the mode."""
+    """Return the observation that holds the last ones of the lanes that ended, after a check of the autoreset mode."""
     if mode is not AutoresetMode.SAME_STEP:
         assert "final_obs" not in info, f"{mode.name} must not give final_obs"
         return after
@@ -265,7 +271,7 @@ def _final_observation(
 
 
 def _check_seeding(env: VectorEnv) -> None:
-    """Check that the seed decides the first observation, lane by lane, and that without one another is drawn."""
+    """Check that the seed decides the first observation, lane by lane, and that a reset without one draws another."""
     observation, info = env.reset(seed=7)
     _check_observation(env, observation)
     assert isinstance(info, dict), f"reset must return an info dict, got {type(info).__name__}"
@@ -289,7 +295,8 @@ def _check_twin(episodes: list[list[_Episode]], twins: list[list[_Episode]]) -> 
     for lane, twin_lane in zip(episodes, twins, strict=True):
         for episode, twin in zip(lane, twin_lane, strict=True):
             equal = len(episode.rewards) == len(twin.rewards) and all(
-                _equal(one, other) for one, other in zip(episode.observations, twin.observations, strict=True)
+                _equal(observation, twin_observation)
+                for observation, twin_observation in zip(episode.observations, twin.observations, strict=True)
             )
             assert equal, "two runs with one seed and the same actions must give equal observations"
             assert torch.equal(torch.stack(episode.rewards), torch.stack(twin.rewards)), (
@@ -307,7 +314,7 @@ def _check_lengths(env: TorchVectorEnv, episodes: list[list[_Episode]]) -> None:
 
 
 def _check_next_episode(env: VectorEnv, started: list[_Episode], *, max_steps: int) -> None:
-    """Check that the episodes that autoreset started are those that a reset in its place would have."""
+    """Check that autoreset started the same episodes that a reset in its place would have started."""
     env.reset(seed=7)
     played = _play(env, env.reset(), max_steps=max_steps, first_episode=1, num_episodes=1)
     for episode, (expected, *_) in zip(started, played, strict=True):
@@ -315,12 +322,12 @@ def _check_next_episode(env: VectorEnv, started: list[_Episode], *, max_steps: i
         assert length == allowed, f"an episode after autoreset took {length} steps, but {allowed} after a reset"
         pairs = zip(episode.observations, expected.observations, strict=True)
         assert all(_close(*pair) for pair in pairs), "an episode after autoreset must be as one after a reset"
-        rewards = ({"": torch.stack(one.rewards)} for one in (episode, expected))
+        rewards = ({"": torch.stack(played_episode.rewards)} for played_episode in (episode, expected))
         assert _close(*rewards), "an episode after autoreset must earn as one after a reset"
 
 
 def _check_partial_reset(env: VectorEnv) -> None:
-    """Check that a masked reset touches the lanes of the mask and no other, nor what they draw later."""
+    """Check that a masked reset changes only the lanes of the mask, and not what the others draw later."""
     before, _ = env.reset(seed=3)
     if env.num_envs < 2:
         return

@@ -1,4 +1,4 @@
-"""Between host and device: to the device without waiting for it, and the one place that waits."""
+"""Copies between host and device: to the device without waiting for it, and the one function that waits."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     Args:
         values: An array, which is copied at once so that it may change afterwards; or a tensor that nobody will change,
             on the host or already there.
-        device: Where to.
+        device: The device to copy to.
     """
     tensor = torch.from_numpy(values.copy()) if isinstance(values, np.ndarray) else values
     if tensor.device.type == "cpu" and device.type == "cuda":
@@ -23,13 +23,13 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> np.ndarray:
-    """The values of a tensor as a numpy array, bfloat16 as float32: the one function here that waits for the device.
+    """Return a tensor as a numpy array, bfloat16 as float32: the one function here that waits for the device.
 
     A tensor that is on the host shares its memory with the array. A number is `to_host(tensor).item()`. Call it as
     `transfer.to_host(…)`, so that a test which replaces it here sees every wait.
 
     Args:
-        tensor: Of any shape and dtype, on any device.
+        tensor: A tensor of any shape and dtype, on any device.
     """
     host = tensor.detach().cpu()
     return (host.float() if host.dtype == torch.bfloat16 else host).numpy()

@@ -1,4 +1,4 @@
-"""One step of denoising as a Gaussian, by whatever sampler.
+"""One step of denoising as a Gaussian, the same for all samplers.
 
 A step from t to a cleaner s is
 
@@ -26,7 +26,7 @@ Reduction = Literal["sum", "mean"]
 
 
 def reduce_dimensions(values: Tensor, reduction: Reduction) -> Tensor:
-    """The sum or the mean of `values` [B, ...] over everything but the batch: [B]."""
+    """Return the sum or the mean of `values` [B, ...] over all dimensions but the batch's, [B]."""
     if reduction == "sum":
         return values.flatten(1).sum(1)
     if reduction == "mean":
@@ -35,7 +35,7 @@ def reduce_dimensions(values: Tensor, reduction: Reduction) -> Tensor:
 
 
 def draw_noise(like: Tensor, generators: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Standard normal noise shaped like `like` [B, ...], on its device, in its dtype.
+    """Return standard normal noise shaped like `like` [B, ...], on its device, in its dtype.
 
     Args:
         like: The tensor whose shape, device and dtype are wanted.
@@ -51,7 +51,10 @@ def draw_noise(like: Tensor, generators: torch.Generator | Sequence[torch.Genera
         return to_device(noise, like.device)
     if len(generators) != len(like):
         raise ValueError(f"generators must be one per sample: got {len(generators)} for a batch of {len(like)}")
-    rows = [torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generators]
+    rows = [
+        torch.randn(like.shape[1:], generator=generator, device=generator.device, dtype=like.dtype)
+        for generator in generators
+    ]
     return to_device(torch.stack(rows), like.device)
 
 
@@ -75,13 +78,13 @@ class GaussianTransition:
         return self.mean
 
     def sample(self, generators: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-        """A draw of x_s, [B, ...]: mean + std·z with z from `generators` (see `draw_noise`)."""
+        """Return a draw of x_s, [B, ...]: mean + std·z with z from `generators` (see `draw_noise`)."""
         if self.deterministic:
             return self.mean
         return self.mean + broadcast_to(self.std, self.mean) * draw_noise(self.mean, generators)
 
     def log_prob(self, value: Tensor, reduction: Reduction = "sum") -> Tensor:
-        """The log-density log p(x_s = value | x_t), [B]: Σ_d −(value − mean)²/(2·std²) − log std − ½·log 2π.
+        """Return the log-density log p(x_s = value | x_t), [B]: Σ_d −(value − mean)²/(2·std²) − log std − ½·log 2π.
 
         Args:
             value: [B, ...] the x_s to score.
@@ -106,7 +109,7 @@ class GaussianTransition:
         return reduce_dimensions(torch.where(stochastic, log_density, 0.0), reduction)
 
     def kl(self, other: "GaussianTransition", reduction: Reduction = "sum") -> Tensor:
-        """KL(self ‖ other), [B]: Σ_d log(std₂/std₁) + (std₁² + (mean₁ − mean₂)²)/(2·std₂²) − ½.
+        """Return KL(self ‖ other), [B]: Σ_d log(std₂/std₁) + (std₁² + (mean₁ − mean₂)²)/(2·std₂²) − ½.
 
         Note:
             A sample whose std is 0 on both sides (the step to the clean end) has the divergence 0, as its log-density
@@ -121,12 +124,12 @@ class GaussianTransition:
                 "with eta > 0"
             )
         stochastic = broadcast_to((self.std > 0) | (other.std > 0), self.mean)
-        std, other_std = (torch.where(stochastic, broadcast_to(one.std, self.mean), 1.0) for one in (self, other))
+        std, other_std = (torch.where(stochastic, broadcast_to(side.std, self.mean), 1.0) for side in (self, other))
         divergence = torch.log(other_std / std) + (std**2 + (self.mean - other.mean) ** 2) / (2 * other_std**2) - 0.5
         return reduce_dimensions(torch.where(stochastic, divergence, 0.0), reduction)
 
     def entropy(self) -> Tensor:
-        """The differential entropy, [B]: Σ_d ½·log(2πe·std²).
+        """Return the differential entropy, [B]: Σ_d ½·log(2πe·std²).
 
         Note:
             It is 0 where std is 0, as the log-density is in `log_prob`.
@@ -137,12 +140,12 @@ class GaussianTransition:
 
 
 def transition(pred_x0: Tensor, pred_epsilon: Tensor, scales: Scales) -> GaussianTransition:
-    """The step of any sampler: N(x0·x̂_0 + epsilon·ε̂, std²).
+    """Return the step of any sampler: N(x0·x̂_0 + epsilon·ε̂, std²).
 
     Args:
         pred_x0: [B, ...] x̂_0 at t, float32 or float64.
         pred_epsilon: [B, ...] ε̂ at t.
-        scales: What the sampler multiplies them by.
+        scales: The sampler's factors of them.
     """
     mean = broadcast_to(scales.x0, pred_x0) * pred_x0 + broadcast_to(scales.epsilon, pred_x0) * pred_epsilon
     return GaussianTransition(mean, scales.std, scales.deterministic)

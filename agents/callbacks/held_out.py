@@ -1,4 +1,4 @@
-"""The comparison with the pretrained model as the training goes, and an end to a training that over-optimises."""
+"""The comparison with the pretrained model during a training, which ends when it over-optimises."""
 
 from collections.abc import Sequence
 from typing import final
@@ -20,17 +20,17 @@ class HeldOutEvaluation(BaseCallback):
 
     Every `every` iterations both are judged by the trained reward and by one that nothing was trained for, on the same
     held-out seeds. The training over-optimises when, against the evaluation with the best held-out reward so far
-    (the pretrained model's is the first), the trained reward is higher *and* the held-out reward lower, each with
+    (the pretrained model's at first), the trained reward is higher *and* the held-out reward lower, each with
     p < `significance` in a one-sided Student's test of the paired differences, a prompt being one observation. When
     that is so at `patience` evaluations in a row the training ends (`stop=True`). The best of several evaluations is
-    partly luck: patience is what guards against it.
+    partly luck, against which patience guards.
 
     Logged as `evaluation/…`: `reward_gain`, `held_out_gain`, `feature_distance`, `kl` (nats along the path, where the
     policy draws), all against the pretrained model; `diversity` among images of a prompt; `over_optimised`, evaluations
     in a row. Each evaluation is an entry of its own, at the step where the weights that it judged were learnt.
 
-    Checkpoints keep what is known, so a resumed run is judged as if it had not been interrupted, and one that was ended
-    here stays ended: give it another `patience`, or `stop=False`, to go on. With other prompts, another
+    Checkpoints keep its state, so a resumed run is judged as if it had not been interrupted, and a run that it ended
+    stays ended: give it another `patience`, or `stop=False`, to go on. With other prompts, another
     `samples_per_prompt` or another held-out reward it is judged anew, from the pretrained model on.
 
     An evaluation, of which the first is that of the pretrained model before the first update, takes as long as a
@@ -39,19 +39,19 @@ class HeldOutEvaluation(BaseCallback):
     training's `time/reward_queries`; of the held-out reward it asks as much. Many processes each make all of it.
 
     Args:
-        held_out: The held-out reward: a name, or what else `make_reward` takes.
-        prompts: On which prompts; None: the environment's.
-        max_prompts: Of the environment's, so many are drawn, always the same ones; None: all of them.
-        samples_per_prompt: Images of each.
+        held_out: The held-out reward: a name, or another source for `make_reward`.
+        prompts: The prompts to evaluate on; None: the environment's.
+        max_prompts: The most of the environment's prompts, always the same ones; None: all of them.
+        samples_per_prompt: Images of each prompt.
         every: Iterations between two evaluations.
-        patience: Evaluations in a row.
+        patience: Over-optimised evaluations in a row that end the training.
         significance: The level of each of the two tests, in (0, 0.5).
-        stop: End the training, or only log.
-        features: What images are compared by, "emoji_scorer" or "latents".
+        stop: End the training; False: only log.
+        features: The features that images are compared by, "emoji_scorer" or "latents".
 
     Attributes:
-        best_iteration: Where the held-out reward was best so far: the checkpoint to go back to.
-        over_optimised: At how many evaluations in a row the training has over-optimised.
+        best_iteration: The iteration with the best held-out reward so far: the checkpoint to go back to.
+        over_optimised: The number of over-optimised evaluations in a row.
 
     Raises:
         ValueError: an argument is out of its range, or there is only one prompt; or, when the training starts, the
@@ -142,20 +142,20 @@ class HeldOutEvaluation(BaseCallback):
             self._count_queries()
 
     def _begin(self) -> bool:
-        """Take up what is known of the run, or begin with the pretrained model as the best; return which."""
+        """Take up a resumed run's state and return True, or begin with the pretrained model as the best."""
         self._evaluated = self.best_iteration = self.over_optimised = 0
         self._best = _scores(self._pretrained)
-        known = self._algorithm.callback_states.get(self._name)
-        if known is not None and known["prompts"] == list(self._texts) and np.shape(known["best"]) == self._best.shape:
-            self._evaluated, self.best_iteration = known["evaluated"], known["best_iteration"]
-            self.over_optimised, self._best = known["over_optimised"], np.array(known["best"], dtype=np.float32)
+        state = self._algorithm.callback_states.get(self._name)
+        if state is not None and state["prompts"] == list(self._texts) and np.shape(state["best"]) == self._best.shape:
+            self._evaluated, self.best_iteration = state["evaluated"], state["best_iteration"]
+            self.over_optimised, self._best = state["over_optimised"], np.array(state["best"], dtype=np.float32)
             return True
-        if known is None:
+        if state is None:
             self._remember()
         return False
 
     def _remember(self) -> None:
-        """Keep for checkpoints what a resumed run has to know."""
+        """Keep the state that a resumed run needs, for checkpoints."""
         self._algorithm.callback_states[self._name] = {
             "prompts": list(self._texts),
             "evaluated": self._evaluated,
@@ -165,7 +165,7 @@ class HeldOutEvaluation(BaseCallback):
         }
 
     def _count_queries(self) -> None:
-        """Count an evaluation's images as an uninterrupted run would: not again what a resumed one draws again."""
+        """Count an evaluation's images as an uninterrupted run would: repeated ones of a resumed run count once."""
         lanes, count = self._algorithm.env.num_envs, len(self._texts) * self.samples_per_prompt
         self._algorithm.evaluation_queries += -(-count // lanes) * lanes * self._algorithm.processes.count
 
@@ -179,8 +179,8 @@ class HeldOutEvaluation(BaseCallback):
     _on_training_end = _on_rollout_start
 
     def _judge(self, now: Samples) -> None:
-        """Log an evaluation, and count it if it is worse than the best one in the way that was described."""
-        first, scores = _scores(self._pretrained), _scores(now)
+        """Log an evaluation, and count it if it is over-optimised against the best one."""
+        pretrained, scores = _scores(self._pretrained), _scores(now)
         rose, fell = (
             probability_of_no_rise(differences.mean(1)) < self.significance
             for differences in (scores[0] - self._best[0], self._best[1] - scores[1])
@@ -190,8 +190,8 @@ class HeldOutEvaluation(BaseCallback):
             self._best, self.best_iteration = scores, self._algorithm.iteration
         self._remember()
         scalars = {
-            "reward_gain": (scores[0] - first[0]).mean(),
-            "held_out_gain": (scores[1] - first[1]).mean(),
+            "reward_gain": (scores[0] - pretrained[0]).mean(),
+            "held_out_gain": (scores[1] - pretrained[1]).mean(),
             "feature_distance": distance_between(self._pretrained.features, now.features).mean(),
             "over_optimised": self.over_optimised,
         }

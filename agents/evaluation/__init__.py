@@ -1,4 +1,4 @@
-"""How good a policy is where it was not trained: held-out seeds, prompts and rewards."""
+"""Evaluations of a policy where it was not trained: on held-out seeds, prompts and rewards."""
 
 from .episodes import Evaluation, evaluate, standard_error
 

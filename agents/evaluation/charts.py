@@ -40,7 +40,7 @@ _MOST_CURVES = 4
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Return a file's content as a URI that a page can show without any other file."""
+    """Return a file's content as a data URI, which a page shows without any other file."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -51,7 +51,7 @@ def _svg(figure: Figure) -> str:
 
 
 def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: str, held_out: str | None) -> str:
-    """Return the sets' gains with their intervals, the reward's and beside it the held-out reward's."""
+    """Return a chart of the sets' gains with their intervals, in the reward and beside it in the held-out reward."""
     kinds = [("reward", f"gain in {reward}{unit}")]
     if held_out is not None:
         kinds.append(("held_out", f"gain in {held_out} (held out)"))
@@ -60,19 +60,19 @@ def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: st
         rows = np.arange(len(summaries))[::-1]
         for number, (key, label) in enumerate(kinds):
             axes = figure.add_subplot(1, len(kinds), number + 1)
-            for row, one, colour in zip(rows, summaries, itertools.cycle(COLOURS), strict=False):
-                gain = one[key]["gain"]
+            for row, summary, colour in zip(rows, summaries, itertools.cycle(COLOURS), strict=False):
+                gain = summary[key]["gain"]
                 axes.plot([gain["low"], gain["high"]], [row, row], color=colour, lw=2.5, solid_capstyle="round")
                 axes.plot(gain["mean"], row, "o", color=colour, ms=7)
             axes.axvline(0, color="#5b6069", lw=1)
-            names = [spoken(one["name"]) for one in summaries]
+            names = [spoken(summary["name"]) for summary in summaries]
             axes.set(xlabel=label, yticks=rows, yticklabels=names if number == 0 else [], ylim=(-0.6, len(rows) - 0.4))
             axes.tick_params(axis="y", length=0)
         return _svg(figure)
 
 
 def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, held_out: str) -> str:
-    """Return what each prompt gained in the reward over what it gained, or paid, in the held-out reward."""
+    """Return a chart of each prompt's gain in the held-out reward against its gain in the reward."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(11.5, 4.6), layout="constrained")
         axes = figure.add_subplot()
@@ -80,12 +80,12 @@ def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, he
             gains, others = comparison.gains, comparison.held_out_gains
             assert others is not None
             axes.scatter(gains, others, s=14, alpha=0.45, color=colour, lw=0)
-            across, along = mean_interval(gains), mean_interval(others)
+            reward_gain, held_out_gain = mean_interval(gains), mean_interval(others)
             axes.errorbar(
-                across.mean,
-                along.mean,
-                xerr=across.high - across.mean,
-                yerr=along.high - along.mean,
+                reward_gain.mean,
+                held_out_gain.mean,
+                xerr=reward_gain.high - reward_gain.mean,
+                yerr=held_out_gain.high - held_out_gain.mean,
                 fmt="o",
                 ms=9,
                 mec="white",
@@ -108,7 +108,7 @@ def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, he
 
 
 def training_chart(curves: Curves) -> str | None:
-    """Return up to four curves of the run's log; None: it has none of those that are shown."""
+    """Return a chart of up to four curves of the run's log; None: the log has none of these curves."""
     changing = {name for name, (_, y) in curves.items() if len(y) > 1 and np.ptp(y) > 0}
     shown = [(label, name) for label, name in _CURVES.items() if name in changing][:_MOST_CURVES]
     if not shown:

@@ -30,38 +30,40 @@ _FEATURES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command's arguments."""
-    made = argparse.ArgumentParser(
+    """Return the parser of the command's arguments."""
+    command = argparse.ArgumentParser(
         prog="python -m agents.evaluation",
         description="Compare a trained policy with the pretrained model, on the prompts that it was trained on and on "
         "unseen ones, and write a page (index.html) and all numbers (results.json).",
     )
-    made.add_argument("run", type=Path, help="a saved run, a folder of checkpoints, or a folder with a model/")
-    made.add_argument("--output", type=Path, help="where to write; RUN/evaluation if not given")
-    made.add_argument(
+    command.add_argument("run", type=Path, help="a saved run, a folder of checkpoints, or a folder with a model/")
+    command.add_argument("--output", type=Path, help="where to write; RUN/evaluation if not given")
+    command.add_argument(
         "--reward",
         type=reward,
         help="the reward that was trained for, if the run does not say: a name, a sum as JSON, {name: weight}, or a "
         "Python function or reward, module:name",
     )
-    made.add_argument(
+    command.add_argument(
         "--held-out", type=reward, help='a reward that was not trained for, or "none"; emoji_alignment for emoji'
     )
-    made.add_argument("--prompts", help="the prompts that were trained on (a name or a file), if the run does not say")
-    made.add_argument("--unseen", nargs="*", help="sets of prompts; those of the training are left out")
-    made.add_argument("--features", choices=tuple(_FEATURES), help="what images are compared by")
-    made.add_argument("--num-steps", type=int, help="denoising steps, if the run does not say")
-    made.add_argument("--samples-per-prompt", type=int, default=4, help="images of each prompt (4)")
-    made.add_argument(
+    command.add_argument(
+        "--prompts", help="the prompts that were trained on (a name or a file), if the run does not say"
+    )
+    command.add_argument("--unseen", nargs="*", help="sets of prompts; those of the training are left out")
+    command.add_argument("--features", choices=tuple(_FEATURES), help="what images are compared by")
+    command.add_argument("--num-steps", type=int, help="denoising steps, if the run does not say")
+    command.add_argument("--samples-per-prompt", type=int, default=4, help="images of each prompt (4)")
+    command.add_argument(
         "--max-prompts", type=int, default=48, help="of larger sets so many are drawn, always the same (48)"
     )
-    made.add_argument("--num-envs", type=int, default=32, help="images drawn together (32)")
-    made.add_argument("--device", default="cpu", help="a torch device (cpu)")
-    return made
+    command.add_argument("--num-envs", type=int, default=32, help="images drawn together (32)")
+    command.add_argument("--device", default="cpu", help="a torch device (cpu)")
+    return command
 
 
 def reward(text: str) -> str | dict[str, float]:
-    """Return what `make_reward` takes; argparse's error has this function's name."""
+    """Return a command-line argument as a source for `make_reward`; argparse's error has this function's name."""
     return json.loads(text) if text.startswith("{") else text
 
 
@@ -82,16 +84,16 @@ def _reward_of(args: argparse.Namespace, saved: Mapping[str, Any]) -> Reward:
 
 
 def _setting(args: argparse.Namespace, name: str, saved: Mapping[str, Any], default: object = None) -> Any:
-    """Return a setting as it was given, or as the run says, or the default.
+    """Return a setting: the argument, or the run's, or the default.
 
     Raises:
-        SystemExit: there is none of them.
+        SystemExit: there is none of the three.
     """
-    given = getattr(args, name)
-    found = saved.get(name, default) if given is None else given
-    if found is None:
+    argument = getattr(args, name)
+    setting = saved.get(name, default) if argument is None else argument
+    if setting is None:
         raise SystemExit(f"{args.run} does not say its {name}: give --{name.replace('_', '-')}")
-    return found
+    return setting
 
 
 def _some(prompts: PromptSet, most: int) -> PromptSet:
@@ -107,7 +109,7 @@ def _subset(prompts: PromptSet, rows: Iterable[int]) -> PromptSet:
 def _prompt_sets(
     args: argparse.Namespace, saved: Mapping[str, Any], model: DiffusionModel
 ) -> list[tuple[str, PromptSet]]:
-    """Return the prompts that were trained on, then those of each other set that were not, with their names.
+    """Return named prompt sets: the one that was trained on, then the unseen prompts of each other set.
 
     Raises:
         SystemExit: it is not known what was trained on, or there would be an interval over a single prompt.
@@ -121,8 +123,8 @@ def _prompt_sets(
         )
     sets = [(Path(source).stem if isinstance(source, str) else "training prompts", _some(trained_on, args.max_prompts))]
     knows_others = isinstance(model.default_prompts, str)  # a mixture knows no prompts but its own
-    usual = _UNSEEN_EMOJI if model.source == "emoji" else _UNSEEN if knows_others else ()
-    for other in usual if args.unseen is None else args.unseen:
+    default_unseen = _UNSEEN_EMOJI if model.source == "emoji" else _UNSEEN if knows_others else ()
+    for other in default_unseen if args.unseen is None else args.unseen:
         prompts = make_prompts(other)
         rows = [row for row, text in enumerate(prompts) if text not in trained_on.texts]
         if len(rows) < 2:
@@ -138,13 +140,13 @@ def _prompt_sets(
 
 @dataclass(frozen=True)
 class Setup:
-    """How every set of prompts is evaluated.
+    """The settings of an evaluation, the same for every set of prompts.
 
     Args:
         policy: The trained policy.
-        reward: What it was trained for.
-        held_out: What it was not trained for; None: there is no such reward.
-        features: What images are compared by.
+        reward: The reward that it was trained for.
+        held_out: A reward that it was not trained for; None: there is no such reward.
+        features: The features that images are compared by.
         num_steps: Denoising steps.
         samples_per_prompt: Images of each prompt.
         num_envs: Images drawn together, at most.
@@ -160,13 +162,13 @@ class Setup:
 
     @classmethod
     def parse(cls, args: argparse.Namespace, policy: DenoisingPolicy, saved: Mapping[str, Any]) -> "Setup":
-        """Return what the arguments ask for, the rest as the run says or as is usual for its model."""
+        """Return the setup that the arguments ask for, completed by the run's settings and its model's defaults."""
         if saved.get("observe_embeds") is not False:  # the policy saw the environment's embeddings, not its own
             policy.negative_prompt = saved.get("negative_prompt", policy.negative_prompt)
         is_emoji = policy.model.source == "emoji"
         reward = _reward_of(args, saved)
-        usual = "emoji_alignment" if is_emoji and reward.name != "emoji_alignment" else "none"
-        held_out = args.held_out or usual
+        default_held_out = "emoji_alignment" if is_emoji and reward.name != "emoji_alignment" else "none"
+        held_out = args.held_out or default_held_out
         return cls(
             policy,
             reward,
@@ -178,7 +180,7 @@ class Setup:
         )
 
     def compare(self, name: str, prompts: PromptSet, *, trained_on: bool) -> Comparison:
-        """Return the pretrained model's and the policy's images of a set of prompts."""
+        """Return the comparison of the pretrained model's and the policy's images of a set of prompts."""
         policy = self.policy
         env = gym.make_vec(
             "DenoisingMDP-v0",
@@ -191,18 +193,18 @@ class Setup:
         )
         policy.prompts = prompts.texts
         pretrained = policy.reference()
-        how: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "prompts": prompts.texts,
             "samples_per_prompt": self.samples_per_prompt,
             "held_out": self.held_out,
             "features": make_features(self.features),
         }
-        before = draw_samples(env, pretrained, **how)
-        return Comparison(name, trained_on, before, draw_samples(env, policy, reference=pretrained, **how))
+        before = draw_samples(env, pretrained, **settings)
+        return Comparison(name, trained_on, before, draw_samples(env, policy, reference=pretrained, **settings))
 
     def results(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         """Return the numbers of all sets, the first of which was trained on, as JSON can hold them."""
-        summaries = [one.summary(comparisons[0]) for one in comparisons]
+        summaries = [comparison.summary(comparisons[0]) for comparison in comparisons]
         unit = "" if self.reward.unit == "1" else f" {self.reward.unit}"
         held_out = None if self.held_out is None else self.held_out.name
         return {
@@ -218,7 +220,7 @@ class Setup:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate a run, write its page and its numbers, and print what they say."""
+    """Evaluate a run, write its page and its numbers, and print the findings."""
     command = parser()
     args = command.parse_args(arguments)
     if min(args.samples_per_prompt, args.num_envs) < 1:

@@ -1,4 +1,4 @@
-"""What a run's own log says of its training: scalars from TensorBoard's events or from SB3's progress.csv."""
+"""The curves of a run's own log: scalars from TensorBoard's events or from SB3's progress.csv."""
 
 import csv
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""name -> ([N] where, [N] values)."""
+"""name -> ([N] positions on the x-axis, [N] values)."""
 
 _X = "time/reward_queries"
 
 
 def read_curves(folder: Path) -> Curves:
-    """Return the scalars of the newest log in a folder, by the images rewarded until then; empty: there is no log."""
+    """Return the scalars of the newest log in a folder, over the images rewarded so far; empty: there is no log."""
     logs = sorted([*folder.rglob("events.out.tfevents.*"), *folder.rglob("progress.csv")], key=_age)
     if not logs:
         return {}

@@ -1,4 +1,4 @@
-"""How good a policy is on seeds and prompts that are held fixed."""
+"""Evaluations of a policy on fixed seeds and prompts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,30 +23,30 @@ def standard_error(values: np.ndarray, prompts: Sequence[str] | None = None) -> 
         √(P/(P − 1)·Σ_p (Σ_{i of p} (v_i − mean))²)/N
 
     A prompt is then one observation, as images of one prompt are more alike than images of different prompts; with as
-    many images of each it is that of the prompts' means. Where there is one prompt alone an image is one.
+    many images of each, the error is that of the prompts' means. With one prompt alone, an image is one observation.
 
     Source: Liang & Zeger, 1986, the cluster-robust standard error of a mean.
 
     Args:
         values: [N] the values.
-        prompts: [N] whose they are; None: each is an observation.
+        prompts: [N] the prompt of each value; None: each value is an observation.
     """
-    of = (
+    groups = (
         np.arange(len(values))
         if prompts is None or len(set(prompts)) < 2
         else np.unique(prompts, return_inverse=True)[1]
     )
-    sums = np.bincount(of, weights=values - values.mean())
+    sums = np.bincount(groups, weights=values - values.mean())
     return float((len(sums) / (len(sums) - 1) * np.square(sums).sum()) ** 0.5 / len(values))
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One episode per seed.
+    """The results of one episode per seed.
 
     Args:
         rewards: [N] float32 on the host: the episodes' returns.
-        lengths: [N] int64 on the host: their steps.
+        lengths: [N] int64 on the host: the episodes' numbers of steps.
         images: [k, 3, H, W] of the first k ≤ N, on the host.
         prompts: The N prompts.
         seeds: The N seeds.
@@ -65,13 +65,13 @@ class Evaluation:
 
     @property
     def standard_error(self) -> float:
-        """The standard error of the mean, over prompts and for this one policy: not of what another training makes."""
+        """The standard error of the mean, over prompts and for this one policy: other trainings differ by more."""
         return standard_error(self.rewards, self.prompts)
 
     def gain_over(self, before: "Evaluation") -> tuple[float, float]:
         """Return the mean of the paired differences to an evaluation on the same seeds, and its standard error.
 
-        The error is over prompts, and of these two policies: seeds of a training differ by more than it says.
+        The error is over prompts and for these two policies: trainings with other seeds differ by more.
 
         Raises:
             ValueError: the other evaluation is of other seeds or prompts.
@@ -100,9 +100,9 @@ def evaluate(
         env: A vector environment; with autoreset_mode DISABLED where episodes differ in length.
         policy: The policy.
         seeds: [N] a multiple of `env.num_envs`.
-        prompts: [N] each episode's prompt; None: the environment's in turn, seed k gets the k-th (modulo their number).
+        prompts: [N] each episode's prompt; None: for seed k the environment's k-th (modulo their number).
         deterministic: Take the policy's mode instead of draws.
-        max_images: How many images to keep.
+        max_images: The most images to keep.
 
     Raises:
         ValueError: the numbers of seeds, prompts and lanes do not fit.

@@ -1,4 +1,4 @@
-"""What is measured of a policy on held-out seeds: rewards, features, the KL divergence along its path."""
+"""Measures of a policy on held-out seeds: rewards, features, the KL divergence along its path."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,17 +47,17 @@ class Samples:
 
 
 def choose_prompts(count: int, most: int) -> list[int]:
-    """Return the places of `most` of `count` prompts, drawn with a fixed seed and in their order; all, if not more."""
+    """Return the sorted indices of `most` of `count` prompts, drawn with a fixed seed; all if there are not more."""
     return np.sort(np.random.default_rng(0).permutation(count)[:most]).tolist()
 
 
 def latent_features(images: Tensor, latents: Tensor) -> Tensor:
-    """Return the directions of the latents x_0, [B, D]: features for models that no other are there for."""
+    """Return the directions of the latents x_0, [B, D]: features for models that have no others."""
     return F.normalize(latents.flatten(1).float(), dim=1)
 
 
 def make_features(name: FeatureName) -> Features:
-    """Return what the name says: the image embeddings of the emoji scorer, or the latents themselves.
+    """Return the features of a name: the emoji scorer's image embeddings, or the latents' directions.
 
     Raises:
         ValueError: the name is not known.
@@ -103,20 +103,20 @@ def draw_samples(
     Args:
         env: A vector environment with the reward that was trained for.
         policy: The policy.
-        prompts: P of them; of those in the environment's set the held-out reward sees the metadata.
-        samples_per_prompt: K.
-        held_out: Another reward.
-        features: What images are compared by.
-        reference: Where given, the KL divergence to it is measured.
+        prompts: The P prompts; the held-out reward sees the metadata of those in the environment's set.
+        samples_per_prompt: The number K of images of each prompt.
+        held_out: The held-out reward; None: there is none.
+        features: The features that images are compared by.
+        reference: The policy to measure the KL divergence to; None: it is not measured.
     """
     count = len(prompts) * samples_per_prompt
-    filled = -(-count // env.num_envs) * env.num_envs
-    texts = [prompts[index % len(prompts)] for index in range(filled)]
+    num_episodes = -(-count // env.num_envs) * env.num_envs
+    texts = [prompts[index % len(prompts)] for index in range(num_episodes)]
     parts: dict[str, list[np.ndarray]] = {"rewards": [], "held_out": [], "features": [], "kl": [], "images": []}
     base_env = torch_env(env)
     has_density = False
-    rollouts = episodes(env, policy, seeds=range(filled), prompts=texts, max_images=filled)
-    for start, rollout in zip(range(0, filled, env.num_envs), rollouts, strict=True):
+    rollouts = episodes(env, policy, seeds=range(num_episodes), prompts=texts, max_images=num_episodes)
+    for start, rollout in zip(range(0, num_episodes, env.num_envs), rollouts, strict=True):
         part = texts[start : start + env.num_envs]
         parts["rewards"].append(transfer.to_host(rollout.returns))
         latents = rollout.ends if base_env.action_is_next_latents else base_env.model.encode(rollout.images)
@@ -125,10 +125,10 @@ def draw_samples(
         if held_out is not None:
             values = held_out(rollout.images, part, base_env.prompts.metadata_of(part)).values
             parts["held_out"].append(transfer.to_host(values.float()))
-        firsts = np.arange(min(env.num_envs, len(prompts) - start))
-        if reference is not None and len(firsts):
-            parts["kl"].append(path_kl(policy, reference, rollout, firsts))
-            has_density |= bool(rollout.scored[:, firsts].any())
+        first_lanes = np.arange(min(env.num_envs, len(prompts) - start))
+        if reference is not None and len(first_lanes):
+            parts["kl"].append(path_kl(policy, reference, rollout, first_lanes))
+            has_density |= bool(rollout.scored[:, first_lanes].any())
 
     def by_prompt(name: str) -> np.ndarray:
         values = np.concatenate(parts[name])[:count]

@@ -1,4 +1,4 @@
-"""One page that shows an evaluation: tables, charts and images, without a file or a host beside it."""
+"""The page that shows an evaluation: one HTML file with its tables, charts and images."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +21,13 @@ _SHOWN_PROMPTS = 24
 def write_page(
     results: Mapping[str, Any], comparisons: Sequence[Comparison], curves: Curves, *, num_shown: int = _SHOWN_PROMPTS
 ) -> str:
-    """Return the page, HTML.
+    """Return the page as HTML.
 
     Args:
-        results: What `results.json` holds.
+        results: The content of `results.json`.
         comparisons: The sets, in the order of `results["sets"]`.
         curves: The run's log.
-        num_shown: Of so many prompts of a set the first image is shown: the first prompts, not the best.
+        num_shown: The number of prompts of a set whose first image is shown: the first prompts, not the best.
     """
     reward, held_out = results["reward"], results["held_out"]
     unit = "" if results["unit"] == "1" else f" {results['unit']}"
@@ -56,7 +56,7 @@ def write_page(
 
 
 def _facts(results: Mapping[str, Any]) -> dict[str, object]:
-    """Return what the page says of the run itself."""
+    """Return the facts about the run that the page lists."""
     queries = results["reward_queries"]
     facts = {
         "algorithm": results["algorithm"],

@@ -1,4 +1,4 @@
-"""Where a run's policy and log lie, and what it was trained with."""
+"""The files of a saved run: its policy, its log and its settings."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from .curves import Curves, read_curves
 
 
 def policy_folder(run: Path) -> Path:
-    """Return where a run's policy is: the folder itself, the newest whole checkpoint in it, or its `model/`.
+    """Return the folder of a run's policy: the run itself, its newest whole checkpoint, or its `model/`.
 
     Raises:
         FileNotFoundError: it is in none of them.
@@ -41,7 +41,7 @@ def load_denoiser(folder: Path, device: str) -> DenoisingPolicy:
 
 
 def training_state(folder: Path) -> dict[str, Any]:
-    """Return what was saved of the run beside the policy; empty where only the policy was."""
+    """Return the training state that was saved beside the policy; empty where only the policy was saved."""
     file = folder / STATE_FILE
     return json.loads(file.read_text()) if file.is_file() else {}
 

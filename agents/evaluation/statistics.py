@@ -32,22 +32,22 @@ def ratio_interval(
 ) -> Interval | None:
     """Return the ratio of two means with its percentile bootstrap interval; None: the denominator may well be 0.
 
-    Both sides are resampled, each for itself, 9,999 times (`scipy.stats.bootstrap`).
+    Both samples are resampled independently, 9,999 times (`scipy.stats.bootstrap`).
 
     Args:
         numerators: [P] a value for each prompt of one set.
         denominators: [P'] of another.
         confidence: The share of such intervals that hold the true ratio.
-        seed: Of the resampling.
+        seed: The seed of the resampling.
     """
-    below = mean_interval(denominators, confidence=confidence)
-    if below.low <= 0 <= below.high:
+    denominator = mean_interval(denominators, confidence=confidence)
+    if denominator.low <= 0 <= denominator.high:
         return None
 
     def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
         return a.mean(axis) / b.mean(axis)
 
-    found = stats.bootstrap(
+    bounds = stats.bootstrap(
         (numerators, denominators),
         ratio,
         n_resamples=_RESAMPLES,
@@ -55,7 +55,7 @@ def ratio_interval(
         method="percentile",
         random_state=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(ratio(numerators, denominators)), float(found.low), float(found.high))
+    return Interval(float(ratio(numerators, denominators)), float(bounds.low), float(bounds.high))
 
 
 def probability_of_no_rise(differences: np.ndarray) -> float:
@@ -66,22 +66,22 @@ def probability_of_no_rise(differences: np.ndarray) -> float:
 
 
 def distance_within(features: np.ndarray) -> np.ndarray:
-    """Return the mean of 1 − cosine over the pairs of a prompt's K ≥ 2 images, [P]: how diverse they are.
+    """Return the diversity of a prompt's K ≥ 2 images, [P]: the mean of 1 − cosine over their pairs.
 
         1 − (‖Σ_k f_k‖² − K) / (K·(K − 1))
 
     Args:
         features: [P, K, F], of length 1.
     """
-    k = features.shape[1]
-    return 1 - (np.square(features.sum(1)).sum(-1) - k) / (k * (k - 1))
+    num_images = features.shape[1]
+    return 1 - (np.square(features.sum(1)).sum(-1) - num_images) / (num_images * (num_images - 1))
 
 
 def distance_between(features: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the mean of 1 − cosine over pairs of images from the same noise, [P]: how far a prompt's images moved.
+    """Return the distance by which a prompt's images moved, [P]: the mean of 1 − cosine over pairs from the same noise.
 
     Args:
         features: [P, K, F], of length 1.
-        others: [P, K, F], of length 1, of the other policy.
+        others: [P, K, F], of length 1: the other policy's.
     """
     return 1 - (features * others).sum(-1).mean(1)

@@ -1,4 +1,4 @@
-"""A trained policy against the pretrained model on several sets of prompts: what the training did, and how far it went.
+"""The comparison of a trained policy with the pretrained model on several sets of prompts.
 
 Source: the studies of generalisation and over-optimisation in Black et al., 2023, https://arxiv.org/abs/2305.13301.
 """
@@ -21,8 +21,8 @@ class Comparison:
     Args:
         name: The set's name.
         trained_on: Whether the training saw these prompts (never these seeds).
-        before: The pretrained model's.
-        after: The trained policy's, with its KL divergence to the pretrained model.
+        before: The pretrained model's images.
+        after: The trained policy's images, with its KL divergence to the pretrained model.
     """
 
     name: str
@@ -32,12 +32,12 @@ class Comparison:
 
     @property
     def gains(self) -> np.ndarray:
-        """By how much each prompt's mean reward rose, [P]."""
+        """The rise of each prompt's mean reward, [P]."""
         return (self.after.rewards - self.before.rewards).mean(1)
 
     @property
     def held_out_gains(self) -> np.ndarray | None:
-        """By how much each prompt's mean held-out reward rose, [P]."""
+        """The rise of each prompt's mean held-out reward, [P]; None: there is no such reward."""
         if self.after.held_out is None or self.before.held_out is None:
             return None
         return (self.after.held_out - self.before.held_out).mean(1)
@@ -82,9 +82,9 @@ class Comparison:
         if self.before.held_out is not None and self.after.held_out is not None:
             values["held_out"] = (self.before.held_out, self.after.held_out)
         return {
-            f"{name}_{when}": one[row].tolist()
-            for name, both in values.items()
-            for when, one in zip(("before", "after"), both, strict=True)
+            f"{name}_{when}": rewards[row].tolist()
+            for name, pair in values.items()
+            for when, rewards in zip(("before", "after"), pair, strict=True)
         }
 
 
@@ -100,30 +100,30 @@ def _change(before: np.ndarray | None, after: np.ndarray | None, gains: np.ndarr
 
 
 def findings(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: str, held_out: str | None) -> list[str]:
-    """Return what the numbers say, a sentence or two for each set; the first was trained on."""
+    """Return the findings in words, a sentence or two for each set; the first set was trained on."""
     change = _change_of(summaries[0]["reward"]["gain"])
     sentences = []
-    for one in summaries:
-        gain, share, other = one["reward"]["gain"], one["carry_over"], one["held_out"]
-        where = f"{spoken(one['name'])}, which were {'' if one['trained_on'] else 'not '}trained on"
+    for summary in summaries:
+        gain, share, held_out_change = summary["reward"]["gain"], summary["carry_over"], summary["held_out"]
+        where = f"{spoken(summary['name'])}, which were {'' if summary['trained_on'] else 'not '}trained on"
         sentence = f"On {where}, {reward} {_verb(gain)}: {_said(gain)}{unit}"
         if share is not None:
             sentence += f", {percent(share['mean'])} of the {change} on the training prompts"
             sentence += f" ({percent(share['low'])} to {percent(share['high'])})"
-        if other is not None:
-            sentence += f". {held_out}, held out, {_verb(other['gain'])}: {_said(other['gain'])}"
-            sentence += ", so the training has over-optimised here" if one["over_optimised"] else ""
+        if held_out_change is not None:
+            sentence += f". {held_out}, held out, {_verb(held_out_change['gain'])}: {_said(held_out_change['gain'])}"
+            sentence += ", so the training has over-optimised here" if summary["over_optimised"] else ""
         sentences.append(f"{sentence}.")
     return sentences
 
 
 def spoken(name: str) -> str:
-    """Return a set's name as a sentence says it."""
+    """Return a set's name as it is written in a sentence."""
     return name.replace("_", " ")
 
 
 def signed(change: Mapping[str, float]) -> tuple[str, str, str]:
-    """Return a change's mean and its interval's ends, as many decimals of each as the largest has at three digits."""
+    """Return a change's mean and its interval's ends, signed, with as many decimals as give the largest 3 digits."""
     values = [change[key] for key in ("mean", "low", "high")]
     largest = max(abs(value) for value in values)
     decimals = 2 if largest == 0 else max(0, 2 - math.floor(math.log10(largest)))

@@ -1,1 +1,1 @@
-"""What a run writes down: scalars, diagnostics, pictures."""
+"""The logs of a run: scalars, diagnostics, pictures."""

@@ -1,4 +1,4 @@
-"""What a rollout and its updates were like, as pure functions: ratios, weights, diversity, a table of prompts."""
+"""Diagnostics of a rollout and its updates, as pure functions: ratios, weights, diversity, a table of prompts."""
 
 import html
 import re
@@ -16,7 +16,7 @@ _PROMPT_LENGTH = 100
 
 
 def mean_of(updates: Iterable[Metrics]) -> Metrics:
-    """Return the mean over updates of each scalar that they return; the extreme of those named …_min and …_max."""
+    """Return the mean of each scalar over updates; the least and the greatest of those named …_min and …_max."""
     totals: dict[str, list[Tensor]] = {}
     for metrics in updates:
         for name, value in metrics.items():
@@ -29,7 +29,7 @@ def mean_of(updates: Iterable[Metrics]) -> Metrics:
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
-    """Return (Σw)²/Σw², a scalar: as many samples of equal weight would say as much."""
+    """Return (Σw)²/Σw², a scalar: the number of equally weighted samples that would say as much."""
     return weights.sum().square() / weights.square().sum()
 
 
@@ -41,17 +41,17 @@ def ratio_metrics(log_ratios: Sequence[Tensor]) -> dict[str, Tensor]:
     Args:
         log_ratios: [M] each: log π − log π_old, as the loss has them (summed or averaged over dimensions).
     """
-    together = torch.cat(list(log_ratios))
+    all_log_ratios = torch.cat(list(log_ratios))
     # ρ/Σρ in place of ρ: the same share, without overflow.
-    share = effective_sample_size(torch.softmax(together, 0)) / len(together)
-    return {"ratio_min": together.min().exp(), "ratio_max": together.max().exp(), "ratio_ess": share}
+    share = effective_sample_size(torch.softmax(all_log_ratios, 0)) / len(all_log_ratios)
+    return {"ratio_min": all_log_ratios.min().exp(), "ratio_max": all_log_ratios.max().exp(), "ratio_ess": share}
 
 
 def latent_diversity(latents: Tensor, prompts: np.ndarray) -> Tensor | None:
     """Return the mean distance ‖x_i − x_j‖/√D between samples of one prompt, a scalar; None: no prompt has two.
 
-    It is the mean over the pairs of a prompt, then over the prompts that have a pair. Of a prompt the first 64 samples
-    are compared. In latents that are scaled to unit variance, independent samples are about √2 apart.
+    It is the mean over the pairs of a prompt, then over the prompts that have a pair. Only the first 64 samples of a
+    prompt are compared. In latents that are scaled to unit variance, independent samples are about √2 apart.
 
     Args:
         latents: [B, ...] x_0.

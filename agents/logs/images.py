@@ -18,10 +18,10 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def captioned_grid(images: Tensor, captions: Sequence[tuple[str, str]], *, columns: int = 4) -> np.ndarray:
-    """Return images as one, [height, width, 3] uint8, in reading order on white, with two captions under each.
+    """Return one image, [height, width, 3] uint8, of all images in reading order on white, with two captions each.
 
-    Images that are less than 128 pixels wide are enlarged by a whole factor, those of more than 256 are made smaller by
-    one; letters grow with the images.
+    Images less than 128 pixels wide are enlarged by a whole factor, those of more than 256 are reduced by one; letters
+    grow with the images.
 
     Args:
         images: [B, 3, H, W], RGB in [0, 1].
@@ -45,15 +45,15 @@ def captioned_grid(images: Tensor, captions: Sequence[tuple[str, str]], *, colum
     font = ImageFont.load_default(font_size)
     texts = [(_wrapped(prompt, font, width), _shortened(reward, font, width)) for prompt, reward in captions]
     line, gap = font_size * 5 // 4, font_size
-    below = line * (max(len(prompt) for prompt, _ in texts) + 1) + line // 4
+    caption_height = line * (max(len(prompt) for prompt, _ in texts) + 1) + line // 4
     rows = -(-len(pixels) // columns)
     columns = min(columns, len(pixels))
-    size = (columns * (width + gap) + gap, rows * (height + below + gap) + gap)
+    size = (columns * (width + gap) + gap, rows * (height + caption_height + gap) + gap)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for index, (prompt, reward) in enumerate(texts):
         row, column = divmod(index, columns)
-        left, top = gap + column * (width + gap), gap + row * (height + below + gap)
+        left, top = gap + column * (width + gap), gap + row * (height + caption_height + gap)
         canvas.paste(Image.fromarray(pixels[index]), (left, top))
         for number, text in enumerate([*prompt, reward]):
             colour = "black" if number < len(prompt) else "dimgray"
@@ -62,7 +62,7 @@ def captioned_grid(images: Tensor, captions: Sequence[tuple[str, str]], *, colum
 
 
 def _wrapped(text: str, font: Font, width: int) -> list[str]:
-    """Return a text on lines that fit the width; what does not fit on the last one is cut."""
+    """Return a text as lines that fit the width; the last one is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""What `learn` writes into SB3's logger after a rollout and its updates."""
+"""The report that `learn` writes into SB3's logger after a rollout and its updates."""
 
 import time
 from collections.abc import Mapping
@@ -26,14 +26,14 @@ _EXACT_IN_FLOAT = 2**53
 
 
 class Stopwatch:
-    """The seconds that a round takes: rollout, reward within it, update.
+    """The seconds of an iteration: of its rollout, of the rewards in it and of its update.
 
     On a GPU each of them ends where the host waits for the device anyway: the rollout and the reward where the
     environment reads whether the rewards are finite, the update where its metrics are read for the log.
 
     Args:
-        env: Counts the seconds of decoding and rewarding.
-        num_timesteps: Where the counting of steps per second begins.
+        env: The environment, which counts the seconds of decoding and rewarding.
+        num_timesteps: The step from which steps per second are counted.
     """
 
     def __init__(self, env: TorchVectorEnv, num_timesteps: int) -> None:
@@ -42,7 +42,7 @@ class Stopwatch:
         self._started = time.monotonic()
 
     def start_rollout(self) -> None:
-        """Begin a round."""
+        """Begin an iteration."""
         self._rollout_started = time.monotonic()
         self._reward_before = self._env.reward_seconds
 
@@ -52,7 +52,7 @@ class Stopwatch:
         self._reward_seconds = self._env.reward_seconds - self._reward_before
 
     def read(self, num_timesteps: int) -> dict[str, float]:
-        """Return the round's seconds, and what SB3 logs of the whole `learn`; the update ends here."""
+        """Return the iteration's seconds, and SB3's times of the whole `learn`; the update ends here."""
         now = time.monotonic()
         return {
             "time/rollout_seconds": self._update_started - self._rollout_started - self._reward_seconds,
@@ -66,9 +66,9 @@ class Stopwatch:
 def record_hyperparameters(
     logger: Logger, hyperparameters: Mapping[str, object], *, policy: Policy, env: TorchVectorEnv
 ) -> None:
-    """Record what a run is made with, for TensorBoard's tab of that name; written with the first report.
+    """Record a run's hyperparameters, for TensorBoard's tab of that name; they are written with the first report.
 
-    That is the algorithm's own `hyperparameters`, the policy's settings that are scalars, the environment's number of
+    They are the algorithm's `hyperparameters`, the policy's settings that are scalars, the environment's number of
     lanes, its reward, and the scalars that it was made with. TensorBoard takes the columns from one of the runs that it
     shows: the settings of another algorithm are missing there.
     """
@@ -90,17 +90,17 @@ def record_hyperparameters(
 
 
 def environment_settings(env: TorchVectorEnv) -> dict[str, bool | int | float | str | None]:
-    """Return the scalars that an environment was made with, its number of lanes, its reward, what it observes.
+    """Return the scalars that an environment was made with: its number of lanes, its reward and its options.
 
-    A reward and prompts that were given, but not by a name or a file's, are None there, for what else they are called
-    need not make them anew. So they are where all that is known is the environment: it was not made by Gymnasium.
+    A reward or prompts that were given otherwise than by a name or a file's are None: no name could make them anew.
+    Both are None for an environment that Gymnasium did not make, whose arguments are unknown.
     """
-    made_with = {"prompts": None, "reward": None} if env.spec is None else env.spec.kwargs
-    unknown = {name: None for name in ("prompts", "reward") if name in made_with}
+    keywords = {"prompts": None, "reward": None} if env.spec is None else env.spec.kwargs
+    unknown = {name: None for name in ("prompts", "reward") if name in keywords}
     return {
         "reward": env.reward.name,
         **unknown,
-        **_scalars(made_with),
+        **_scalars(keywords),
         "num_envs": env.num_envs,
         "negative_prompt": env.negative_prompt,
         "observe_embeds": env.observe_embeds,
@@ -129,17 +129,17 @@ def report(
     num_timesteps: int,
     counters: Mapping[str, float],
 ) -> None:
-    """Record what a rollout and its updates were like.
+    """Record the statistics of a rollout and of its updates.
 
-    The numbers are read from the device in one go, which waits for it; the images too, where an output of the logger
-    can show them.
+    The numbers are read from the device at once, which waits for it; the images are read too, where an output of the
+    logger can show them.
 
     Args:
-        logger: SB3's; not dumped here.
+        logger: SB3's logger; it is not dumped here.
         rollout: The rollout.
         metrics: Scalars of the updates, recorded as `train/…`.
-        env: Where the rollout was collected.
-        stopwatch: Started with the rollout.
+        env: The environment of the rollout.
+        stopwatch: The stopwatch that was started with the rollout.
         num_timesteps: Environment steps so far.
         counters: Further scalars by their full names.
     """
@@ -148,10 +148,10 @@ def report(
     if env.action_is_next_latents:
         diversity = latent_diversity(rollout.ends, rollout.prompt_id)
         numbers |= {} if diversity is None else {"rollout/latent_diversity": diversity}
-    host = read_numbers(numbers)
+    host_numbers = read_numbers(numbers)
     seconds = stopwatch.read(num_timesteps)
-    of_all, rewards = host.pop("returns"), {name: host.pop(name) for name in rollout.extras}
-    returns = of_all[valid]
+    all_returns, rewards = host_numbers.pop("returns"), {name: host_numbers.pop(name) for name in rollout.extras}
+    returns = all_returns[valid]
     scalars = {
         _MAIN_METRIC: returns.mean(),
         "rollout/ep_rew_std": returns.std(),
@@ -159,7 +159,7 @@ def report(
         **{f"rollout/ep_rew_q{percent:02}": np.percentile(returns, percent) for percent in QUANTILES},
         **{f"rollout/{name}": values[valid].mean() for name, values in rewards.items()},
         **({} if valid.all() else {"rollout/invalid_rewards": np.sum(~valid)}),
-        **host,
+        **host_numbers,
     }
     for name, value in {**{name: float(scalars[name]) for name in scalars}, **counters, **seconds}.items():
         logger.record(name, value)
@@ -171,16 +171,18 @@ def report(
     }
     if len(rollout.images):
         texts = [env.prompts[index] for index in rollout.prompt_id[: len(rollout.images)]]
-        shown = rewards[f"reward/{env.reward.name}"]
+        shown_rewards = rewards[f"reward/{env.reward.name}"]
         unit = "" if env.reward.unit == "1" else f" {env.reward.unit}"
-        captions = [(text, f"{reward:#.3g}".rstrip(".") + unit) for text, reward in zip(texts, shown, strict=False)]
+        captions = [
+            (text, f"{reward:#.3g}".rstrip(".") + unit) for text, reward in zip(texts, shown_rewards, strict=False)
+        ]
         pictures["images/samples"] = Image(captioned_grid(rollout.images, captions), "HWC")
     for name, picture in pictures.items():
         logger.record(name, picture, exclude=_NOT_AS_TEXT)
 
 
 def read_numbers(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Read tensors from the device of the first, as float32 and all at once: waits for it."""
+    """Return tensors on the host as float32, read all at once from the device of the first: waits for it."""
     device = next(iter(tensors.values())).device
     flat = transfer.to_host(
         torch.cat([tensor.detach().to(device, torch.float32).flatten() for tensor in tensors.values()])

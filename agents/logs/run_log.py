@@ -1,4 +1,4 @@
-"""Where a run's log is written: into a folder of its own, also when it goes on later."""
+"""The log of a run, in a folder of its own, which a resumed run goes on with."""
 
 import re
 import secrets
@@ -22,11 +22,11 @@ _IDENTITY_FILE = "run_identity"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Log(Part):
-    """What is logged beside scalars, and over what.
+    """The settings of the log: images beside the scalars, and the x-axis.
 
     Args:
         images: Images of each logged rollout in TensorBoard, at most 256 pixels wide each; 0: none.
-        x_axis: What TensorBoard draws over: environment steps, as in SB3, or images rewarded so far, by which
+        x_axis: TensorBoard's x-axis: environment steps, as in SB3, or images rewarded so far, by which
             algorithms of different step counts compare.
 
     Raises:
@@ -43,18 +43,18 @@ class Log(Part):
 
 
 def new_identity() -> str:
-    """Return what tells a run from all others."""
+    """Return a random identity, by which a run is told from all others."""
     return secrets.token_hex(8)
 
 
 @final
 class RunLogger(Logger):
-    """SB3's logger, with an x-axis of one's own: callbacks that dump it name the number of environment steps.
+    """SB3's logger with another x-axis: callbacks that dump it pass the number of environment steps.
 
     Args:
-        folder: Where TensorBoard's files are; None: there are none.
+        folder: The folder of TensorBoard's files; None: there are none.
         printed: Print a table.
-        x: Where the run is on the x-axis; None: at the step that is dumped.
+        x: A function that returns the run's place on the x-axis; None: the step that `dump` is given.
     """
 
     def __init__(self, folder: Path | None, *, printed: bool, x: Callable[[], int] | None = None) -> None:
@@ -72,13 +72,13 @@ class RunLogger(Logger):
 
 
 def own_folder(root: Path | str, identity: str, *, name: str, given: bool) -> Path:
-    """Return the run's own folder, in which it goes on, or a new one, `name_1`, `name_2` …, for a run that has none.
+    """Return the log folder of a run: the one that it has, or a new one, `name_1`, `name_2` ….
 
     Args:
-        root: Where the folders of all runs are.
-        identity: The run's: its folder has it in a file.
-        name: What a new folder is named after.
-        given: The user named it: a folder of the run's by another name is then another log.
+        root: The folder of all runs' logs.
+        identity: The run's identity, which its folder has in a file.
+        name: The name of a new folder, before its number.
+        given: The user chose the name: a folder of the run with another name is then another log.
     """
     root = Path(root)
     for file in root.glob(f"*/{_IDENTITY_FILE}"):

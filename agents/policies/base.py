@@ -51,15 +51,17 @@ class Distribution(Protocol):
 
 
 def write_config(folder: Path | str, policy: "Policy", **config: object) -> None:
-    """Write which policy a folder holds, and the arguments that make it anew.
+    """Write the class of the policy that a folder holds, and the arguments that make it anew.
 
     Raises:
         TypeError: the policy's constructor has arguments of its own that would be lost.
     """
     config |= policy.saved_arguments()
     if type(policy).load.__func__.__module__.startswith(__package__):  # type: ignore[attr-defined]
-        ours = [kind for kind in type(policy).__mro__ if kind.__module__.startswith(__package__)]
-        lost = _arguments(type(policy)) - config.keys() - {name for kind in ours for name in _arguments(kind)}
+        package_classes = [kind for kind in type(policy).__mro__ if kind.__module__.startswith(__package__)]
+        lost = (
+            _arguments(type(policy)) - config.keys() - {name for kind in package_classes for name in _arguments(kind)}
+        )
         if lost:
             raise TypeError(
                 f"{type(policy).__name__} would be loaded without its own arguments {sorted(lost)}: return them from "
@@ -84,13 +86,13 @@ def read_config(folder: Path, kind: "type[Policy]") -> dict[str, Any]:
     """
     config = _read(folder)
     name = config.pop("policy")
-    if name not in {known.__name__ for known in kind.__mro__}:
+    if name not in {base.__name__ for base in kind.__mro__}:
         raise ValueError(f"{folder} holds a {name}, not a {kind.__name__}: load it with {name}.load")
     return config
 
 
 def saved_class(folder: Path) -> str:
-    """Return the name of the policy's class that a folder holds; FileNotFoundError: none."""
+    """Return the name of the class of the policy in a folder; FileNotFoundError: there is none."""
     return str(_read(folder)["policy"])
 
 
@@ -117,12 +119,12 @@ class Policy(nn.Module, ABC):
         seed: Seeds the generator that actions are drawn from when a call brings none.
 
     Attributes:
-        device: Where observations and actions are.
+        device: The device of observations and actions.
         generator: The policy's own generator, on the CPU, so that the draws do not depend on the device.
         moves_latents: Whether an action is the next latents, and `predict_noised` and `sensitivity` mean something.
         model: The diffusion model that the policy trains a part of; None: there is none.
         max_steps: The length of the longest episodes that it can act in; None: any.
-        reference_is_free: Whether `reference` is what it was before the training at any time, without a copy that a
+        reference_is_free: Whether `reference` is at any time the policy before the training, without a copy that a
             checkpoint would have to hold.
     """
 
@@ -146,21 +148,21 @@ class Policy(nn.Module, ABC):
 
     @property
     def needed_shapes(self) -> Mapping[str, Shape]:
-        """The shapes of what it looks at in one lane's observation, and of its "action"; what is not there is free."""
+        """The shapes that the policy needs, by key of one lane's observation and "action"; other keys are free."""
         return {}
 
     @final
     def check_fit(self, observation_space: Space, action_space: Space) -> None:
         """Raise ValueError if the policy cannot act where one lane has these spaces."""
         spaces = {**(observation_space if isinstance(observation_space, Dict) else {}), "action": action_space}
-        found = {key: space.shape or () for key, space in spaces.items()}
+        shapes = {key: space.shape or () for key, space in spaces.items()}
         for key, needed in self.needed_shapes.items():
-            shape = found.get(key, ())
+            shape = shapes.get(key, ())
             pairs = zip(needed, shape, strict=False)
             if len(shape) != len(needed) or any(need not in (None, size) for need, size in pairs):
                 raise ValueError(
                     f"{type(self).__name__} does not fit the environment: it needs {key} of shape {needed}, and there "
-                    f"is {shape if key in found else 'none'}; make it from this environment's model or space"
+                    f"is {shape if key in shapes else 'none'}; make it from this environment's model or space"
                 )
 
     def check_prompts(self, observation_space: Space, prompts: Sequence[str], negative_prompt: str) -> None:
@@ -176,7 +178,7 @@ class Policy(nn.Module, ABC):
         return torch.float32
 
     def saved_arguments(self) -> Mapping[str, Any]:
-        """Return the arguments that a subclass's constructor has beside the inherited ones, as JSON can hold them.
+        """Return the arguments of a subclass's constructor beside the inherited ones, as JSON can hold them.
 
         `save` writes them, and an inherited `load` gives them to the constructor again.
         """
@@ -184,10 +186,10 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the trained weights as diffusers loads them, and what else `load` needs.
+        """Write the trained weights as diffusers loads them, and whatever else `load` needs.
 
-        Every policy here begins with `write_config(folder, self, …)` of `agents.policies.base`, which notes the class
-        and the arguments that make it anew; where an own policy's does not, a run's `save` notes the class for it.
+        Every policy here begins with `write_config(folder, self, …)` of `agents.policies.base`, which writes the class
+        and the arguments that make it anew; where a user's policy does not, a run's `save` writes the class for it.
         """
 
     @abstractmethod
@@ -202,33 +204,33 @@ class Policy(nn.Module, ABC):
         """Return the policy that `save` wrote.
 
         Args:
-            folder: What `save` was given.
+            folder: The folder that `save` wrote.
             model: The loaded diffusion model, for policies that are made from one; None: load it.
-            device: Where to load it.
+            device: The device to load it on.
 
         Raises:
             FileNotFoundError: the folder is not a saved policy.
         """
 
     def _further_weights(self, saved: str) -> dict[str, Tensor]:
-        """Return what a subclass has beside a part of that name, which is saved by itself."""
+        """Return the weights of a subclass beside the part `saved`, which is written by itself."""
         return {name: value.clone() for name, value in self.state_dict().items() if name.partition(".")[0] != saved}
 
     def _save_further(self, folder: Path, saved: str) -> None:
-        """Write what a subclass has beside a part of that name, if there is any."""
+        """Write the weights of a subclass beside the part `saved`, if there are any."""
         if weights := self._further_weights(saved):
             save_file(weights, Path(folder) / _FURTHER_FILE)
 
     def _load_further(self, folder: Path, saved: str) -> None:
         """Read what `_save_further` wrote; ValueError: it is not there, or does not fit."""
         file = Path(folder) / _FURTHER_FILE
-        if own := self._further_weights(saved):
-            found = read_weights(file) if file.is_file() else {}
-            require_weights(found, own, file=file, owner=type(self).__name__)
-            self.load_state_dict(found, strict=False)
+        if expected := self._further_weights(saved):
+            weights = read_weights(file) if file.is_file() else {}
+            require_weights(weights, expected, file=file, owner=type(self).__name__)
+            self.load_state_dict(weights, strict=False)
 
     def scored(self, info: Mapping[str, object]) -> np.ndarray | None:
-        """Return which lanes' next actions have a density, [B] bool on the host; None: all.
+        """Return the mask of lanes whose next action has a density, [B] bool on the host; None: all.
 
         Args:
             info: The environment's info about the observation that the actions answer.
@@ -236,14 +238,14 @@ class Policy(nn.Module, ABC):
         return None
 
     def sensitivity(self, t: Tensor, s: Tensor) -> Tensor | None:
-        """By how many standard deviations steps from times t to s move when the network's output moves by 1, [...].
+        """Return the standard deviations that steps from times t to s move when the network's output moves by 1, [...].
 
         None: the policy does not know.
         """
         return None
 
     def windowed(self, noisy: float, clean: float) -> "Policy":
-        """A view of this policy whose steps are deterministic outside a window: from times t with clean < t ≤ noisy.
+        """Return a view of this policy whose steps are deterministic outside a window: times t with clean < t ≤ noisy.
 
         Raises:
             ValueError: its steps cannot be made deterministic.
@@ -253,11 +255,11 @@ class Policy(nn.Module, ABC):
         )
 
     def reference(self) -> "Policy":
-        """Return what a KL divergence to the untrained policy is to, frozen: a copy of this policy as it is now."""
+        """Return the frozen reference of a KL divergence: a copy of this policy as it is now."""
         return copy.deepcopy(self).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Policy":
-        """Do nothing but stay in evaluation mode: dropout is never on."""
+        """Stay in evaluation mode, whatever the mode: dropout is never on."""
         return super().train(False)
 
     @final
@@ -270,17 +272,17 @@ class Policy(nn.Module, ABC):
         reduction: Reduction = "sum",
         precision: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return actions [B, ...] and their log-probs [B], at the price of one.
+        """Return actions [B, ...] and their log-probs [B], at the cost of one distribution.
 
         The actions are rounded to the precision that they are stored in *before* they are scored, so that scoring
         them again later gives the same number.
 
         Args:
             observation: [B, ...] each.
-            generators: Where the draws come from, one or one per lane; None: the policy's own.
+            generators: The generators of the draws, one or one per lane; None: the policy's own.
             deterministic: Take the mode instead of a draw.
             reduction: "sum": the log-density; "mean": divided by the number of dimensions.
-            precision: In which somebody will store the actions, if it is less than the environment's.
+            precision: The precision that the actions will be stored in, if it is less than the environment's.
 
         Raises:
             TypeError, ValueError: the observation is not of torch tensors, or not of a batch.
@@ -333,5 +335,5 @@ class Policy(nn.Module, ABC):
         deterministic: bool,
         precision: torch.dtype | None,
     ) -> Tensor:
-        drawn = distribution.mode if deterministic else distribution.sample(generators or self.generator)
-        return drawn.detach().to(precision or drawn.dtype).to(self.action_dtype(observation))
+        action = distribution.mode if deterministic else distribution.sample(generators or self.generator)
+        return action.detach().to(precision or action.dtype).to(self.action_dtype(observation))

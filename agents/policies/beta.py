@@ -60,16 +60,16 @@ class BetaDistribution:
             ValueError: there are several generators, but not one per sample.
         """
         if generators is None or isinstance(generators, torch.Generator):
-            drawn = _draw(self.alpha, self.beta, generators)
+            ratios = _draw(self.alpha, self.beta, generators)
         elif len(generators) != len(self.alpha):
             raise ValueError(f"generators must be one per sample: got {len(generators)} for {len(self.alpha)}")
         else:
             rows = zip(self.alpha, self.beta, generators, strict=True)
-            drawn = torch.stack([_draw(alpha, beta, generator) for alpha, beta, generator in rows])
-        return drawn.clamp(MIN_RATIO, MAX_RATIO)[:, None]
+            ratios = torch.stack([_draw(alpha, beta, generator) for alpha, beta, generator in rows])
+        return ratios.clamp(MIN_RATIO, MAX_RATIO)[:, None]
 
     def log_prob(self, value: Tensor, reduction: Reduction = "sum") -> Tensor:
-        """Return the log-density of ratios [B, 1], [B]; of one dimension, sum and mean are the same."""
+        """Return the log-density of ratios [B, 1], [B]; in one dimension, sum and mean are the same."""
         return self._torch.log_prob(value[:, 0].float())
 
     def entropy(self) -> Tensor:
@@ -86,10 +86,10 @@ class BetaDistribution:
 
 
 def _draw(alpha: Tensor, beta: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return X/(X + Y) of X ~ Gamma(α), Y ~ Gamma(β), which is Beta(α, β)."""
+    """Return a draw of Beta(α, β): X/(X + Y) with X ~ Gamma(α) and Y ~ Gamma(β)."""
     if generator is not None and generator.device != alpha.device:
         # A generator of the device, seeded by that of the host: drawing on the host would wait for α and β.
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
         generator = torch.Generator(alpha.device).manual_seed(seed)
-    first, second = (torch._standard_gamma(concentration, generator=generator) for concentration in (alpha, beta))
-    return first / (first + second)
+    x, y = (torch._standard_gamma(concentration, generator=generator) for concentration in (alpha, beta))
+    return x / (x + y)

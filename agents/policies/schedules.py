@@ -1,4 +1,4 @@
-"""Schedules that do not look at the image: what a time predictor has to beat."""
+"""Schedules of times that do not look at the image: the baselines of a time predictor."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,23 +23,24 @@ _NEEDED: Mapping[str, Shape] = {"step": (1,), "action": (1,)}
 
 
 def _step_index(observation: Observation, max_steps: int) -> Tensor:
-    """Return how many steps each lane has taken, [B] int64."""
+    """Return the number of steps that each lane has taken, [B] int64."""
     return (observation["step"][:, 0] * max_steps).round().long().clamp(max=max_steps - 1)
 
 
 class ContextFreeSchedule(Policy):
     """One Beta of the ratio r per step, the same for every image and prompt.
 
-    Trained in the same way, it is what a `TimePredictor` would be without eyes: the fair baseline. Untrained, built
-    from a grid's ratios, it is TPDM's reference distribution (Betas of concentration 20 whose modes follow the grid).
+    Trained in the same way, it is the fair baseline of a `TimePredictor`, whose view of the image it lacks. Untrained
+    and built from a grid's ratios, it is TPDM's reference distribution (Betas of concentration 20 whose modes follow
+    the grid).
 
     Source: Ye et al., 2024, https://arxiv.org/abs/2412.01243 (reference distributions).
 
     Args:
         initial_ratios: [max_steps] the modes before training, in (0, 1); `max_steps` is the environment's.
         initial_concentration: α + β before training; above 2.
-        device: Where it is.
-        seed: Of its draws.
+        device: The device of its weights.
+        seed: The seed of its draws.
 
     Raises:
         ValueError: a number is out of its range.
@@ -65,11 +66,11 @@ class ContextFreeSchedule(Policy):
 
     @property
     def needed_shapes(self) -> Mapping[str, Shape]:
-        """How many steps were taken, and the ratio."""
+        """The shapes of the number of steps taken and of the ratio."""
         return _NEEDED
 
     def distribution(self, observation: Observation) -> BetaDistribution:
-        """Return the Beta of the lanes' steps."""
+        """Return the Betas of the lanes' next ratios."""
         return BetaDistribution.from_logits(self.logits[_step_index(observation, self.max_steps)])
 
     def save(self, folder: Path) -> None:
@@ -126,8 +127,8 @@ class FixedSchedule(Policy):
     Args:
         ratios: [num_steps] r of each step, such as `diffusion_gym.grids.step_ratios` of a grid; the last one is
             repeated should an episode go on.
-        max_steps: The environment's; None: as many as there are ratios.
-        device: Where it is.
+        max_steps: The environment's `max_steps`; None: the number of ratios.
+        device: The device of the ratios.
 
     Raises:
         ValueError: there are no ratios, or more than `max_steps`.
@@ -148,7 +149,7 @@ class FixedSchedule(Policy):
 
     @property
     def needed_shapes(self) -> Mapping[str, Shape]:
-        """How many steps were taken, and the ratio."""
+        """The shapes of the number of steps taken and of the ratio."""
         return _NEEDED
 
     def distribution(self, observation: Observation) -> _Point:
@@ -157,7 +158,7 @@ class FixedSchedule(Policy):
         return _Point(self.ratios[index][:, None])
 
     def scored(self, info: Mapping[str, object]) -> np.ndarray:
-        """Return that no action has a density."""
+        """Return the mask of actions with a density, [B] bool: there are none."""
         return np.zeros(len(np.asarray(info["nfe"])), dtype=bool)
 
     def save(self, folder: Path) -> None:

@@ -24,7 +24,7 @@ Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def _drawn(layer: Layer, generator: torch.Generator) -> Layer:
-    """Draw a layer's first weights as torch does, but from a generator of one's own; return the layer."""
+    """Draw a layer's first weights as torch does, but from an explicit generator; return the layer."""
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     assert layer.bias is not None
     bound = layer.weight[0].numel() ** -0.5
@@ -46,18 +46,18 @@ class TimePredictor(Policy):
 
     Note:
         Features come in raster order (the published code scrambles them), and weights start as torch initialises them,
-        but the last layer at zero: what it says is added to the logits of the first schedule, which an untrained
+        but the last layer at zero: its output is added to the logits of the first schedule, which an untrained
         predictor walks exactly.
 
     Args:
-        observation_space: One lane's, `env.single_observation_space` of TimePredictionMDP-v0.
+        observation_space: The space of one lane, `env.single_observation_space` of TimePredictionMDP-v0.
         hidden_channels: The head's width; None: a quarter of the features' channels, between 32 and TPDM's 128.
         initial_ratio: The mode of r before training. One number takes log(t_min/τ_start)/log(initial_ratio) steps: 0.7
             makes 19 of the emoji model, 14 of Stable Diffusion 1.5 and 13 of SD3. A mapping from times to ratios is
             interpolated between them: `dict(zip(grid.tolist(), step_ratios(schedule, grid).tolist()))` walks `grid`.
         initial_concentration: α + β before training; above 2. Larger: less exploration.
-        device: Where the head is.
-        seed: Of its first weights and of its draws.
+        device: The head's device.
+        seed: The seed of its first weights and of its draws.
 
     Raises:
         TypeError, ValueError: the observations have no features, or a number is out of its range.
@@ -83,8 +83,12 @@ class TimePredictor(Policy):
                 "observation_space must be that of one lane of TimePredictionMDP-v0, env.single_observation_space; "
                 f"got {observation_space}"
             )
-        known = dict(initial_ratio) if isinstance(initial_ratio, Mapping) else {0.0: initial_ratio}
-        if not known or not all(0 < ratio < 1 for ratio in known.values()) or not 2 < initial_concentration < math.inf:
+        ratio_at = dict(initial_ratio) if isinstance(initial_ratio, Mapping) else {0.0: initial_ratio}
+        if (
+            not ratio_at
+            or not all(0 < ratio < 1 for ratio in ratio_at.values())
+            or not 2 < initial_concentration < math.inf
+        ):
             raise ValueError(
                 "initial_ratio must be in (0, 1) and initial_concentration above 2 and finite, "
                 f"got {initial_ratio} and {initial_concentration}"
@@ -108,19 +112,19 @@ class TimePredictor(Policy):
         self.output = skip_init(nn.Linear, width, 2, **float32)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
-        times, ratios = torch.tensor(sorted(known.items()), dtype=torch.float32).T
+        times, ratios = torch.tensor(sorted(ratio_at.items()), dtype=torch.float32).T
         self.register_buffer("_times", times.contiguous())
         self.register_buffer("_first_logits", BetaDistribution.logits_of(ratios, initial_concentration))
         self._arguments = {
             "hidden_channels": width,
-            "initial_ratio": [*known.items()],
+            "initial_ratio": [*ratio_at.items()],
             "initial_concentration": initial_concentration,
         }
         self.to(self.device)
 
     @property
     def needed_shapes(self) -> Mapping[str, Shape]:
-        """Those of the space that it was made for; features of any size, prompts of any number of tokens."""
+        """The shapes of the space that it was made for; features of any size, prompts of any number of tokens."""
         shapes: dict[str, Shape] = {"features": (self._shapes["features"][0], None, None)}
         shapes["time_embedding"] = self._shapes["time_embedding"]
         if "prompt_embeds" in self._shapes:
@@ -139,7 +143,7 @@ class TimePredictor(Policy):
         return BetaDistribution.from_logits(self._initial(observation) + self.output(F.silu(self.hidden(h))))
 
     def _initial(self, observation: Observation) -> Tensor:
-        """Return the logits before training, [B, 2], linear in time between the known ones."""
+        """Return the logits before training, [B, 2], linear in time between the given ones."""
         t = observation["timestep"][:, 0].float().clamp(self._times[0], self._times[-1])
         after = torch.searchsorted(self._times, t).clamp(1 if len(self._times) > 1 else 0)
         before = (after - 1).clamp(0)

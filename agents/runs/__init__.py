@@ -1,1 +1,1 @@
-"""Files of a run: what is saved, checkpoints, which of them are whole."""
+"""The files of a run: saving, loading and checkpoints, and the manifests that tell which of them are whole."""

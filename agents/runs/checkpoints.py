@@ -1,4 +1,4 @@
-"""Checkpoints of a training as it goes: the newest few, whole ones, also when it is killed or the disk is full."""
+"""Checkpoints of a running training: the newest few are whole, even if it is killed or the disk is full."""
 
 import warnings
 from pathlib import Path
@@ -24,17 +24,17 @@ class Checkpoints(BaseCallback):
 
     is a script that can be killed at any moment and started again: on a CPU it ends with the same weights, bit for bit.
 
-    An error of the disk (it is full, for instance) does not end the training: it is said in a warning and counted, as
-    `checkpoint/failed` in the log, and the older checkpoints stay. The disk needs room for `keep` + 1. Of many
-    processes the main one writes; all have to be able to read the folder, to go on.
+    An error of the disk (it is full, for instance) does not end the training: a warning says so, `checkpoint/failed` in
+    the log counts it, and the older checkpoints stay. The disk needs room for `keep` + 1. The main process alone
+    writes; all have to be able to read the folder, to go on.
 
     Args:
-        folder: Where they are written, one folder each, `iteration_00000010`; each is what `Algorithm.save` writes.
+        folder: The folder of the checkpoints, `iteration_00000010` …; each is a folder that `Algorithm.save` writes.
         every: Iterations (rollouts learnt from) between two of them.
-        keep: How many whole ones are kept. An older one goes only when a newer one is safe on the disk.
+        keep: The number of whole ones that are kept. An older one goes only when a newer one is safe on the disk.
 
     Attributes:
-        failed: How many could not be written.
+        failed: The number of checkpoints that could not be written.
 
     Raises:
         ValueError: `every` or `keep` is below 1; or, when the training starts, the folder has whole checkpoints of
@@ -110,7 +110,7 @@ class Checkpoints(BaseCallback):
         self.logger.record("checkpoint/failed", self.failed)
 
     def _rotate(self) -> None:
-        """Remove all that is older than the newest `keep` whole ones."""
+        """Remove the checkpoints that are older than the newest `keep` whole ones."""
         self._whole = self._whole[-self.keep :]
         if len(self._whole) == self.keep:
             for checkpoint in self.found():

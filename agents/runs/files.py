@@ -26,8 +26,8 @@ _NO_FOLDER_SYNC = (*_NO_SYNC, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISD
 def _sync(path: Path) -> None:
     """Make a file or folder durable on the disk, where that can be asked for.
 
-    Windows opens no folders, and some network and FUSE disks know no sync: there is nothing that is durable sooner
-    there, and what is written is as whole as elsewhere. All other errors are those of a disk that did not write.
+    Windows opens no folders, and some network and FUSE disks know no sync: nothing can be made durable sooner there,
+    and files are as whole as elsewhere. All other errors are those of a disk that did not write.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -76,7 +76,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def _finish_replacement(path: Path) -> None:
-    """Bring back what stood at `path` if nothing does now; otherwise what was not part of it, and remove the rest."""
+    """Finish a replacement that was interrupted.
+
+    Where nothing is at `path`, the previous folder comes back; otherwise only the files in it that are somebody else's
+    do, and the rest is removed.
+    """
     previous = path.with_name(path.name + _PREVIOUS)
     if not previous.exists():
         return
@@ -98,7 +102,7 @@ def remove_folder(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what killed calls of `replaced_folder` and `remove_folder` left in a folder, under names with a prefix."""
+    """Remove the leftovers of killed calls of `replaced_folder` and `remove_folder`, whose names have a prefix."""
     for partial in folder.glob(f"{prefix}*{_PARTIAL}"):
         shutil.rmtree(partial)
     for previous in folder.glob(f"{prefix}*{_PREVIOUS}"):

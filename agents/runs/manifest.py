@@ -1,4 +1,4 @@
-"""Which checkpoints are whole: each has a list of its files, with their sizes and hashes."""
+"""Manifests, which tell whether a checkpoint is whole: lists of its files, with their sizes and hashes."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ def checkpoint_name(iteration: int) -> str:
 
 
 def iteration_of(checkpoint: Path) -> int:
-    """Return the iteration that a checkpoint is named by, −1 if it is by none."""
+    """Return the iteration in a checkpoint's name, −1 if there is none."""
     match = re.fullmatch(rf"{CHECKPOINT_PREFIX}(\d+)", checkpoint.name)
     return int(match[1]) if match else -1
 
@@ -52,7 +52,7 @@ def _read_manifest(folder: Path) -> list[tuple[str, int, str]]:
 
 
 def top_level_names(folder: Path) -> set[str]:
-    """Return the names in a folder of what a checkpoint's manifest lists, and the manifest's; none if it has none."""
+    """Return the names at the top of a folder that its manifest lists, and the manifest's; none without a manifest."""
     try:
         return {MANIFEST_FILE, *(name.partition("/")[0] for name, _, _ in _read_manifest(folder))}
     except _UNREADABLE:
@@ -60,11 +60,11 @@ def top_level_names(folder: Path) -> set[str]:
 
 
 def find_damage(folder: Path, *, hashes: bool = True) -> str | None:
-    """Return what is wrong with a checkpoint, beside its manifest; None if it is whole.
+    """Return the damage of a checkpoint in words, by its manifest; None if it is whole.
 
     Args:
         folder: The checkpoint.
-        hashes: Look at the files' contents too, and not their sizes alone.
+        hashes: Check the files' contents too, and not their sizes alone.
     """
     try:
         expected = _read_manifest(folder)
@@ -87,7 +87,7 @@ def find_damage(folder: Path, *, hashes: bool = True) -> str | None:
 
 
 def whole_checkpoint(path: Path) -> Path:
-    """Return a checkpoint that is whole: the path itself, or the newest in it that is, with a warning for newer ones.
+    """Return a whole checkpoint: the path itself, or the newest whole one in it, with a warning for newer ones.
 
     Args:
         path: A checkpoint, or a folder of checkpoints.
@@ -96,8 +96,8 @@ def whole_checkpoint(path: Path) -> Path:
         ValueError: the checkpoint is damaged, or all in the folder are.
         FileNotFoundError: the folder is neither.
     """
-    found = find_checkpoints(path)
-    if not found or (path / MANIFEST_FILE).exists():
+    checkpoints = find_checkpoints(path)
+    if not checkpoints or (path / MANIFEST_FILE).exists():
         if not any(path.iterdir()):
             raise FileNotFoundError(f"there is no saved run at {path}: the folder is empty")
         damage = find_damage(path)
@@ -105,15 +105,15 @@ def whole_checkpoint(path: Path) -> Path:
             raise ValueError(f"{path} is not a whole checkpoint: {damage}; load an earlier one")
         return path
     damages: dict[Path, str] = {}
-    for checkpoint in reversed(found):
+    for checkpoint in reversed(checkpoints):
         damage = find_damage(checkpoint)
         if damage is None:
-            for passed, reason in damages.items():
-                warnings.warn(f"{passed} is damaged: {reason}. Going on from {checkpoint}", stacklevel=3)
+            for damaged, reason in damages.items():
+                warnings.warn(f"{damaged} is damaged: {reason}. Going on from {checkpoint}", stacklevel=3)
             return checkpoint
         damages[checkpoint] = damage
     listed = "".join(f"\n  {checkpoint.name}: {damage}" for checkpoint, damage in damages.items())
-    raise ValueError(f"none of the {len(found)} checkpoints in {path} is whole:{listed}")
+    raise ValueError(f"none of the {len(checkpoints)} checkpoints in {path} is whole:{listed}")
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""What is saved of a run, and how it is loaded: safetensors and JSON, nothing that could run code."""
+"""Saving and loading of a run, as safetensors and JSON: nothing that could run code."""
 
 import dataclasses
 import hashlib
@@ -48,11 +48,11 @@ def require_savable(algorithm: "Algorithm") -> None:
 
 
 def save_run(algorithm: "Algorithm", path: str | Path) -> None:
-    """Write the trained weights and all that is needed to go on, into a folder.
+    """Write the trained weights, and all else that is needed to go on, into a folder.
 
     The folder takes the place of an earlier one only when it is whole. `unet/` (or the LoRA file) in it opens in
-    plain diffusers. A ".zip" at the end of `path`, which SB3's CheckpointCallback adds, is dropped. Of many
-    processes the main one writes, and needs no other for it; `processes.wait()` before another reads.
+    plain diffusers. A ".zip" at the end of `path`, which SB3's CheckpointCallback adds, is dropped. The
+    main process alone writes, and does not wait for the others; call `processes.wait()` before another reads.
 
     Raises:
         FileExistsError: there is a file at `path`.
@@ -81,13 +81,13 @@ def save_run(algorithm: "Algorithm", path: str | Path) -> None:
 
 
 def _state_of(algorithm: "Algorithm") -> dict[str, Any]:
-    """Return what a checkpoint holds beside weights, as JSON can hold it."""
+    """Return the state that a checkpoint holds beside weights, as JSON can hold it."""
     rate = algorithm.learning_rate
     return {
         "algorithm": type(algorithm).__name__,
         "hyperparameters": algorithm.hyperparameters(),
         "environment": environment_settings(algorithm.base_env),
-        "told_apart_by": _told_apart_by(algorithm.base_env),
+        "told_apart_by": _identity_of(algorithm.base_env),
         "learning_rate": None if callable(rate) else rate,
         "seed": algorithm.run_seed,
         **({} if algorithm.tensorboard_log is None else {"log_identity": algorithm.log_identity}),
@@ -118,7 +118,7 @@ def load_run(
         cls: The algorithm.
         path: The folder, or one of checkpoints.
         env: The environment to go on in.
-        policy: What to read the weights into; None: made anew.
+        policy: The policy to read the weights into; None: made anew.
         reference: The policy that the KL divergence is to, if one was given.
         changed: Keywords that take the place of the saved ones.
         tensorboard_log: As in the constructor.
@@ -154,7 +154,7 @@ def _remade(value: Any) -> Any:
 
 
 def _restore(run: "Algorithm", folder: Path, state: Mapping[str, Any]) -> None:
-    """Take back what `save_run` wrote, but for what the constructor was given."""
+    """Restore the state that `save_run` wrote, but for the constructor's arguments."""
     load_optimizer(run.updates.optimizer, folder / _OPTIMIZER_FILE)
     if run.updates.average is not None:
         run.updates.average.load(folder / _AVERAGE_FILE)
@@ -172,8 +172,8 @@ def _restore(run: "Algorithm", folder: Path, state: Mapping[str, Any]) -> None:
         policy.load_weights(folder / name)
 
 
-def _told_apart_by(env: TorchVectorEnv) -> dict[str, Any]:
-    """Return what tells an environment from others, where what it was made with does not: names may be left out."""
+def _identity_of(env: TorchVectorEnv) -> dict[str, Any]:
+    """Return an environment's identity beyond the arguments that it was made with, which may lack names."""
     texts = list(env.prompts)
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     return {
@@ -186,14 +186,14 @@ def _told_apart_by(env: TorchVectorEnv) -> dict[str, Any]:
 
 
 def _warn_of_changes(folder: Path, state: Mapping[str, Any], env: TorchVectorEnv) -> None:
-    """Warn of what changes results, and differs from the environment that a run was saved in."""
+    """Warn of differences to the environment that a run was saved in, where they change results."""
     defaults = {name: argument.default for name, argument in inspect.signature(type(env)).parameters.items()}
-    now_apart = _told_apart_by(env)
+    identity_now = _identity_of(env)
     before, now = (
-        {name: value for name, value in {**defaults, **settings}.items() if name not in _WITHOUT_EFFECT} | apart
-        for settings, apart in (
-            (state["environment"], state.get("told_apart_by", now_apart)),
-            (environment_settings(env), now_apart),
+        {name: value for name, value in {**defaults, **settings}.items() if name not in _WITHOUT_EFFECT} | identity
+        for settings, identity in (
+            (state["environment"], state.get("told_apart_by", identity_now)),
+            (environment_settings(env), identity_now),
         )
     )
     changes = [

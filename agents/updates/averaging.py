@@ -22,7 +22,7 @@ class WeightAverage:
     tenth of the updates. (`EMAModel` with update_after_step=0, min_decay=0 and use_ema_warmup=False.)
 
     Args:
-        parameters: What is averaged.
+        parameters: The parameters to average.
         decay: The largest d, in (0, 1).
 
     Attributes:

@@ -1,9 +1,9 @@
 """Many processes that train one policy, launched by Hugging Face accelerate: each draws a share of every rollout.
 
-Their number changes nothing but the speed. All sizes are those of all processes together. What is small (rewards,
-prompts, which steps count) is gathered from all, in one order, so that every process computes the same advantages and
-the same shuffles; what is large (latents, embeddings) stays where it was drawn, and whoever has it goes backward over
-it. Gradients are summed before they are clipped.
+Their number changes nothing but the speed. All sizes are those of all processes together. Small data (rewards, prompts,
+the mask of steps) are gathered from all, in one order, so that every process computes the same advantages and the same
+shuffles. Large data (latents, embeddings) stay in the process that drew them, which computes their gradients. Gradients
+are summed before they are clipped.
 """
 
 import logging
@@ -29,7 +29,7 @@ _PATIENCE = 20.0  # seconds until it is said that somebody is missing
 
 
 def _launched() -> int:
-    """Return how many processes a launcher started with this one, by its environment variables."""
+    """Return the number of processes that a launcher started, this one included, by its environment variables."""
     size = os.environ.get("WORLD_SIZE") or "1"
     missing = [name for name in _BESIDE_WORLD_SIZE if not os.environ.get(name)]
     if not size.isdigit() or (size != "1" and missing):
@@ -54,15 +54,15 @@ def _say_who_is_missing(launched: int) -> None:
 
 @final
 class Processes:
-    """This process among those that were launched together; alone, every method returns what it was given.
+    """This process among those that were launched together; alone, every method returns its argument.
 
-    The first one that is made joins the group, which the launcher tells of by `WORLD_SIZE`: `accelerate launch`,
-    `torchrun`. Every process has to call the methods, in the same order.
+    The first object that is made joins the group of the launcher (`accelerate launch`, `torchrun`), whose size is
+    `WORLD_SIZE`. Every process has to call the methods, in the same order.
 
     Attributes:
-        rank: Which one this is, from 0.
-        count: How many there are.
-        device: Where accelerate wants this one to compute; None alone.
+        rank: The index of this process, from 0.
+        count: The number of processes.
+        device: The device that accelerate gave to this process; None alone.
 
     Raises:
         RuntimeError: `WORLD_SIZE` is no number, or there without what else a launcher sets; or accelerate does not see
@@ -79,13 +79,13 @@ class Processes:
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (
             torch.cuda.is_available() or torch.xpu.is_available()
         )
-        lonely = threading.Timer(_PATIENCE, _say_who_is_missing, [launched])
-        lonely.daemon = True
-        lonely.start()
+        reminder = threading.Timer(_PATIENCE, _say_who_is_missing, [launched])
+        reminder.daemon = True
+        reminder.start()
         try:
             state = PartialState(cpu=on_cpu)
         finally:
-            lonely.cancel()
+            reminder.cancel()
         if state.num_processes != launched:
             raise RuntimeError(
                 f"WORLD_SIZE is {launched}, but accelerate sees {state.num_processes} process: create Processes() "
@@ -100,7 +100,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, total: int) -> range:
-        """Return which of `total` things are this process's: a contiguous range, of all processes about as many."""
+        """Return this process's share of `total` things: a contiguous range, about as long in every process."""
         return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
     def wait(self) -> None:
@@ -112,13 +112,13 @@ class Processes:
         """Return the values of all processes, equal in shape, one after the other along the first dimension."""
         if self.count == 1:
             return values
-        own = values.to(self.device).contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(parts, own)
+        local_values = values.to(self.device).contiguous()
+        parts = [torch.empty_like(local_values) for _ in range(self.count)]
+        dist.all_gather(parts, local_values)
         return torch.cat(parts).to(values.device)
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """Return the values of all processes, [M], of which each may have another number."""
+        """Return the values of all processes, [M]; their numbers may differ between processes."""
         if self.count == 1:
             return values
         sizes = self.gather(torch.tensor([len(values)])).tolist()
@@ -155,10 +155,10 @@ class Processes:
         """
         if self.device is None or not parameters:
             return
-        found = parameters[0].device
-        if found.type != self.device.type or (found.index or 0) != (self.device.index or 0):
+        policy_device = parameters[0].device
+        if policy_device.type != self.device.type or (policy_device.index or 0) != (self.device.index or 0):
             raise ValueError(
-                f"process {self.rank} is to compute on {self.device}, but its policy is on {found}: make the "
+                f"process {self.rank} is to compute on {self.device}, but its policy is on {policy_device}: make the "
                 "environment with device=Processes().device"
             )
         for parameter in parameters:
@@ -170,28 +170,30 @@ class Processes:
             return
         bucket: list[nn.Parameter] = []
         for parameter in parameters:
-            if bucket and sum(one.numel() for one in bucket) + parameter.numel() > _BUCKET:
+            if bucket and sum(member.numel() for member in bucket) + parameter.numel() > _BUCKET:
                 self._sum_bucket(bucket)
                 bucket = []
             bucket.append(parameter)
         self._sum_bucket(bucket)
 
     def _sum_bucket(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients of some parameters at once, and how many processes have each."""
-        there = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
-        own = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-        flat = torch.cat([there, *(gradient.float().flatten() for gradient in own)])
+        """Replace the gradients of some parameters by their sums, with one exchange between the processes."""
+        has_gradient = torch.tensor(
+            [float(weight.grad is not None) for weight in parameters], device=parameters[0].device
+        )
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in parameters]
+        flat = torch.cat([has_gradient, *(gradient.float().flatten() for gradient in gradients)])
         dist.all_reduce(flat)
-        counts, *sums = flat.split([len(parameters), *(one.numel() for one in parameters)])
+        counts, *sums = flat.split([len(parameters), *(weight.numel() for weight in parameters)])
         for parameter, count, total in zip(parameters, counts.tolist(), sums, strict=True):
             parameter.grad = total.view_as(parameter).to(parameter.dtype) if count else None
 
 
 def gathered(rollout: Rollout, processes: Processes) -> Rollout:
-    """Return the rollout of all processes: small things are all there, observations and actions this process's alone.
+    """Return the rollout of all processes: small data of all, observations and actions of this process alone.
 
     Args:
-        rollout: What this process drew; all drew as many episodes.
+        rollout: The rollout of this process; all drew as many episodes.
         processes: The processes.
     """
     if processes.count == 1:
@@ -214,7 +216,7 @@ def gathered(rollout: Rollout, processes: Processes) -> Rollout:
         prompt_id=on_the_host(rollout.prompt_id),
         extras={name: processes.gather(values) for name, values in rollout.extras.items()},
         ends=processes.gather(rollout.ends),
-        # The first episodes are the main process's; only if it has too few of them are others' images wanted.
+        # The first episodes are the main process's: others' images are needed only if it has too few.
         images=processes.gather(rollout.images) if len(rollout.images) == rollout.num_episodes else rollout.images,
         first_episode=processes.rank * rollout.num_episodes,
     )

@@ -1,4 +1,4 @@
-"""What stands between a loss and the optimizer: fp16's loss scale, and what becomes of numbers that are not finite."""
+"""The guard between a loss and the optimizer: fp16's loss scale, and the treatment of numbers that are not finite."""
 
 import warnings
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ class GradientGuard:
     update is left out and the scale halved. Below a scale of 1 it is not the scale that makes the gradient overflow.
 
     Args:
-        device: Where the losses are.
-        on_nonfinite: What a loss or a gradient that is NaN or infinite leads to: "raise", or "skip" with a warning.
+        device: The device of the losses.
+        on_nonfinite: The consequence of a loss or gradient that is NaN or infinite: "raise", or "skip" with a warning.
         scale_losses: The arithmetic is in fp16.
 
     Attributes:
@@ -54,7 +54,7 @@ class GradientGuard:
         """Make an optimizer's step if all is finite, and clear its gradient; return whether it was made.
 
         Args:
-            optimizer: Whose gradient was accumulated.
+            optimizer: The optimizer, whose gradient was accumulated.
             norm: The norm of its gradient.
             where: The place in the training, for the message.
 
@@ -91,7 +91,7 @@ class GradientGuard:
         warnings.warn(message, stacklevel=4)
 
     def counts(self) -> dict[str, Tensor]:
-        """Return how many updates were left out so far, as scalars to log, where that can be."""
+        """Return the numbers of updates left out so far, as scalars to log; only those that can be above 0."""
         counts = {"skipped_updates": self.num_skipped} if self.on_nonfinite == "skip" else {}
         if self.scaler.is_enabled():
             counts["overflowed_updates"] = self.num_overflows

@@ -16,16 +16,16 @@ OnNonfinite = Literal["raise", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Part, ABC):
-    """How a gradient becomes new weights; the learning rate is the algorithm's.
+    """The rule by which a gradient changes the weights; the learning rate is the algorithm's.
 
     Args:
-        weight_decay: Of all weights.
+        weight_decay: The weight decay of all weights.
         betas: AdamW's β₁ and β₂; the first is Muon's momentum too.
         epsilon: AdamW's ε.
-        warmup_updates: So many first updates have 1/n, 2/n … of the learning rate, for Adam knows little then of the
-            gradient's size.
+        warmup_updates: The number n of first updates, which have 1/n, 2/n … of the learning rate, for Adam knows little
+            then of the gradient's size.
         max_grad_norm: The gradient is clipped to this norm; None: not at all.
-        on_nonfinite: What an update whose loss or gradient is NaN or infinite does, before it touches the weights:
+        on_nonfinite: The consequence of a loss or gradient that is NaN or infinite, before it touches the weights:
             "raise", or "skip" with a warning, counted as `train/skipped_updates`. With a policy in fp16, gradients that
             overflow because of the loss scale are no such case: torch's `GradScaler` skips them and halves the scale
             (`train/overflowed_updates`).
@@ -63,7 +63,7 @@ class Optimizer(Part, ABC):
         """Return torch's optimizer of some parameters."""
 
     def warmed(self, learning_rate: float, num_updates: int) -> float:
-        """Return the learning rate of the update that follows on `num_updates`."""
+        """Return the learning rate of the update that follows `num_updates` others."""
         return min(1.0, (num_updates + 1) / max(1, self.warmup_updates)) * learning_rate
 
 
@@ -136,10 +136,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
     https://arxiv.org/abs/2502.16982 (the scale).
 
     Args:
-        parameters: What is trained.
+        parameters: The parameters to train.
         lr: The learning rate of both.
-        betas: AdamW's; the first is Muon's momentum too.
-        weight_decay: Of both.
+        betas: AdamW's β₁ and β₂; the first is Muon's momentum too.
+        weight_decay: The weight decay of both.
         eps: AdamW's ε.
     """
 
@@ -154,15 +154,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(parameters, {"lr": lr})
         weights = self.param_groups[0]["params"]
-        self._matrices = {one: nn.Parameter(one.detach().flatten(1).clone()) for one in weights if one.ndim >= 2}
+        self._matrices = {
+            weight: nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights if weight.ndim >= 2
+        }
         self._parts: list[tuple[torch.optim.Optimizer, list[int]]] = []
         if self._matrices:
             scale: dict[str, Any] = {"momentum": betas[0], "adjust_lr_fn": "match_rms_adamw"}
             muon = torch.optim.Muon(self._matrices.values(), lr=lr, weight_decay=weight_decay, **scale)
-            self._parts.append((muon, [place for place, one in enumerate(weights) if one.ndim >= 2]))
-        if others := [one for one in weights if one.ndim < 2]:
+            self._parts.append((muon, [index for index, weight in enumerate(weights) if weight.ndim >= 2]))
+        if others := [weight for weight in weights if weight.ndim < 2]:
             adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-            self._parts.append((adamw, [place for place, one in enumerate(weights) if one.ndim < 2]))
+            self._parts.append((adamw, [index for index, weight in enumerate(weights) if weight.ndim < 2]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -178,11 +180,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
             matrix.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of both, by the parameters' places."""
+        """Return the state of both optimizers, by the parameters' indices."""
         parts = [(part.state_dict()["state"], places) for part, places in self._parts]
         groups = [{**self.param_groups[0], "params": list(range(len(self.param_groups[0]["params"])))}]
         return {
-            "state": {places[number]: one for state, places in parts for number, one in state.items()},
+            "state": {places[number]: values for state, places in parts for number, values in state.items()},
             "param_groups": groups,
         }
 
@@ -191,5 +193,5 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups[0]["lr"] = state_dict["param_groups"][0]["lr"]
         state = state_dict["state"]
         for part, places in self._parts:
-            found = {number: state[place] for number, place in enumerate(places) if place in state}
-            part.load_state_dict({**part.state_dict(), "state": found})
+            part_state = {number: state[place] for number, place in enumerate(places) if place in state}
+            part.load_state_dict({**part.state_dict(), "state": part_state})

@@ -17,15 +17,15 @@ class Updates:
     """The updates of a run: `backward(loss)` as often as it takes, then `apply()`.
 
     Args:
-        parameters: What is trained.
+        parameters: The parameters to train.
         part: The optimizer that the algorithm was given.
-        learning_rate: Returns the learning rate of the next update, before it is warmed up.
-        processes: Those that train together.
+        learning_rate: A function that returns the learning rate of the next update, before it is warmed up.
+        processes: The processes that train together.
         scale_losses: The arithmetic is in fp16, where small gradients vanish unless the loss is scaled up.
-        where: Returns the place in the training, for errors.
+        where: A function that returns the place in the training, for errors.
 
     Attributes:
-        optimizer: torch's. Its `register_step_pre_hook` shows gradients as they are applied.
+        optimizer: The torch optimizer. Its `register_step_pre_hook` shows gradients as they are applied.
         guard: Counts the updates that were left out.
         average: The average of the weights; None: there is none.
         num_updates: Optimizer steps so far.
@@ -59,7 +59,7 @@ class Updates:
         return self.part.warmed(self._learning_rate(), self.num_updates)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate a loss's gradient: in the place of `loss.backward()`."""
+        """Accumulate a loss's gradient; it replaces `loss.backward()`."""
         self.guard.backward(loss)
 
     def apply(self) -> Tensor:
@@ -89,7 +89,7 @@ class Updates:
 
     @property
     def num_steps_around(self) -> int:
-        """Steps of the optimizer that somebody made without `apply`."""
+        """The number of steps of the optimizer that were made without `apply`."""
         return self._steps - self._applied
 
     def _count_step(self, *_: object) -> None:

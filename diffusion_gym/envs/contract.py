@@ -1,4 +1,4 @@
-"""What policies, algorithms and adapters may ask of a torch vector environment, whatever its dynamics."""
+"""The contract of a torch vector environment with policies, algorithms and adapters, whatever its dynamics."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -32,7 +32,7 @@ class TorchVectorEnv(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where observations, actions, rewards and flags are."""
+        """The device of observations, actions, rewards and flags."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,7 +48,7 @@ class TorchVectorEnv(Protocol):
 
     @property
     def reward(self) -> Reward:
-        """What the final images are rewarded by."""
+        """The reward of the final images."""
 
     @property
     def negative_prompt(self) -> str:
@@ -64,23 +64,23 @@ class TorchVectorEnv(Protocol):
 
     @property
     def max_steps(self) -> int | None:
-        """The most actions of an episode; None where `num_steps` says it."""
+        """The most actions of an episode; None where `num_steps` gives their number."""
 
     @property
     def autoreset_mode(self) -> AutoresetMode:
-        """What happens to a lane whose episode has ended; the same as `metadata["autoreset_mode"]`."""
+        """Gymnasium's mode of resetting lanes whose episode has ended; the same as `metadata["autoreset_mode"]`."""
 
     @property
     def constant_keys(self) -> frozenset[str]:
-        """The keys of the observation that do not change within an episode: of the prompt."""
+        """The keys of the observation that do not change within an episode: those of the prompt."""
 
     @property
     def large_keys(self) -> frozenset[str]:
-        """The keys of the observation that change and take memory: x_t and what the network says of it."""
+        """The keys of the observation that change and take memory: x_t and the network's features of it."""
 
     @property
     def action_is_next_latents(self) -> bool:
-        """Whether the latents that are observed after a step are its action."""
+        """Whether a step's action is the latents that are observed after it."""
 
     @property
     def reward_seconds(self) -> float:
@@ -92,7 +92,7 @@ class TorchVectorEnv(Protocol):
 
     @property
     def spec(self) -> EnvSpec | None:
-        """How `gym.make_vec` made it; None if it did not."""
+        """Gymnasium's record of the `gym.make_vec` call that made it; None if it was made otherwise."""
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -100,11 +100,11 @@ class TorchVectorEnv(Protocol):
 
     @property
     def single_observation_space(self) -> Dict:
-        """The observation of one lane."""
+        """The space of one lane's observation."""
 
     @property
     def single_action_space(self) -> Box:
-        """The action of one lane."""
+        """The space of one lane's action."""
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
@@ -135,5 +135,5 @@ class TorchVectorEnv(Protocol):
 
 
 def missing_members(env: object) -> list[str]:
-    """The members of `TorchVectorEnv` that an object lacks, sorted; none where it is one."""
+    """Return the members of `TorchVectorEnv` that an object lacks, sorted; none where it is one."""
     return sorted(member for member in get_protocol_members(TorchVectorEnv) if not hasattr(env, member))

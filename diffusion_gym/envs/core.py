@@ -53,11 +53,11 @@ if sys.platform != "win32":
 class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
     """Many lanes of one diffusion MDP on one device: a `TorchVectorEnv`, whose members it documents.
 
-    A subclass says what an action does (`_advance`), which lanes are through (`_finished`) and what is observed
-    beside the prompt and x_t (`_observe_time`); one that asks the denoiser itself also what begins with an episode
-    (`_on_reset`) and what is to be done before lanes are observed (`_before_observing`). Of the facts about itself it
-    states those that it changes: `num_steps` or `max_steps`, `action_is_next_latents`. See the concrete environments
-    for arguments and spaces.
+    A subclass defines the effect of an action (`_advance`), the lanes whose episode is over (`_finished`) and the
+    observations beside the prompt and x_t (`_observe_time`). One that asks the denoiser itself also sets up the lanes
+    of new episodes (`_on_reset`) and prepares observations (`_before_observing`). Of the facts about itself it states
+    those that it changes: `num_steps` or `max_steps`, `action_is_next_latents`. See the concrete environments for
+    arguments and spaces.
 
     Attributes:
         reward_seconds: It is counted from one wait for the device to the next, so it holds on a GPU too.
@@ -78,7 +78,7 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
     closed = True  # until it is made: there is nothing to close before
 
     def __init_subclass__(cls) -> None:
-        """Show the keywords that the constructor passes on to its bases, and their defaults, as its own."""
+        """Show the keywords that the constructor passes on to its bases, with their defaults, in its signature."""
         super().__init_subclass__()
         cls.__signature__ = signature_of(cls)
 
@@ -138,15 +138,15 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
 
     @abstractmethod
     def _finished(self) -> np.ndarray:
-        """Return which lanes have reached the end of their episode, [num_envs] bool."""
+        """Return the mask of lanes that have reached the end of their episode, [num_envs] bool."""
 
     @abstractmethod
     def _time_spaces(self) -> dict[str, Space]:
-        """Return the spaces of what `_observe_time` returns, for one lane."""
+        """Return the spaces of `_observe_time`'s observations, for one lane."""
 
     @abstractmethod
     def _observe_time(self) -> dict[str, np.ndarray]:
-        """Return where each lane stands in time, [num_envs, 1] float32 each."""
+        """Return the observations of each lane's time, [num_envs, 1] float32 each."""
 
     def _dtype(self) -> torch.dtype:
         """Return the precision of latents and actions: the model's."""
@@ -156,14 +156,17 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
         """Set up the lanes of the mask, [num_envs] bool, whose episodes have just been started."""
 
     def _before_observing(self) -> None:
-        """Do what is to be done before the lanes are observed; called once in a step, and in a reset."""
+        """Prepare the observation of the lanes; called once in a step, and once in a reset."""
 
     def _scored_by(self, lanes: np.ndarray) -> RewardOf:
-        """What gives the final images of these lanes [k] their raw rewards, wherever the lanes are by then."""
+        """Return the function that gives the final images of these lanes [k] their raw rewards.
+
+        It may be called later, when the lanes are in their next episode.
+        """
         return partial(checked_output, self.reward)
 
     def _episode_return(self, values: Tensor, num_steps: Tensor) -> Tensor:
-        """What lanes earn for their raw rewards [k] after so many steps [k]."""
+        """Return the episodes' returns [k], from their raw rewards [k] and numbers of steps [k]."""
         return values
 
     @torch.inference_mode(False)
@@ -299,7 +302,7 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
 
     @contextlib.contextmanager
     def deferred_rewards(self) -> Iterator[None]:
-        """Compute rewards in a thread within the block, for callers that know to wait for them.
+        """The context in which rewards are computed in a thread, for callers that wait for them.
 
         Where lanes end, `step` then returns rewards of 0 for them, and the info of their last step has, in the place of
         their rewards by name, `pending_rewards`: a future of both. A reward that learns sees images in the same order.
@@ -342,7 +345,7 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
             )
 
     def _score(self, ended: np.ndarray) -> Scores:
-        """The rewards of all lanes, and what to report of those that have just ended.
+        """Return the rewards of all lanes, and the info of those that have just ended.
 
         This is the one place in a step that waits for the device.
         """

@@ -1,4 +1,4 @@
-"""The lanes of a vector environment: what each holds, how it is seeded and started."""
+"""The lanes of a vector environment: their state, seeds and starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _OPTION_KEYS = ("prompt", "prompt_id", "latents", "reset_mask")
 
 
 def lane_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
-    """Return one seed per lane: seed + i, or the given ones, as torch's generators take them: modulo 2⁶⁴.
+    """Return one seed per lane: seed + i, or the i-th of a sequence; modulo 2⁶⁴, as torch's generators take them.
 
     Raises:
         ValueError: one is no integer or is negative, or there are several seeds, but not one per lane.
@@ -28,11 +28,11 @@ def lane_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> list[i
     if seed is None:
         return [None] * num_envs
     if not isinstance(seed, Sequence) or isinstance(seed, str):
-        first = checked_integer("seed", seed, at_least=0)
-        return [(first + lane) % 2**64 for lane in range(num_envs)]
+        base_seed = checked_integer("seed", seed, at_least=0)
+        return [(base_seed + lane) % 2**64 for lane in range(num_envs)]
     if len(seed) != num_envs:
         raise ValueError(f"seed must be an integer or one per lane ({num_envs}), got {len(seed)}")
-    return [None if one is None else checked_integer("seed", one, at_least=0) % 2**64 for one in seed]
+    return [None if lane_seed is None else checked_integer("seed", lane_seed, at_least=0) % 2**64 for lane_seed in seed]
 
 
 def lanes_to_reset(options: Mapping[str, Any] | None, *, num_envs: int) -> np.ndarray:
@@ -56,7 +56,7 @@ def lanes_to_reset(options: Mapping[str, Any] | None, *, num_envs: int) -> np.nd
 
 @dataclass(frozen=True)
 class ResetOptions:
-    """What a reset fixes of the new episodes; None leaves it to the lane's seed.
+    """The starting states that a reset fixes; None leaves one to the lane's seed.
 
     Args:
         texts: [num_envs] prompts.
@@ -87,8 +87,8 @@ class ResetOptions:
         texts, prompt_id = None, None
         if "prompt" in options:
             texts = _per_lane(options["prompt"], str, num_envs, "prompt")
-            known = {text: index for index, text in enumerate(prompts)}
-            prompt_id = np.array([known.get(text, -1) for text in texts], dtype=np.int64)
+            index_of = {text: index for index, text in enumerate(prompts)}
+            prompt_id = np.array([index_of.get(text, -1) for text in texts], dtype=np.int64)
         elif "prompt_id" in options:
             ids = _per_lane(options["prompt_id"], int | np.integer, num_envs, "prompt_id")
             if not all(0 <= index < len(prompts) for index in ids):
@@ -118,7 +118,11 @@ def _per_lane(value: Any, kind: type | object, num_envs: int, name: str) -> list
     if isinstance(value, Tensor | np.ndarray):
         value = _as_array(value).tolist()
     values = [value] * num_envs if isinstance(value, kind) else value  # type: ignore[arg-type]
-    if not isinstance(values, Sequence) or len(values) != num_envs or not all(isinstance(v, kind) for v in values):  # type: ignore[arg-type]
+    if (
+        not isinstance(values, Sequence)
+        or len(values) != num_envs
+        or not all(isinstance(item, kind) for item in values)  # type: ignore[arg-type]
+    ):
         raise ValueError(f"reset option {name!r} must be one value, or one per lane ({num_envs}), got {value!r}")
     return list(values)
 
@@ -179,17 +183,17 @@ class Lanes:
             drawn, lane_noise = self._draw(generator)
             noise.append(lane_noise)
             self.prompt_id[lane] = drawn if options.prompt_id is None else options.prompt_id[lane]
-            known = self.prompt_id[lane] >= 0
+            is_in_set = self.prompt_id[lane] >= 0
             self.texts[lane] = self._prompts[self.prompt_id[lane]] if options.texts is None else options.texts[lane]
-            self.prompt_metadata[lane] = self._prompts.metadata[self.prompt_id[lane]] if known else {}
+            self.prompt_metadata[lane] = self._prompts.metadata[self.prompt_id[lane]] if is_in_set else {}
         index = transfer.to_device(lanes, self._model.device)
         latents = transfer.to_device(torch.stack(noise) * self._initial_std, self._model.device).to(self._dtype)
         if options.latents is not None:
             latents = options.latents[index].to(self._dtype)
         finite = torch.ones(len(lanes), dtype=torch.bool, device=self._model.device)
-        every = len(lanes) == len(self.step)
-        self.latents = latents.clone() if every else self.latents.index_copy(0, index, latents)
-        self.finite = finite if every else self.finite.index_copy(0, index, finite)
+        is_every_lane = len(lanes) == len(self.step)
+        self.latents = latents.clone() if is_every_lane else self.latents.index_copy(0, index, latents)
+        self.finite = finite if is_every_lane else self.finite.index_copy(0, index, finite)
         self.step[mask] = 0
         self.ended[mask] = False
         self._conditioning = {}

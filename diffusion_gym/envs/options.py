@@ -1,4 +1,4 @@
-"""What environments can be told, and what is made of it."""
+"""The options of environments: their types, checks and conversions."""
 
 import copy
 import os
@@ -22,15 +22,15 @@ RewardSource = str | Reward | Mapping[str, float]
 
 
 def to_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
-    """Return Gymnasium's autoreset mode of its value ("SameStep"), its name ("SAME_STEP") or itself.
+    """Return Gymnasium's autoreset mode, given by its value ("SameStep"), by its name ("SAME_STEP") or as itself.
 
     Raises:
         ValueError: there is no such mode.
     """
-    for known in AutoresetMode:
-        if mode in (known, known.value, known.name):
-            return known
-    raise ValueError(f"autoreset_mode must be one of {[known.name for known in AutoresetMode]}, got {mode!r}")
+    for member in AutoresetMode:
+        if mode in (member, member.value, member.name):
+            return member
+    raise ValueError(f"autoreset_mode must be one of {[member.name for member in AutoresetMode]}, got {mode!r}")
 
 
 def resolve_model(
@@ -41,31 +41,31 @@ def resolve_model(
     image_size: int | None,
     variant: str | None,
 ) -> DiffusionModel:
-    """Return the model, loaded; or, checked, a loaded one.
+    """Return the loaded model; one that is loaded already is checked against the other arguments.
 
     Raises:
-        ValueError: the loaded one is not what the other arguments ask for.
+        ValueError: it does not fit them.
     """
     if not isinstance(model, DiffusionModel):
         return load_model(
             model, device=device or "cpu", dtype=dtype or "float32", image_size=image_size, variant=variant
         )
-    wanted = {
+    requests = {
         "device": (None if device is None else to_device(device), model.device),
         "dtype": (None if dtype is None else to_dtype(dtype), model.dtype),
         "image_size": (image_size, model.image_shape[1]),
         "variant": (variant, model.variant),
     }
-    for name, (asked, loaded) in wanted.items():
-        if asked is not None and asked != loaded:
+    for name, (requested, loaded) in requests.items():
+        if requested is not None and requested != loaded:
             raise ValueError(
-                f"{name}={asked} differs from the loaded model's {loaded}: leave it out, or load_model anew"
+                f"{name}={requested} differs from the loaded model's {loaded}: leave it out, or load_model anew"
             )
     return model
 
 
 def signature_of(environment: type, *, without: Collection[str] = ()) -> Signature:
-    """The signature of an environment's class: all that it takes, its bases' keywords among it, with their defaults.
+    """Return the signature of an environment's class, with the keywords of its bases and their defaults.
 
     Args:
         environment: The class, whose constructor passes on to its base what it does not take itself.
@@ -80,7 +80,7 @@ def signature_of(environment: type, *, without: Collection[str] = ()) -> Signatu
 
 
 def as_json_can_hold(spec: EnvSpec | None) -> EnvSpec | None:
-    """Return a spec with the keywords that are names or numbers as such, so that `spec.to_json()` works."""
+    """Return a spec whose keywords JSON can hold where they stand for names or numbers: `spec.to_json()` works then."""
     if spec is None:
         return None
     plain: dict[str, object] = {}
@@ -105,7 +105,7 @@ class HasSpec:
 
     @property
     def spec(self) -> EnvSpec | None:
-        """How `gym.make` or `gym.make_vec` made it; None if neither did."""
+        """Gymnasium's record of the call that made it; None if it was made otherwise."""
         return self._spec
 
     @spec.setter
@@ -114,10 +114,10 @@ class HasSpec:
 
 
 def refuse_vector_options(options: Mapping[str, object]) -> None:
-    """Do nothing where a single environment was given none of what only vector environments take.
+    """Check that a single environment was given no option that only vector environments take.
 
     Raises:
-        TypeError: it was.
+        TypeError: it was given one.
     """
     for name in {"num_envs", "autoreset_mode"} & options.keys():
         raise TypeError(f"{name} is an argument of gym.make_vec: an environment of gym.make is one lane, reset by hand")
@@ -140,6 +140,6 @@ class EnvOptions(TypedDict, total=False):
 
 
 class VectorEnvOptions(EnvOptions, total=False):
-    """Those of a vector environment."""
+    """The keywords that every vector environment takes."""
 
     autoreset_mode: AutoresetMode | str

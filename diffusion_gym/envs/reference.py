@@ -1,4 +1,4 @@
-"""The many-step sample from the same noise, as the measure of a sample that took few steps."""
+"""The distance of a sample that took few steps to the many-step sample from the same noise."""
 
 import hashlib
 from collections import OrderedDict
@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .. import transfer
 from ..checks import checked_integer
@@ -26,14 +27,14 @@ _Key = tuple[str, str, float, int, bytes]
 class ReferenceDistance(Reward):
     """−mean squared error between an image in [0, 1] and the one that `num_steps` uniform steps make of its noise.
 
-    Only an environment knows the noise, so it asks `distance`; as a reward of images alone it raises. References are
-    remembered by all that they depend on: lanes and episodes that start from the same noise share one.
+    Only an environment knows the noise, so it calls `distance`; a call as a reward of images alone raises. References
+    are remembered by all that they depend on: lanes and episodes that start from the same noise share one.
 
     Args:
-        guidance_scale: With which references are sampled; None: the environment's.
+        guidance_scale: The guidance scale of references; None: the environment's.
         num_steps: Network calls of a reference.
-        root: −the root of that error instead, the distance itself. The squares of a few images that end up as another
-            image outweigh those of all others; roots are easier to learn from.
+        root: Take the negative root of that error, the distance itself. The squares of a few images that end up as
+            another image outweigh those of all others; roots are easier to learn from.
 
     Raises:
         ValueError: `num_steps` is no positive integer, or `guidance_scale` no guidance scale.
@@ -52,16 +53,17 @@ class ReferenceDistance(Reward):
         self._forget()
 
     def _forget(self) -> None:
-        self._known: WeakKeyDictionary[DiffusionModel, OrderedDict[_Key, Tensor]] = WeakKeyDictionary()
+        self._samples: WeakKeyDictionary[DiffusionModel, OrderedDict[_Key, Tensor]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_known"}
+        return {key: value for key, value in self.__dict__.items() if key != "_samples"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._forget()
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         raise TypeError("reference_distance compares with a sample from the same noise: only an environment knows it")
@@ -78,7 +80,7 @@ class ReferenceDistance(Reward):
         negative_prompt: str,
         guidance_scale: float,
     ) -> RewardOutput:
-        """The rewards [B] of images that the model made from this noise.
+        """Return the rewards [B] of images that the model made from this noise.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
@@ -91,7 +93,7 @@ class ReferenceDistance(Reward):
             guidance_scale: The environment's, for a reward that has none of its own.
         """
         scale = guidance_scale if self.guidance_scale is None else self.guidance_scale
-        known = self._known.setdefault(model, OrderedDict())
+        samples_of = self._samples.setdefault(model, OrderedDict())
         keys = [
             (
                 prompt,
@@ -102,17 +104,17 @@ class ReferenceDistance(Reward):
             )
             for prompt, row in zip(prompts, transfer.to_host(noise.float()), strict=True)
         ]
-        first = {key: row for row, key in enumerate(keys) if key not in known}
-        if first:
-            rows = torch.tensor(list(first.values()), device=noise.device)
-            chosen = {name: value[rows] for name, value in conditioning.items()}
+        missing = {key: row for row, key in enumerate(keys) if key not in samples_of}
+        if missing:
+            rows = torch.tensor(list(missing.values()), device=noise.device)
+            missing_conditioning = {name: value[rows] for name, value in conditioning.items()}
             grid = uniform_grid(model.schedule, self.num_steps)
-            samples = sample_latents(model, noise[rows], chosen, grid, guidance_scale=scale)
-            known.update(zip(first, samples, strict=True))
+            samples = sample_latents(model, noise[rows], missing_conditioning, grid, guidance_scale=scale)
+            samples_of.update(zip(missing, samples, strict=True))
         for key in keys:
-            known.move_to_end(key)
-        references = model.decode(torch.stack([known[key] for key in keys]))
-        while len(known) > _CACHED_SAMPLES:
-            known.popitem(last=False)
+            samples_of.move_to_end(key)
+        references = model.decode(torch.stack([samples_of[key] for key in keys]))
+        while len(samples_of) > _CACHED_SAMPLES:
+            samples_of.popitem(last=False)
         error = (images - references).square().flatten(1).mean(1)
         return RewardOutput(-(error.sqrt() if self.root else error))

@@ -1,4 +1,4 @@
-"""What lanes earn when they end: their images are decoded, checked and rewarded, at once or in a thread."""
+"""The rewards of lanes that end: their images are decoded, checked and rewarded, at once or in a thread."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ RewardOf = Callable[[Tensor, Sequence[str], Sequence[Metadata]], RewardOutput]
 """The raw rewards of images [k, 3, H, W], k prompts and their metadata."""
 
 Scores = tuple[Tensor, dict[str, Any]]
-"""The rewards of all lanes, [num_envs] float32, and what info says of those that ended."""
+"""The rewards of all lanes, [num_envs] float32, and the info of those that ended."""
 
 _OVERFLOW = (
     ". Weights may have diverged; in float16, numbers beyond 65504 overflow: bfloat16 and float32 do not "
@@ -40,12 +40,12 @@ class FinalImages:
 
     Args:
         lanes: [k] int64, the lanes.
-        index: The same on the device.
+        index: [k] int64, the lanes on the device.
         images: [k, 3, H, W] in [0, 1].
         valid: [k] bool: the image is finite, and so were the episode's actions.
         num_steps: [k] int64, the actions of each episode.
-        prompts: The prompt of each.
-        metadata: What the prompt set says of it.
+        prompts: The k prompts.
+        metadata: The prompts' metadata.
     """
 
     lanes: np.ndarray
@@ -58,19 +58,19 @@ class FinalImages:
 
 
 class _AtOnce(Executor):
-    """Runs what is submitted before it returns: its futures are done, and an error is raised where it happens."""
+    """An executor that runs a function when it is submitted: the future is done, and an error is raised at once."""
 
     def submit(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-        """The done future of what the function returns."""
+        """Return a future that already holds the function's result."""
         future: Future[_T] = Future()
         future.set_result(function(*args, **kwargs))
         return future
 
 
 class Scorer:
-    """Decodes the lanes that end and rewards their images, by way of a future in any case.
+    """Decodes the lanes that end and rewards their images.
 
-    The future is done when `submit` returns it; within `deferred()` it is a thread's.
+    Scores always come as a future: one that is done when `submit` returns it, or within `deferred()` a thread's.
 
     Args:
         lanes: The lanes.
@@ -99,7 +99,7 @@ class Scorer:
             self._executor, self._is_deferred = _AtOnce(), False
 
     def decode(self, ended: np.ndarray) -> FinalImages:
-        """The images of the lanes that have just ended, [num_envs] bool; waits for the device.
+        """Return the images of the lanes that have just ended, a mask [num_envs] bool; waits for the device.
 
         Raises:
             InvalidAction, ValueError: an action or an image is not finite, and `on_invalid_reward` is "raise".
@@ -119,7 +119,7 @@ class Scorer:
         )
 
     def _valid(self, lanes: np.ndarray, actions: Tensor, images: Tensor) -> np.ndarray:
-        """Which of the lanes had finite actions [k] and have a finite image [k], [k] bool on the host."""
+        """Return the mask of lanes that had finite actions [k] and have a finite image [k], [k] bool on the host."""
         finite_actions, finite_images = transfer.to_host(torch.stack([actions, images]))
         if self._raises and not finite_actions.all():
             raise InvalidAction(
@@ -136,7 +136,7 @@ class Scorer:
     def score(
         self, final: FinalImages, reward_of: RewardOf, episode_return: Callable[[Tensor, Tensor], Tensor]
     ) -> Scores:
-        """The rewards of all lanes and the entries of info; where deferred, 0 and `pending_rewards`: a future of both.
+        """Return all lanes' rewards and the entries of info; where deferred, 0 and their future, `pending_rewards`.
 
         The arguments are those of `submit`.
         """
@@ -147,18 +147,18 @@ class Scorer:
         if self._is_deferred:
             rewards = torch.zeros(self._num_envs, device=final.images.device, dtype=torch.float32)
             return rewards, info | {"pending_rewards": pending}
-        rewards, named = pending.result()
-        return rewards, info | named
+        rewards, reward_info = pending.result()
+        return rewards, info | reward_info
 
     def submit(
         self, final: FinalImages, reward_of: RewardOf, episode_return: Callable[[Tensor, Tensor], Tensor]
     ) -> Future[Scores]:
-        """The future of the scores of lanes that have ended; an image that is not valid is not shown to the reward.
+        """Return the future scores of lanes that have ended; an image that is not valid is not shown to the reward.
 
         Args:
             final: Their images.
-            reward_of: What gives the valid ones their raw rewards.
-            episode_return: What lanes earn for raw rewards [k] after so many steps [k].
+            reward_of: The function that gives the valid ones their raw rewards.
+            episode_return: The function from raw rewards [k] and numbers of steps [k] to the episodes' returns [k].
 
         Raises:
             ValueError: a reward is not finite, and `on_invalid_reward` is "raise". Where deferred, the future raises.
@@ -176,10 +176,10 @@ class Scorer:
         reward_of: RewardOf,
         episode_return: Callable[[Tensor, Tensor], Tensor],
     ) -> Scores:
-        """The scores, once the reward is asked about the valid lanes, whose images these are."""
+        """Return the scores: the reward is asked about the valid lanes, whose images these are."""
         lanes, valid = final.lanes, final.valid
         output, finite = self._asked(final, images, reward_of)
-        asked, invalid, steps = (
+        rewarded_lanes, invalid_lanes, steps = (
             transfer.to_device(values, images.device)
             for values in (lanes[valid], lanes[~finite], final.num_steps[valid])
         )
@@ -188,14 +188,16 @@ class Scorer:
         failed = np.zeros_like(ended)
         failed[lanes[~finite]] = True
         info: dict[str, Any] = {"reward_invalid": failed, "_reward_invalid": ended}
-        rewards = self._of_lanes(episode_return(output.values.float(), steps), asked)
+        rewards = self._of_lanes(episode_return(output.values.float(), steps), rewarded_lanes)
         for key, values in {**output.extras, self._name: output.values}.items():
-            info[f"reward/{key}"] = self._of_lanes(values.float(), asked).index_fill_(0, invalid, torch.nan)
+            info[f"reward/{key}"] = self._of_lanes(values.float(), rewarded_lanes).index_fill_(
+                0, invalid_lanes, torch.nan
+            )
             info[f"_reward/{key}"] = ended
-        return rewards.index_fill_(0, invalid, torch.nan), info
+        return rewards.index_fill_(0, invalid_lanes, torch.nan), info
 
     def _asked(self, final: FinalImages, images: Tensor, reward_of: RewardOf) -> tuple[RewardOutput, np.ndarray]:
-        """What the reward says of the valid lanes, and which lanes have a finite reward, [k] bool; a wait."""
+        """Return the reward's output for the valid lanes, and the mask of finite rewards, [k] bool. It waits."""
         finite = final.valid.copy()
         if not finite.any():
             return RewardOutput(images.new_zeros(0, dtype=torch.float32)), finite
@@ -210,5 +212,5 @@ class Scorer:
         return output, finite
 
     def _of_lanes(self, values: Tensor, lanes: Tensor) -> Tensor:
-        """What some lanes have, [k, ...], as an entry per lane, [num_envs, ...]: 0 for the others."""
+        """Return the values of some lanes, [k, ...], as one per lane, [num_envs, ...]: 0 for the others."""
         return values.new_zeros((self._num_envs, *values.shape[1:])).index_copy_(0, lanes, values)

@@ -1,4 +1,4 @@
-"""One lane of a vector environment, seen as a numpy environment."""
+"""One lane of a vector environment as a numpy environment."""
 
 import copy
 import inspect
@@ -34,7 +34,7 @@ class DiffusionEnv(HasSpec, gym.Env[dict[str, np.ndarray], np.ndarray]):
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, *, lane_of: type[DiffusionVectorEnv] | None = None) -> None:
-        """Show the keywords of the vector environment as those of the single one.
+        """Show the vector environment's keywords in the signature of the single one.
 
         Args:
             lane_of: The vector environment; None: that of the base.

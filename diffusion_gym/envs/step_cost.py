@@ -1,4 +1,4 @@
-"""What an episode's network calls take from its reward."""
+"""The cost of an episode's network calls, taken from its reward."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,7 +22,7 @@ class StepCost:
     Source: Ye et al., 2024, "Schedule On the Fly" (discount), https://arxiv.org/abs/2412.01243.
 
     Args:
-        name: Which of the three.
+        name: One of the three costs above.
         gamma: γ in (0, 1] of "discount".
         weight: λ ≥ 0 of "linear", in the reward's unit per call.
 

@@ -34,7 +34,7 @@ LastStep = Literal["clean", "raw"]
 
 @dataclass(eq=False)
 class _Dynamics:
-    """What the denoiser said of each lane where it was asked last, and where the lane began.
+    """The denoiser's last prediction for each lane, and the noise that the lane began with.
 
     Args:
         noise: [B, C, H, W] x_T.
@@ -52,7 +52,7 @@ class _Dynamics:
 
     @classmethod
     def starting_from(cls, noise: Tensor, model: DiffusionModel) -> "_Dynamics":
-        """Those of lanes that all begin: the denoiser has not been asked."""
+        """Return the dynamics of lanes that all begin: the denoiser has not been asked."""
         size = len(noise)
         return cls(
             noise,
@@ -63,7 +63,7 @@ class _Dynamics:
         )
 
     def predict(self, index: Tensor, prediction: Prediction) -> None:
-        """Take over what the denoiser said, with features, of the lanes of the index."""
+        """Take over a prediction, with features, for the lanes of the index."""
         assert prediction.features is not None
         assert prediction.time_embedding is not None
         self.pred_x0 = self.pred_x0.index_copy(0, index, prediction.x0)
@@ -72,13 +72,13 @@ class _Dynamics:
         self.time_embedding = self.time_embedding.index_copy(0, index, prediction.time_embedding)
 
     def end(self, ended: Tensor) -> None:
-        """Show nothing of the lanes that have ended, [B] bool."""
+        """Set the features of the lanes that have ended, [B] bool, to 0."""
         self.features = self.features.masked_fill(ended.reshape(-1, 1, 1, 1), 0.0)
         self.time_embedding = self.time_embedding.masked_fill(ended[:, None], 0.0)
 
 
 class TimePredictionOptions(EnvOptions, total=False):
-    """The keywords of a single `TimePredictionEnv`, which says what they mean."""
+    """The keywords of a single `TimePredictionEnv`, which explains them."""
 
     max_steps: int
     guidance_scale: float | None
@@ -124,7 +124,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
         reference_steps: int = REFERENCE_STEPS,
         **options: Unpack[VectorEnvOptions],
     ) -> None:
-        own: dict[str, Any] = {
+        keywords: dict[str, Any] = {
             "max_steps": max_steps,
             "guidance_scale": guidance_scale,
             "t_min": t_min,
@@ -135,7 +135,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
             "allow_negative": allow_negative,
             "reference_steps": reference_steps,
         }
-        EzPickle.__init__(self, num_envs, **{**own, **options})
+        EzPickle.__init__(self, num_envs, **{**keywords, **options})
         self.max_steps: int = checked_integer("max_steps", max_steps, at_least=1)
         if last_step not in get_args(LastStep):
             raise ValueError(f"last_step must be one of {get_args(LastStep)}, got {last_step!r}")
@@ -164,7 +164,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
         schedule = self.model.schedule
         self._start_time = schedule.start_time
         self._start_ratio = float(schedule.noise_ratio(torch.tensor([self._start_time], dtype=torch.float64)))
-        # Its end is the noise ratio at the start.
+        # Above the noise ratio at the start, an episode would end before its first step.
         self.t_min = checked_number(
             "t_min", schedule.min_noise_ratio if t_min is None else t_min, f"(0, {self._start_ratio:.6g})"
         )
@@ -255,7 +255,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
         return self._through
 
     def _before_observing(self) -> None:
-        """Ask the denoiser about the lanes that stand where it has not been asked yet."""
+        """Ask the denoiser about the lanes that have moved since it was asked last."""
         lanes = np.flatnonzero(self._unseen)
         if not len(lanes):
             return
@@ -288,7 +288,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
 
     @contextlib.contextmanager
     def deferred_rewards(self) -> Iterator[None]:
-        """As in the base; but the distance to a reference is computed at once: it asks the denoiser that lanes ask."""
+        """The base's context; but the distance to a reference is computed at once, because lanes use its denoiser."""
         is_reference = isinstance(self.reward, ReferenceDistance)
         with contextlib.nullcontext() if is_reference else super().deferred_rewards():
             yield

@@ -1,4 +1,4 @@
-"""What an environment or a policy asks of a diffusion model, and the way to load one.
+"""The contract that environments and policies have with a diffusion model, and `load_model`.
 
 Classifier-free guidance lives here, once, for every family of models.
 """
@@ -45,20 +45,20 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Make tensors that a later training can use, whatever mode the caller is in."""
+    """The context in which new tensors can be trained on later, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def _state_of(network: nn.Module) -> list[tuple[str, int, int]]:
-    """Return what changes when a network's weights are changed, replaced or moved."""
+    """Return the name, address and version of each tensor: they differ once a weight is changed, replaced or moved."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
     return [(name, tensor.data_ptr(), tensor._version) for name, tensor in tensors]
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a denoiser says of x_t.
+    """A denoiser's prediction at x_t.
 
     Args:
         x0: [B, C, H, W] the clean latents x̂_0, at least float32.
@@ -82,26 +82,26 @@ class DiffusionModel(ABC):
     and its settings, and never asks the Hub.
 
     Args:
-        source: What `load_model` was given: a name, a folder (from the root) or a Hub id.
-        path: The diffusers folder that it was found in.
-        device: Where the networks are and where all results are.
+        source: The source that `load_model` was given: a name, a folder (from the root) or a Hub id.
+        path: The diffusers folder behind the source.
+        device: The device of the networks and of all results.
         dtype: The frozen denoiser's precision. Text encoder and image decoder stay in float32.
-        default_guidance_scale: The guidance scale of policies that name none.
+        default_guidance_scale: The guidance scale of policies that are given none.
 
     Attributes:
         revision: The Hub's branch, tag or commit that was asked for.
         variant: The variant of the weights that was asked for.
         schedule: The noise process.
-        prediction_type: What the denoiser predicts.
+        prediction_type: The quantity that the denoiser predicts.
         latent_shape: [C, H, W] of one sample's latents.
         image_shape: [3, H, W] of one image.
         feature_shape: [2C', h', w'] of one sample's features, h' and w' at most 16.
         time_embedding_size: E, the length of the denoiser's time embedding.
         denoiser_folder: The denoiser's subfolder in the diffusers layout.
         lora_targets: Names of the layers that LoRA adapts unless told otherwise.
-        guidance: How a prompt is given weight. "classifier_free": by two passes, one of them told the negative prompt.
-            "embedded": the network is told the scale, and there is no negative prompt.
-        default_prompts: The prompts of environments that name none: a prompt set's name, or texts.
+        guidance: The way in which a prompt is given weight. "classifier_free": by two passes, one of them with the
+            negative prompt. "embedded": the network is told the scale, and there is no negative prompt.
+        default_prompts: The prompts of environments that are given none: a prompt set's name, or texts.
     """
 
     revision: str | None = None
@@ -143,22 +143,22 @@ class DiffusionModel(ABC):
     def _model_output(
         self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
-        """The network's raw output for one pass over a batch.
+        """Return the network's raw output for one pass over a batch.
 
         Args:
             network: The denoiser.
             latents: [B, C, H, W] x_t.
             t: [B] the time of each sample.
             conditioning: [B, ...] each, without negatives.
-            guidance_scale: What a network with embedded guidance is told. One with classifier-free guidance ignores it:
-                `denoise` guides.
+            guidance_scale: The scale that a network with embedded guidance is told. One with classifier-free guidance
+                ignores it: `denoise` guides.
         """
 
     @abstractmethod
     def _model_features(
         self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The raw output, the features [B, 2C', h, w] and the time embedding [B, E] of one pass.
+        """Return the raw output, the features [B, 2C', h, w] and the time embedding [B, E] of one pass.
 
         The arguments are those of `_model_output`.
         """
@@ -187,12 +187,12 @@ class DiffusionModel(ABC):
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
         """Return the conditioning of prompts, for classifier-free guidance with the negative prompt beside it.
 
-        The prompts that were asked for last are remembered on the device, up to 256 MiB (1,134 of Stable Diffusion
-        1.5), so that what is encoded follows what is used and not the size of a prompt set.
+        The embeddings of the prompts asked for last are kept on the device, up to 256 MiB (1,134 of Stable Diffusion
+        1.5): only prompts that are used are encoded, however large the prompt set is.
 
         Args:
             prompts: The P texts.
-            negative_prompt: What the unconditional half of classifier-free guidance is told.
+            negative_prompt: The text of the unconditional half of classifier-free guidance.
 
         Returns:
             A dict of float32 tensors [P, ...] to read only: `prompt_embeds` …, with classifier-free guidance each with
@@ -225,7 +225,7 @@ class DiffusionModel(ABC):
         return conditioning
 
     def _rows_of(self, prompts: list[str]) -> dict[str, dict[str, Tensor]]:
-        """Return each prompt's own conditioning, [...] each; what was not asked for longest is then forgotten."""
+        """Return the conditioning of each prompt, [...] each, and forget those that were not asked for the longest."""
         misses = [prompt for prompt in prompts if prompt not in self._rows]
         if misses:
             encoded = self._encode(misses)
@@ -255,7 +255,7 @@ class DiffusionModel(ABC):
         denoiser: nn.Module | None = None,
         with_features: bool = False,
     ) -> Prediction:
-        """Return what a denoiser says of x_t, guided towards the prompt.
+        """Return a denoiser's prediction at x_t, guided towards the prompt.
 
         Classifier-free guidance is output(negative) + guidance_scale·(output(prompt) − output(negative)), and so for
         the features. A scale of at most 1 is no guidance, as in diffusers' pipelines: the prompt's own output, at half
@@ -358,26 +358,26 @@ def to_device(device: str | torch.device) -> torch.device:
         ValueError: there is no such device here.
     """
     try:
-        tried = torch.empty(0, device=device).device
+        usable = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f'device {device!r} cannot be used here ({error}): "cpu" always can') from error
-    return torch.device("cpu") if tried.type == "cpu" else tried
+    return torch.device("cpu") if usable.type == "cpu" else usable
 
 
 def to_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a floating-point torch dtype of its name ("float32", "bfloat16" …) or itself.
+    """Return a floating-point torch dtype, given by its name ("float32", "bfloat16" …) or as itself.
 
     Raises:
         ValueError: it is not the name of a floating-point dtype.
     """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ValueError(f'dtype must be a floating-point dtype such as "float32" or "bfloat16", got {dtype!r}')
-    return found
+    return torch_dtype
 
 
 def _find_folder(source: str | os.PathLike[str], revision: str | None, variant: str | None) -> Path:
-    """Return the diffusers folder behind a name, a folder or a Hub id; what the Hub has is downloaded to its cache."""
+    """Return the diffusers folder behind a name, a folder or a Hub id; a Hub's model is downloaded to its cache."""
     if source in _PACKAGED:
         return Path(str(files(__package__) / str(source)))
     folder = Path(source).expanduser().absolute()
@@ -419,7 +419,7 @@ def load_model(
 ) -> DiffusionModel:
     """Return a diffusion model; its networks load when they are first needed.
 
-    What can be known of its folder without reading the weights is checked at once.
+    The folder is checked at once, as far as it can be without reading the weights.
 
     Args:
         source: "emoji" or "mixture" (both come with the package and work offline: 64×64 emoji, and a Gaussian mixture
@@ -429,7 +429,7 @@ def load_model(
         dtype: The frozen denoiser's precision.
         image_size: Height and width in pixels; None: what the model was trained on.
         revision: The Hub's branch, tag or commit.
-        variant: Which files of weights to take where there are several, such as "fp16" for `model.fp16.safetensors`;
+        variant: The variant of the files of weights, such as "fp16" for `model.fp16.safetensors`;
             a network that has no such file is read from its plain one.
 
     Raises:

@@ -1,6 +1,6 @@
-"""diffusers' folders: their configurations, and whether the weights beside them are there, whole and of their shape.
+"""Checks of diffusers' folders: the configurations, and that the weights beside them are there, whole and in shape.
 
-All is known from the headers of the files: no weights are read.
+The headers of the files say all that is needed: no weights are read.
 """
 
 import json
@@ -36,7 +36,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, str | None]:
-    """Return a network's file of weights (or the index of its parts), and its variant: None where it has but the plain.
+    """Return a network's file of weights (or the index of its parts) and the file's variant, None for the plain file.
 
     Args:
         folder: The network's folder.
@@ -80,7 +80,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def empty_network(build: Callable[[], nn.Module], config: Path) -> nn.Module:
-    """Return a network without memory for its weights: what its configuration describes.
+    """Return the network that a configuration describes, without memory for its weights.
 
     Raises:
         ValueError: it describes none.
@@ -96,23 +96,23 @@ def empty_network(build: Callable[[], nn.Module], config: Path) -> nn.Module:
 
 
 def check_weights(network: nn.Module, weights: Path, *, prefix: str = "") -> None:
-    """Do nothing where a file holds all parameters of a network, in their shapes.
+    """Check that a file holds all parameters of a network, in their shapes.
 
     Args:
-        network: Such as `empty_network` returns.
-        weights: What `find_weights` returned.
-        prefix: What may stand before a parameter's name in the file.
+        network: A network, such as `empty_network` returns.
+        weights: The file that `find_weights` returned.
+        prefix: A prefix that parameters' names may have in the file.
 
     Raises:
         FileNotFoundError, ValueError: it does not.
     """
-    found: Mapping[str, tuple[int, ...]] = {key.removeprefix(prefix): shape for key, shape in _shapes(weights).items()}
+    shapes: Mapping[str, tuple[int, ...]] = {key.removeprefix(prefix): shape for key, shape in _shapes(weights).items()}
     for name, parameter in network.named_parameters():
         name = name.removeprefix(prefix)
-        old = name
+        old_name = name
         for before, after in _OLD_ATTENTION.items():
-            old = old.replace(after, before)
-        shape = found.get(name, found.get(old))
+            old_name = old_name.replace(after, before)
+        shape = shapes.get(name, shapes.get(old_name))
         if shape is None:
             raise ValueError(
                 f"{weights} lacks {name}, which config.json beside it describes: the two do not belong together"

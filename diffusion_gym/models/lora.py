@@ -1,4 +1,4 @@
-"""LoRA files: whole in diffusers' `load_lora_weights`, and in programs that read names and alphas and nothing else."""
+"""LoRA files that open whole in diffusers' `load_lora_weights`, and in programs that read only names and alphas."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,10 +49,10 @@ def _set(denoiser: nn.Module, layers: Mapping[str, Tensor], folder: Path) -> Non
 def save_unet_lora(denoiser: nn.Module, folder: Path) -> None:
     """Write a UNet's LoRA layers by kohya-ss's names, with an alpha for each layer.
 
-    So do the programs read them that do not read diffusers' metadata, and diffusers itself: whatever the layers are,
-    where attention's have one naming in diffusers' own files and all others another, of which it reads only one. Where
-    the installed diffusers does not know kohya-ss's name of a layer the file has peft's names, and the alpha stands in
-    its metadata.
+    Programs that do not read diffusers' metadata read these names, and so does diffusers itself, for all layers. (Its
+    own files name attention's layers one way and all others another, and it reads only one of the two.) Where the
+    installed diffusers does not know kohya-ss's name of a layer, the file has peft's names, and the alpha stands in its
+    metadata.
     """
     layers = _layers(denoiser)
     named = _kohya(layers, _config(denoiser).lora_alpha)
@@ -68,17 +68,17 @@ def save_unet_lora(denoiser: nn.Module, folder: Path) -> None:
 def load_unet_lora(denoiser: nn.Module, folder: Path) -> None:
     """Read what `save_unet_lora` wrote, or a file by diffusers' names; the errors are those of `load_lora`."""
     file = folder / _LORA_FILE
-    found = read_weights(file)
-    if not any(name.startswith(_UNET) for name in found):
-        return _set(denoiser, _from_diffusers(found), folder)
+    weights = read_weights(file)
+    if not any(name.startswith(_UNET) for name in weights):
+        return _set(denoiser, _from_diffusers(weights), folder)
     alpha = _config(denoiser).lora_alpha
     expected = _kohya(_layers(denoiser), alpha)
-    require_weights(found, expected, file=file, owner="this denoiser's LoRA layers")
-    alphas = {float(found[name]) for name in found if name.endswith(".alpha")}
+    require_weights(weights, expected, file=file, owner="this denoiser's LoRA layers")
+    alphas = {float(weights[name]) for name in weights if name.endswith(".alpha")}
     if alphas != {float(torch.tensor(alpha, dtype=torch.float32))}:
         raise ValueError(f"{file} has lora_alpha {sorted(alphas)}, this denoiser's LoRA layers {alpha}")
     names = {_kohya_name(name): name for name in _layers(denoiser)}
-    return _set(denoiser, {names[name]: found[name] for name in found if name in names}, folder)
+    return _set(denoiser, {names[name]: weights[name] for name in weights if name in names}, folder)
 
 
 def _kohya_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A Gaussian mixture as a diffusion model: all of it is known in closed form, and a step takes microseconds."""
+"""A Gaussian mixture as a diffusion model: everything is known in closed form, and a step takes microseconds."""
 
 import json
 import math
@@ -15,6 +15,7 @@ from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..naming import unknown_name
 from ..schedules import as_float
@@ -32,7 +33,7 @@ _IMAGE_CHANNELS = 3
 
 
 def _check_components(means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float]) -> None:
-    """Do nothing where these are the components of a mixture.
+    """Check that means, standard deviations and weights describe a mixture.
 
     Raises:
         ValueError: they are not.
@@ -49,7 +50,7 @@ def _check_components(means: Sequence[Sequence[float]], stds: Sequence[float], w
 
 
 class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """ε̂ of a Gaussian mixture, exactly, plus a small network whose last layer starts at zero: what is trained.
+    """The exact ε̂ of a Gaussian mixture, plus a small trainable network whose last layer starts at zero.
 
         p(x_0) = Σ_k w_k·N(m_k, s_k²·I)    p(x_t) = Σ_k w_k·N(α·m_k, v_k·I),  v_k = α²·s_k² + σ²
         E[x_0|x_t] = Σ_k p(k|x_t)·(m_k + α·s_k²/v_k·(x_t − α·m_k))    ε̂ = (x_t − α·E[x_0|x_t])/σ
@@ -180,7 +181,7 @@ class MixtureModel(DiffusionModel):
 
     @cached_property
     def denoiser(self) -> MixtureDenoiser:
-        """The frozen denoiser: exact."""
+        """The frozen denoiser, which is exact."""
         _, variant = find_weights(self.path / self.denoiser_folder, "diffusion_pytorch_model", self.variant)
         with outside_inference_mode():
             denoiser = MixtureDenoiser.from_pretrained(self.path, subfolder=self.denoiser_folder, variant=variant)
@@ -209,7 +210,7 @@ class MixtureModel(DiffusionModel):
         return (as_float(self.denoiser.centres)[component] + spread * noise)[:, :, None, None]
 
     def positions(self, images: Tensor) -> Tensor:
-        """Return the coordinates [B, d] that images [B, 3, 1, ⌈d/3⌉] stand for: what rewards are functions of."""
+        """Return the coordinates [B, d] that images [B, 3, 1, ⌈d/3⌉] stand for: a reward is a function of these."""
         return (images.flatten(1)[:, : self.dimension] - 0.5) * 2 * self.extent
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -242,13 +243,16 @@ class MixtureModel(DiffusionModel):
         size = math.prod(self.image_shape)
         return F.pad(pixels, (0, size - self.dimension), value=0.5).reshape(-1, *self.image_shape)
 
-    def encode(self, images: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def encode(self, images: Tensor) -> Tensor:
         return self.positions(images)[:, :, None, None]
 
-    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+    @override
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         save_lora(denoiser, folder)
 
-    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+    @override
+    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:
         load_lora(denoiser, folder)
 
 
@@ -266,16 +270,16 @@ def write_mixture(
     """Write a mixture as a folder that `load_model` and `gym.make(model=…)` open; return the folder.
 
     Args:
-        folder: Where to write.
+        folder: The folder to write to.
         means: [K][d] the components' means.
         stds: [K] their standard deviations, positive.
-        names: [K] what prompts call them; not "anything", without " and ".
+        names: [K] the words that prompts call them by; not "anything", without " and ".
         weights: [K] their weights, positive; None: all the same.
         scheduler: The process, in the words of diffusers' `DDIMScheduler`. With `set_alpha_to_one` (its default) the
             last step goes to the clean end: no density, so no policy gradient reaches it. `trained_betas` makes any
             process.
         width: The hidden layers' width of the network that is trained.
-        seed: Of that network's first weights; its last layer is zero.
+        seed: The seed of that network's first weights; its last layer is zero.
 
     Raises:
         ValueError: the lists do not fit each other, or a value is out of its range.

@@ -13,16 +13,16 @@ from .understood import SCHEDULER, check_values, keys_of, scheduler_class, warn_
 def discrete_schedule(
     folder: Path, *, class_name: object = None, steps_offset: int | None = None
 ) -> tuple[DiscreteVPSchedule, PredictionType]:
-    """Return the noise process that a diffusers scheduler folder describes, and what the denoiser predicts.
+    """Return the noise process of a diffusers scheduler folder, and the quantity that the denoiser predicts.
 
     Only its numbers are used (betas, spacing, offset, the last ᾱ), completed by the defaults of the scheduler's class;
-    the class's own stepping is not (Stable Diffusion ships PNDM). Whether the grid ends at the clean end is the class's
-    own affair: a `set_alpha_to_one` beside a class that does not read it says nothing.
+    the class's own stepping is not (Stable Diffusion ships PNDM). The class decides whether
+    the grid ends at the clean end: a `set_alpha_to_one` beside a class that does not read it has no effect.
 
     Args:
         folder: The folder of `scheduler_config.json`.
-        class_name: The scheduler's class; None: what the file says.
-        steps_offset: In the place of the file's.
+        class_name: The scheduler's class; None: the one that the file names.
+        steps_offset: The offset that replaces the file's.
 
     Raises:
         FileNotFoundError, ValueError: the scheduler is not there, or none that is understood.
@@ -39,13 +39,13 @@ def discrete_schedule(
             stacklevel=2,
         )
     check_values(config, scheduler_type, SCHEDULER, file)
-    own = keys_of(scheduler_type)
-    passed_over = {key for key, understood in SCHEDULER.items() if not understood.is_refused}  # the folder's own walk
+    defaults = keys_of(scheduler_type)
+    ignored_keys = {key for key, understood in SCHEDULER.items() if not understood.is_refused}  # the folder's own walk
     values: dict[str, Any] = {
-        **own,
-        **{key: value for key, value in config.items() if key in own and key not in passed_over},
+        **defaults,
+        **{key: value for key, value in config.items() if key in defaults and key not in ignored_keys},
     }
-    if steps_offset is not None and "steps_offset" in own:
+    if steps_offset is not None and "steps_offset" in defaults:
         values["steps_offset"] = steps_offset
     try:
         schedule = DiscreteVPSchedule(

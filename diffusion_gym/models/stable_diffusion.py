@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from typing_extensions import override
 
 from ..loading import no_progress_bar
 from .base import Conditioning, DiffusionModel, outside_inference_mode
@@ -54,7 +55,7 @@ def _sample_size(unet: Mapping[str, Any], file: Path) -> int:
 
 
 def _check_fit(unet: Any, vae: Any, text_encoder: CLIPTextModel, path: Path) -> None:
-    """Do nothing where the three networks fit each other.
+    """Check that the three networks fit each other.
 
     Raises:
         ValueError: they do not.
@@ -80,7 +81,7 @@ class StableDiffusionModel(DiffusionModel):
 
     It is read as diffusers' pipeline reads it, with the pipeline's own corrections of old folders: `steps_offset` is 1,
     `clip_sample` false, and the `sample_size` of UNets from before diffusers 0.9 at least 64. What is not understood
-    is refused or warned about here, and so are weights that are missing or do not fit.
+    is refused or warned about when the model is made; weights that are missing or do not fit are refused.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -139,7 +140,7 @@ class StableDiffusionModel(DiffusionModel):
     def _examined(
         self, network: type[ModelMixin], name: str, understood: Mapping[str, Values], variant: str | None
     ) -> Any:
-        """Return a network without its weights, once its configuration and its file of weights have been looked at."""
+        """Return a network without its weights, after a check of its configuration and of its file of weights."""
         file = self.path / name / "config.json"
         config = read_config(file)
         check_values(config, network, understood, file)
@@ -157,7 +158,7 @@ class StableDiffusionModel(DiffusionModel):
         return empty
 
     def _examined_tokenizer(self, text_encoder: CLIPTextConfig) -> int:
-        """Return how many tokens of a prompt the text encoder is given."""
+        """Return the most tokens of a prompt that the text encoder is given, after a check of the tokenizer."""
         folder = self.path / "tokenizer"
         if not (folder / "tokenizer.json").is_file() and not all(
             (folder / name).is_file() for name in ("vocab.json", "merges.txt")
@@ -271,12 +272,15 @@ class StableDiffusionModel(DiffusionModel):
             network.set_attn_processor(AttnProcessor())  # type: ignore[operator]
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def encode(self, images: Tensor) -> Tensor:
         posterior = self._vae.encode(images.float() * 2 - 1).latent_dist
         return posterior.mode() * self._vae.config.scaling_factor
 
-    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+    @override
+    def save_lora(self, denoiser: nn.Module, folder: Path) -> None:
         save_unet_lora(denoiser, folder)
 
-    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:  # noqa: D102
+    @override
+    def load_lora(self, denoiser: nn.Module, folder: Path) -> None:
         load_unet_lora(denoiser, folder)

@@ -1,8 +1,8 @@
-"""What this package understands of the configurations in a diffusers folder: which class, which key, which values.
+"""The classes, keys and values in a diffusers folder's configurations that this package understands.
 
-Diffusers builds the networks, so their shapes are its affair. Here stands what changes a sample beyond them: the noise
-process, what a network wants to be told, and the pipeline's own corrections. What is not understood is refused; what
-only says how the folder's own sampler would walk is warned about, because this package samples with its own steps.
+Diffusers builds the networks and checks their shapes. This module covers what else changes a sample: the noise process,
+the inputs that a network wants, and the pipeline's own corrections. What is not understood is refused; settings of the
+folder's own sampler are only warned about, because this package samples with its own steps.
 """
 
 import inspect
@@ -25,10 +25,10 @@ class Values:
     """The values of a key that are understood.
 
     Args:
-        allowed: Whether a value is one of them.
-        words: Which they are, in words.
-        cure: What to do about another one.
-        is_refused: Another one is refused; else warned about and passed over.
+        allowed: Whether a value is understood.
+        words: The values that are, in words.
+        cure: The remedy for another value.
+        is_refused: Another value is refused; else it is warned about and ignored.
     """
 
     allowed: Callable[[Any], bool]
@@ -134,7 +134,7 @@ _OTHER_TIMES = (
 
 
 def scheduler_class(name: object, file: Path) -> type:
-    """Return the class of a scheduler that a file names: one of a closed list, whatever else diffusers may hold.
+    """Return the class of a scheduler that a file names, out of a closed list.
 
     Raises:
         ValueError: it is not in the list.
@@ -165,7 +165,7 @@ def keys_of(network: type) -> dict[str, Any]:
 
 
 def _may_be(value: object, parameter: inspect.Parameter) -> bool:
-    """Return whether a parameter whose default is a number may have this value; some fail only when they are used."""
+    """Return whether a value fits a parameter whose default is a number: diffusers fails only when some are used."""
     if isinstance(parameter.default, bool) or not isinstance(parameter.default, Real) or isinstance(value, Real):
         return True
     words = str(parameter.annotation).lower()
@@ -173,20 +173,20 @@ def _may_be(value: object, parameter: inspect.Parameter) -> bool:
 
 
 def check_values(config: Mapping[str, Any], network: type, understood: Mapping[str, Values], file: Path) -> None:
-    """Do nothing where all that a configuration says is understood.
+    """Check that all values of a configuration are understood.
 
     Args:
         config: The file's content.
-        network: The class that it is for; keys of other classes say nothing to it.
+        network: The class that it is for; keys of other classes have no effect on it.
         understood: The values that are understood.
         file: The file.
 
     Raises:
         ValueError: a value is not.
     """
-    own = keys_of(network)
+    keys = keys_of(network)
     for key, values in understood.items():
-        if key in own and key in config and not values.allowed(config[key]):
+        if key in keys and key in config and not values.allowed(config[key]):
             message = f"{file}: {key} must be {values.words} for this package, got {config[key]!r}: {values.cure}"
             if values.is_refused:
                 raise ValueError(message)
@@ -194,11 +194,13 @@ def check_values(config: Mapping[str, Any], network: type, understood: Mapping[s
     for key, parameter in inspect.signature(network.__init__).parameters.items():  # type: ignore[misc]
         if key in config and key not in understood and not _may_be(config[key], parameter):
             raise ValueError(f"{file}: {key} must be {parameter.annotation}, got {config[key]!r}: {Values.cure}")
-    others = {key for name in (*_SAME_TIMES, *_OTHER_TIMES) for key in keys_of(getattr(diffusers, name))}
-    known = {*own, *others, "quantization_config"} if understood is SCHEDULER else {*own, "quantization_config"}
+    scheduler_keys = {key for name in (*_SAME_TIMES, *_OTHER_TIMES) for key in keys_of(getattr(diffusers, name))}
+    known_keys = (
+        {*keys, *scheduler_keys, "quantization_config"} if understood is SCHEDULER else {*keys, "quantization_config"}
+    )
     for key in config:
-        if key not in known and not key.startswith("_"):
-            message = f"{file}: {key!r} is no key of {network.__name__}, and passed over.{did_you_mean(key, own)}"
+        if key not in known_keys and not key.startswith("_"):
+            message = f"{file}: {key!r} is no key of {network.__name__}, and passed over.{did_you_mean(key, keys)}"
             warnings.warn(message, stacklevel=2)
 
 
@@ -215,7 +217,7 @@ def component(index: Mapping[str, Any], name: str, file: Path) -> tuple[str, str
 
 
 def check_components(index: Mapping[str, Any], allowed: Mapping[str, Iterable[str]], file: Path) -> None:
-    """Do nothing where all parts of a pipeline are of classes that are understood; none is looked up by name.
+    """Check that all parts of a pipeline are of classes that are understood; none is looked up by name.
 
     Raises:
         ValueError: one is not.

@@ -1,4 +1,4 @@
-"""Weights from files: taken when they are whole, or refused by the file's and the weights' names."""
+"""Weights from files: they are whole, or refused by an error that names the file and the weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ _SAMPLED = 32
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, or of all in a folder: large networks are written in several.
+    """Return the tensors of a safetensors file, or of all such files of a folder: a large network has several.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -29,31 +29,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def require_weights(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, file: Path, owner: str, origin: str = ""
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, file: Path, owner: str, origin: str = ""
 ) -> None:
     """Raise ValueError unless weights are those that are expected, all of them, of the same shapes and finite.
 
     Args:
-        found: What a file holds.
-        expected: What is to be replaced by it.
+        found: The weights of the file.
+        expected: The weights that they are to replace.
         file: The file, for the message.
-        owner: Whose weights they are to be, for the message.
-        origin: What else is known of where they come from, for the message.
+        owner: The network that takes them, for the message.
+        origin: A further remark on their origin, for the message.
     """
-    both = [name for name in expected if name in found]
+    shared = [name for name in expected if name in weights]
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
         "of another shape": [
-            f"{name} {list(found[name].shape)} instead of {list(expected[name].shape)}"
-            for name in both
-            if found[name].shape != expected[name].shape
+            f"{name} {list(weights[name].shape)} instead of {list(expected[name].shape)}"
+            for name in shared
+            if weights[name].shape != expected[name].shape
         ],
-        "NaN or infinite": [name for name in both if not bool(torch.isfinite(found[name]).all())],
+        "NaN or infinite": [name for name in shared if not bool(torch.isfinite(weights[name]).all())],
     }
-    said = "; ".join(f"{len(names)} are {problem} ({_listed(names)})" for problem, names in problems.items() if names)
-    if said:
-        raise ValueError(f"{file} holds no weights for {owner}: of {len(expected)} weights {said}{origin}")
+    summary = "; ".join(
+        f"{len(names)} are {problem} ({_listed(names)})" for problem, names in problems.items() if names
+    )
+    if summary:
+        raise ValueError(f"{file} holds no weights for {owner}: of {len(expected)} weights {summary}{origin}")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -61,7 +63,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def sample_weights(network: nn.Module) -> list[float]:
-    """Return one number of each of up to 32 of a network's matrices: two networks of one shape differ in them."""
+    """Return a number from each of up to 32 of a network's matrices: the numbers tell networks of one shape apart."""
     matrices = [parameter.detach() for parameter in network.parameters() if parameter.ndim > 1]
     chosen = matrices[:: max(1, len(matrices) // _SAMPLED)][:_SAMPLED]
     return torch.stack([matrix.reshape(-1)[matrix.numel() // 2].float() for matrix in chosen]).tolist()

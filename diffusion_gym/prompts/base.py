@@ -1,4 +1,4 @@
-"""The prompt set: texts with what a reward may want to know of each, and how likely each is drawn."""
+"""The prompt set: texts, each with metadata for rewards and a weight for drawing."""
 
 import math
 import re
@@ -24,7 +24,7 @@ def with_article(noun: str) -> str:
 
 
 def _check_text(text: object) -> None:
-    """Do nothing where it is one.
+    """Check that it is a text.
 
     Raises:
         ValueError: it is no string, or has half of a surrogate pair, which no tokenizer takes.
@@ -41,8 +41,8 @@ class PromptSet:
 
     Args:
         texts: The prompts, as they are, without repetition.
-        metadata: What a reward may want to know of each prompt (a question, an answer …); empty: nothing.
-        weights: How likely each is drawn, in proportion; empty: all alike.
+        metadata: Facts about each prompt for rewards (a question, an answer …); empty: none.
+        weights: The weights in proportion to which prompts are drawn; empty: all are as likely.
 
     Raises:
         ValueError: there is no prompt, one is no Unicode text or is repeated, there is not one metadata entry or weight
@@ -58,8 +58,8 @@ class PromptSet:
             raise ValueError(
                 f"a prompt set is made of a sequence of prompts, got one text, {self.texts!r}: put it in a list"
             )
-        for name, given in vars(self).copy().items():
-            object.__setattr__(self, name, tuple(given))
+        for name, values in vars(self).copy().items():
+            object.__setattr__(self, name, tuple(values))
         if not self.texts:
             raise ValueError("a prompt set needs at least one prompt, got none")
         for text in self.texts:
@@ -89,12 +89,12 @@ class PromptSet:
         return self.texts[prompt_id]
 
     def metadata_of(self, texts: Iterable[str]) -> list[Metadata]:
-        """Return what is known of each text; {} of one that is not in the set."""
-        known = dict(zip(self.texts, self.metadata, strict=True))
-        return [known.get(text, {}) for text in texts]
+        """Return the metadata of each text; {} of a text that is not in the set."""
+        metadata = dict(zip(self.texts, self.metadata, strict=True))
+        return [metadata.get(text, {}) for text in texts]
 
     def draw(self, generator: torch.Generator) -> int:
-        """Return a random prompt's index: each is as likely as the others, or as its weight says."""
+        """Return the index of a random prompt, drawn uniformly or in proportion to the weights."""
         if not self.weights:
             return int(torch.randint(len(self), (1,), generator=generator))
         return int(torch.multinomial(self._weights, 1, generator=generator))

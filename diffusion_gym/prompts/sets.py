@@ -21,7 +21,7 @@ UNSEEN_ACTIVITIES = (
     "typing on a keyboard",
     "sewing clothes",
 )
-"""What else the paper's page shows animals doing; the paper itself names no list."""
+"""Further activities that the paper's page shows; the paper itself has no list."""
 
 _COUNTED = (
     *("cat", "dog", "horse", "monkey", "rabbit", "spider", "bird", "sheep", "cow", "lion", "tiger"),
@@ -57,7 +57,7 @@ def animals_activities(activities: Sequence[str] = ACTIVITIES) -> PromptSet:
     """Return "a(n) [animal] [activity]" for the 45 animals and each activity: 135 prompts for the paper's three.
 
     Args:
-        activities: What they do. The paper says "washing dishes" (`PAPER_ACTIVITIES`), its codes "washing the dishes".
+        activities: The texts; the paper says "washing dishes" (`PAPER_ACTIVITIES`), its codes "washing the dishes".
     """
     animals = simple_animals()
     return PromptSet(tuple(f"{animal} {activity}" for animal in animals for activity in activities))

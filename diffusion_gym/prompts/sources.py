@@ -19,14 +19,14 @@ _ELSEWHERE = {
     "seed": "give seeds to reset, reset(seed=…)",
     "guidance_scale": "give one for all to the policy, guidance_scale=…",
 }
-"""What a file may say of a prompt that is said elsewhere, and where."""
+"""Columns of prompt files that have no effect, with the argument to use instead."""
 _DATASET = "datasets:"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @contextmanager
 def _naming(source: object) -> Iterator[None]:
-    """Have errors of what is read from the source name it."""
+    """The context whose errors name the source."""
     try:
         yield
     except ValueError as error:
@@ -46,23 +46,23 @@ def _prompt_column(columns: Iterable[str]) -> str:
 def _prompt_set(
     rows: Iterable[tuple[str, object, Metadata]], source: object, weights: Iterable[float] = ()
 ) -> PromptSet:
-    """Return the prompts of any source: the one treatment that they all get.
+    """Return the prompt set of the rows of any source.
 
     Spaces around a prompt are cut off. A repeated prompt is one prompt, with the metadata of its first row and the sum
-    of the weights, which are 1 where none are given; blank prompts and comments ("# …") are left out. Of all but the
-    spaces a warning tells.
+    of the weights, which are 1 where none are given; blank prompts and comments ("# …") are left out. A warning says
+    so, but for the spaces.
 
     Args:
-        rows: Where each stands, the prompt, and what else is known of it.
-        source: What the warnings name.
+        rows: The place of each, the prompt and its metadata.
+        source: The source, for the warnings.
         weights: One per row, or none.
     """
     metadata: dict[str, Metadata] = {}
     totals: dict[str, float] = {}
     repeated, differing, left_out = 0, 0, []
-    given = iter(weights)
+    remaining_weights = iter(weights)
     for place, text, entry in rows:
-        weight = next(given, 1)
+        weight = next(remaining_weights, 1)
         if not isinstance(text, str | None):
             raise ValueError(f"{place}: a prompt must be a string, got {text!r:.80}")
         text = (text or "").strip()
@@ -83,7 +83,7 @@ def _prompt_set(
 
 
 def _remarks(metadata: Iterable[Metadata], *, left_out: Sequence[str], repeated: int, differing: int) -> Iterator[str]:
-    """Yield what the user is told of prompts that were read."""
+    """Yield the warnings about prompts that were read."""
     if left_out:
         yield (
             f"{len(left_out)} blank prompts or comments (# …) are left out, the first is {left_out[0]}; "
@@ -108,9 +108,9 @@ def _from_rows(
     """Return each row's text in a column, with the rest of the row as metadata.
 
     Args:
-        rows: Where each stands, and its cells.
-        source: What the warnings name.
-        column: The prompts' one; None: it is found in the first row.
+        rows: The place of each, and its cells.
+        source: The source, for the warnings.
+        column: The prompts' column; None: it is found in the first row.
     """
 
     def parts() -> Iterator[tuple[str, object, Metadata]]:
@@ -139,7 +139,7 @@ def _from_table(path: Path) -> PromptSet:
 
 
 def _from_json_lines(path: Path) -> PromptSet:
-    """Read a JSON object a line: one of its keys is the prompt, the others are metadata."""
+    """Read a file with a JSON object on each line: one of its keys is the prompt, the others are metadata."""
 
     def rows() -> Iterator[tuple[str, Mapping[str, object]]]:
         for number, line, entry in read_json_lines(path):
@@ -151,7 +151,7 @@ def _from_json_lines(path: Path) -> PromptSet:
 
 
 def _from_text(path: Path) -> PromptSet:
-    """Read a prompt a line."""
+    """Read a file with a prompt on each line."""
     lines = enumerate(read_lines(path), start=1)
     return _prompt_set(((f"line {number}", line, {}) for number, line in lines if line.strip()), path)
 
@@ -173,9 +173,9 @@ def prompts_from_dataset(source: str, *, split: str = "train", column: str | Non
     Columns of bytes (pictures, sounds, films) are left out: they would fill the memory.
 
     Args:
-        source: Its id on the Hub, or a folder of data files.
-        split: Which part of it.
-        column: Where the prompts are; None: the column "prompt", "prompts", "text" or "caption", in any case.
+        source: The dataset's id on the Hub, or a folder of data files.
+        split: The split to read.
+        column: The prompts' column; None: the column "prompt", "prompts", "text" or "caption", in any case.
 
     Raises:
         ImportError: the package `datasets` is missing.
@@ -192,8 +192,10 @@ def prompts_from_dataset(source: str, *, split: str = "train", column: str | Non
         raise ValueError(f"{source} has no column {column!r}; there are {table.column_names}")
     with _naming(source):
         column = column or _prompt_column(table.column_names)
-        plain = table.select_columns([one.name for one in table.features.arrow_schema if "binary" not in str(one.type)])
-        return _from_rows(((f"row {number}", row) for number, row in enumerate(plain, start=1)), source, column)
+        columns = table.select_columns(
+            [field.name for field in table.features.arrow_schema if "binary" not in str(field.type)]
+        )
+        return _from_rows(((f"row {number}", row) for number, row in enumerate(columns, start=1)), source, column)
 
 
 def make_prompts(
@@ -201,9 +203,8 @@ def make_prompts(
 ) -> PromptSet:
     """Return a prompt set.
 
-    Whatever it is made of: spaces around a prompt are cut off, a prompt that stands there twice is drawn twice as often
-    (its weight is 2), blank prompts and comments ("# …") are left out, and a warning says so. A `PromptSet` is taken as
-    it is.
+    A `PromptSet` is taken as it is. In all other sources, spaces around a prompt are cut off, a prompt given twice
+    is drawn twice as often (its weight is 2), blank prompts and comments ("# …") are left out, and a warning says so.
 
     Args:
         prompts: A name of `diffusion_gym.prompts.sets` ("simple_animals": the DDPO paper's 45 animals); a file (.txt: a

@@ -1,4 +1,4 @@
-"""Rewards of finished images: by name, any callable, a weighted sum, a composition, or a server's."""
+"""Rewards of finished images: named ones, callables, weighted sums, compositions and servers' rewards."""
 
 from .base import CallableReward, Reward, RewardOutput, to_uint8
 from .compositions import Cached, Retry, Threshold, Timed

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
+from typing_extensions import override
 
 from .affine_head import AffineHead
 from .base import Metadata, RewardOutput
@@ -20,10 +21,10 @@ PUBLISHED_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0
 
 
 class AestheticPredictor(nn.Module):
-    """An affine function of CLIP's image embedding, which is scaled to length 1 before.
+    """An affine function of CLIP's image embedding at length 1.
 
     Args:
-        clip: Its image half is kept.
+        clip: The CLIP model, of which the image half is kept.
         head: The affine function.
     """
 
@@ -40,7 +41,7 @@ class AestheticPredictor(nn.Module):
 
 
 class Aesthetic(ModelReward[AestheticPredictor]):
-    """How much people like an image, on LAION's scale from 1 to 10: r = head(e/‖e‖), e = CLIP's image embedding.
+    """LAION's prediction of people's ratings, from 1 to 10: r = head(e/‖e‖), e = CLIP's image embedding.
 
     The scale is what people were asked for, not a bound: the head is affine in a point of the unit sphere. Images of
     Stable Diffusion lie near 5.5; the prompt is not looked at. CLIP ViT-L/14's image half has 304 M parameters, 1.2 GB
@@ -52,8 +53,8 @@ class Aesthetic(ModelReward[AestheticPredictor]):
     Args:
         clip: CLIP ViT-L/14: a folder, or an id on the Hub.
         head: The head's weights (`layers.0.weight`, …): a `.safetensors` or `.pth` file, or owner/name/file on the Hub.
-        head_sha256: What the file's SHA-256 must be. None: that of the published file where `head` has its name (the
-            hash is the one that public code pins for it), and no check otherwise.
+        head_sha256: The SHA-256 that the file must have. None: that of the published file where `head` has its name
+            (the hash is the one that public code pins for it), and no check otherwise.
         device: See `ModelReward`.
         dtype: See `ModelReward`; the head computes in float32 whatever it is.
         batch_size: See `ModelReward`.
@@ -77,14 +78,16 @@ class Aesthetic(ModelReward[AestheticPredictor]):
         self.head = head
         self.head_sha256 = head_sha256 or (PUBLISHED_SHA256 if Path(head).name == PUBLISHED else None)
 
-    def load(self) -> AestheticPredictor:  # noqa: D102
+    @override
+    def load(self) -> AestheticPredictor:
         weights = read_weights(self.head, what=HEAD, keyword="head", sha256=self.head_sha256)
         clip = pretrained(CLIPModel.from_pretrained, self.clip, what=CLIP, keyword="clip")
         head = AffineHead(clip.config.projection_dim)
         fill(head, weights, self.head)
         return AestheticPredictor(clip, head)
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         fetch_file(self.head, what=HEAD, keyword="head")
         fetch_model(self.clip, what=CLIP, keyword="clip")
         self.load_rest()
@@ -93,10 +96,10 @@ class Aesthetic(ModelReward[AestheticPredictor]):
     def _prepare(self) -> ImagePreparation:
         return pretrained(ImagePreparation.load, self.clip, what="CLIP's preprocessor_config.json", keyword="clip")
 
-    def load_rest(self) -> None:  # noqa: D102
+    @override
+    def load_rest(self) -> None:
         self._prepare  # noqa: B018
 
-    def score(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
-    ) -> RewardOutput:
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         return RewardOutput(self.network(self._prepare(images)))

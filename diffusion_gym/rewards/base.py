@@ -11,6 +11,7 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .. import transfer
 
@@ -20,11 +21,11 @@ RewardFunction = Callable[[Tensor, Sequence[str], Sequence[Metadata]], Tensor]
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """What a reward says of a batch.
+    """A reward's values for a batch.
 
     Args:
         values: [B] float32, on the images' device.
-        extras: Further numbers [B] to report beside it, by name.
+        extras: Further numbers [B] to report beside them, by name.
     """
 
     values: Tensor
@@ -35,7 +36,7 @@ class Reward(ABC):
     """A function of images and prompts.
 
     Attributes:
-        name: What it is called in logs and in `info["reward/<name>"]`.
+        name: Its name in logs and in `info["reward/<name>"]`.
         unit: The unit of its values.
         range: The least and the greatest value it can take.
     """
@@ -53,23 +54,24 @@ class Reward(ABC):
         Args:
             images: [B, 3, H, W], RGB in [0, 1].
             prompts: The B prompts that they were drawn for.
-            metadata: What the prompt set says of each prompt.
+            metadata: The prompt set's metadata of each prompt.
 
         Returns:
             A `RewardOutput`, never a bare tensor: `RewardOutput(values)`.
         """
 
     def make_ready(self) -> None:
-        """Have at hand what the first call needs, and say what is missing; `make_reward` calls it. Most need nothing.
+        """Get ready for the first call, or raise an error that names what is missing; `make_reward` calls it.
 
-        Nothing large is read: weights are fetched where they are not there yet, and a server is asked whether it is.
+        Nothing large is read: weights are fetched where they are not there yet, and a server is asked whether it runs.
+        Most rewards need nothing.
 
         Raises:
             ValueError, RuntimeError: something cannot be had.
         """
 
     def state_dict(self) -> dict[str, object]:
-        """Return what the reward remembers of what it saw, as JSON can hold it; most remember nothing: {}."""
+        """Return the reward's memory of earlier batches, as JSON can hold it; most remember nothing: {}."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -83,10 +85,10 @@ class Reward(ABC):
 
 
 def check_reward(reward: Reward) -> None:
-    """Do nothing where a reward says what it is, as `Reward` asks.
+    """Check a reward's name, unit and range.
 
     Raises:
-        TypeError: it does not: the message says which attribute is wrong.
+        TypeError: one is not as `Reward` wants it; the message says which attribute is wrong.
     """
     kind = type(reward).__name__
     for attribute in ("name", "unit"):
@@ -103,10 +105,10 @@ def check_reward(reward: Reward) -> None:
 
 
 def check_finite(images: Tensor) -> None:
-    """Do nothing where images [B, ...] have no NaN and no infinity: such a picture is none, and is never rewarded.
+    """Check that images [B, ...] are finite: one with NaN or infinity is no picture, and is never rewarded.
 
     Raises:
-        ValueError: they have.
+        ValueError: one is not.
     """
     finite = transfer.to_host(torch.isfinite(images).flatten(1).all(1))
     if not finite.all():
@@ -130,7 +132,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def as_json(value: object) -> object:
-    """Return what JSON writes for a value of metadata that it does not know: numbers and arrays of NumPy and dates.
+    """Return a value of metadata in a form that JSON can hold: NumPy's numbers and arrays, and dates.
 
     Raises:
         TypeError: it is something else.
@@ -146,7 +148,7 @@ def as_json(value: object) -> object:
 
 
 def check_prompts(images: Tensor, prompts: Sequence[str]) -> None:
-    """Do nothing where there is a prompt per image.
+    """Check that there is a prompt per image.
 
     Raises:
         ValueError: there is not.
@@ -156,7 +158,7 @@ def check_prompts(images: Tensor, prompts: Sequence[str]) -> None:
 
 
 def _check_values(what: str, values: object, num_images: int) -> None:
-    """Do nothing where `values` are one real number per image.
+    """Check that `values` are one real number per image.
 
     Raises:
         ValueError: they are not.
@@ -167,7 +169,7 @@ def _check_values(what: str, values: object, num_images: int) -> None:
 
 
 def check_output(reward: Reward, output: object, images: Tensor) -> RewardOutput:
-    """Return what a reward said of images, once it is what a reward is to say.
+    """Return a reward's output for images, after a check of its type, shapes and device.
 
     Raises:
         ValueError: it is no `RewardOutput`, its numbers are not one per image, or they are on another device.
@@ -188,10 +190,10 @@ def check_output(reward: Reward, output: object, images: Tensor) -> RewardOutput
 def checked_output(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
 ) -> RewardOutput:
-    """Return what a reward says of a batch, once it is what a reward is to say.
+    """Return the output of a reward that is called with a batch, after `check_output`.
 
     Raises:
-        ValueError: it is not: see `check_output`.
+        ValueError: see `check_output`.
     """
     return check_output(reward, reward(images, prompts, metadata), images)
 
@@ -201,7 +203,7 @@ class CallableReward(Reward):
 
     Args:
         function: The function.
-        name: What it is called; None: as the function is.
+        name: The reward's name; None: the function's.
 
     Raises:
         TypeError: the function does not take these three.
@@ -209,7 +211,7 @@ class CallableReward(Reward):
     """
 
     def __init__(self, function: RewardFunction, name: str | None = None) -> None:
-        with suppress(ValueError):  # what is not written in Python may not say what it takes
+        with suppress(ValueError):  # a function that is not written in Python may have no signature
             signature = inspect.signature(function)
             try:
                 signature.bind((), (), ())
@@ -220,11 +222,12 @@ class CallableReward(Reward):
         self.function = function
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         values: object = self.function(images, prompts, metadata or [{} for _ in prompts])
-        with suppress(TypeError, ValueError, RuntimeError):  # what is no tensor then is refused
+        with suppress(TypeError, ValueError, RuntimeError):  # values that make no tensor are refused below
             values = torch.as_tensor(values)
         _check_values(f"what the reward {self.name!r} returns", values, len(images))
         return RewardOutput(torch.as_tensor(values, dtype=torch.float32, device=images.device))

@@ -1,4 +1,4 @@
-"""How alike two sentences are by the contextual embeddings of their words: BERTScore, by the bert-score package."""
+"""BERTScore, the similarity of two sentences by the contextual embeddings of their words: the bert-score package's."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -30,14 +30,14 @@ class _UpToLayer(nn.Module):
 
 
 class _Weights(dict[int, float]):
-    """What tokens count: 1, but for those that are named."""
+    """The weights of tokens: 1, but for those that are named."""
 
     def __missing__(self, token: int) -> float:
         return 1.0
 
 
 def layer_of(source: str, num_layers: int | None) -> int:
-    """Return the layer that embeds, counted from 1: the one asked for, or the best that bert-score's authors found.
+    """Return the layer that embeds, counted from 1: the one asked for, or the best by bert-score's authors.
 
     Raises:
         ValueError: none is asked for, and bert-score knows none.
@@ -61,7 +61,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def fetch(source: str, num_layers: int | None) -> None:
-    """Have the files of a folder or a Hub id here.
+    """Fetch the files of a folder or a Hub id to this machine.
 
     Raises:
         ValueError: they cannot be had, or there is no layer to take.
@@ -87,7 +87,7 @@ class BertScore:
         source: The language model, an encoder such as BERT, RoBERTa or DeBERTa: a folder or a Hub id.
         num_layers: The layer that embeds, counted from 1; None: the one that bert-score's authors found best for this
             id (40 for microsoft/deberta-xlarge-mnli).
-        device: Where it computes, in float32.
+        device: The device that it computes on, in float32.
 
     Raises:
         ValueError: the model cannot be had, is no encoder, has not as many layers, or is none that bert-score knows the
@@ -120,7 +120,7 @@ class BertScore:
         # bert-score gives an empty candidate 0 too, but fails with transformers 5
         filled = [index for index, candidate in enumerate(candidates) if candidate.strip()]
         if filled:
-            found = bert_cos_score_idf(
+            columns = bert_cos_score_idf(
                 self.network,
                 [references[index] for index in filled],
                 [candidates[index] for index in filled],
@@ -128,6 +128,6 @@ class BertScore:
                 self.weights,
                 device=self.device,
             )
-            scores[filled] = torch.from_numpy(transfer.to_host(found))
+            scores[filled] = torch.from_numpy(transfer.to_host(columns))
         precision, recall, f1 = scores.unbind(1)
         return precision, recall, f1

@@ -1,4 +1,4 @@
-"""What the rewards share that compare an image with its prompt by CLIP, and the two that are no more than that."""
+"""The base of the rewards that compare an image with its prompt by CLIP, and the two that add nothing else."""
 
 from abc import abstractmethod
 from collections import OrderedDict
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from .base import Metadata, RewardOutput
 from .image_preparation import ImagePreparation
@@ -42,7 +43,7 @@ class ClipReward(ModelReward[CLIPModel]):
 
     Args:
         clip: CLIP: a folder, or an id on the Hub.
-        processor: Where its tokenizer and its `preprocessor_config.json` are: a folder, or an id on the Hub.
+        processor: The source of its tokenizer and its `preprocessor_config.json`: a folder, or an id on the Hub.
         device: See `ModelReward`.
         dtype: See `ModelReward`; embeddings are compared in float32 whatever it is.
         batch_size: See `ModelReward`.
@@ -62,10 +63,12 @@ class ClipReward(ModelReward[CLIPModel]):
         self.processor = processor
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
-    def load(self) -> CLIPModel:  # noqa: D102
+    @override
+    def load(self) -> CLIPModel:
         return pretrained(CLIPModel.from_pretrained, self.clip, what=f"the CLIP of {self.name}", keyword="clip")
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         fetch_model(self.clip, what=f"the CLIP of {self.name}", keyword="clip")
         self.load_rest()
 
@@ -79,11 +82,12 @@ class ClipReward(ModelReward[CLIPModel]):
         what = "CLIP's preprocessor_config.json"
         return pretrained(ImagePreparation.load, self.processor, what=what, keyword="processor")
 
-    def load_rest(self) -> None:  # noqa: D102
+    @override
+    def load_rest(self) -> None:
         self._tokenizer, self._prepare  # noqa: B018
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return images [B, 3, H, W] in [0, 1] as CLIP wants them."""
+        """Return images [B, 3, H, W] in [0, 1] as CLIP's inputs."""
         return self._prepare(images)
 
     def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -92,7 +96,7 @@ class ClipReward(ModelReward[CLIPModel]):
         return (embed_images(self.network, self.prepare(images)) * text_embeds).sum(-1)
 
     def _embedding(self, prompt: str) -> Tensor:
-        """Return a prompt's embedding [E]: computed once, and by itself, so that the batch's others change nothing."""
+        """Return a prompt's embedding [E], computed once and by itself: it does not depend on the rest of the batch."""
         if prompt not in self._embeddings:
             self._embeddings[prompt] = embed_texts(self.network, self._tokenizer, [prompt])[0]
         self._embeddings.move_to_end(prompt)
@@ -101,9 +105,8 @@ class ClipReward(ModelReward[CLIPModel]):
         return self._embeddings[prompt]
 
     @abstractmethod
-    def score(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
-    ) -> RewardOutput: ...
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput: ...
 
 
 class ClipScore(ClipReward):
@@ -136,9 +139,8 @@ class ClipScore(ClipReward):
     ) -> None:
         super().__init__(clip=clip, processor=processor or clip, device=device, dtype=dtype, batch_size=batch_size)
 
-    def score(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
-    ) -> RewardOutput:
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         return RewardOutput(self.cosines(images, prompts))
 
 
@@ -174,13 +176,13 @@ class PickScore(ClipReward):
     ) -> None:
         super().__init__(clip=clip, processor=processor, device=device, dtype=dtype, batch_size=batch_size)
 
-    def load(self) -> CLIPModel:  # noqa: D102
+    @override
+    def load(self) -> CLIPModel:
         clip = super().load()
         self.scale = float(clip.logit_scale.double().exp())  # before it is rounded: 1 % in bfloat16
         return clip
 
-    def score(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
-    ) -> RewardOutput:
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         cosines = self.cosines(images, prompts)
         return RewardOutput(self.scale * cosines)

@@ -1,4 +1,4 @@
-"""Rewards made of another reward: thresholded, timed, remembered, tried again; `normalised` has one more."""
+"""Rewards made of another reward: `Threshold`, `Timed`, `Cached` and `Retry`; `normalised` has one more."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from typing import final
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .. import transfer
 from ..checks import checked_integer, checked_number
@@ -24,20 +25,22 @@ _LONGEST_WAIT = 60.0
 
 
 class RewardWrapper(Reward):
-    """A reward made of another one; what the other one remembers is saved with it.
+    """A reward made of another one, whose memory is saved with it.
 
     Args:
-        reward: The other reward, or what `make_reward` makes one of.
+        reward: The other reward, or a source of one for `make_reward`.
     """
 
     def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float]) -> None:
         self.reward = make_reward(reward)
         self.name, self.unit, self.range = self.reward.name, self.reward.unit, self.reward.range
 
-    def state_dict(self) -> dict[str, object]:  # noqa: D102
+    @override
+    def state_dict(self) -> dict[str, object]:
         return self.reward.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
+    @override
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         self.reward.load_state_dict(state)
 
 
@@ -56,7 +59,8 @@ class Threshold(RewardWrapper):
         self.unit = "1"
         self.range = (0.0, 1.0)
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         output = checked_output(self.reward, images, prompts, metadata)
@@ -66,13 +70,13 @@ class Threshold(RewardWrapper):
 
 @final
 class Timed(RewardWrapper):
-    """The other reward, and how long it took: the extra `<name>_seconds` is the seconds per image of the call.
+    """The other reward, timed: the extra `<name>_seconds` is the seconds per image of the call.
 
     The clock stops when the values are on the host, so that a GPU's work counts.
 
     Attributes:
-        seconds: Of all calls.
-        num_images: Of all calls.
+        seconds: The seconds of all calls.
+        num_images: The images of all calls.
     """
 
     def __init__(self, reward: str | Reward | RewardFunction | Mapping[str, float]) -> None:
@@ -80,7 +84,8 @@ class Timed(RewardWrapper):
         self.seconds = 0.0
         self.num_images = 0
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         began = time.perf_counter()
@@ -101,10 +106,10 @@ class Cached(RewardWrapper):
 
     Args:
         reward: The other reward, which remembers nothing.
-        size: The most results that are kept; the one that was not asked for the longest goes first.
+        size: The most results that are kept; the one that was not asked for longest is dropped first.
 
     Attributes:
-        hits: The images whose reward was there.
+        hits: The images whose reward was remembered.
         misses: The images whose reward was computed.
 
     Raises:
@@ -117,30 +122,33 @@ class Cached(RewardWrapper):
             raise ValueError(f"{self.name} remembers what it saw: cache the reward within it instead")
         self.size = checked_integer("size", size, at_least=1)
         self.hits = self.misses = 0
-        self._known: OrderedDict[bytes, tuple[float, dict[str, float]]] = OrderedDict()
+        self._results: OrderedDict[bytes, tuple[float, dict[str, float]]] = OrderedDict()
 
     @torch.no_grad()
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         keys = self._keys(images, prompts, metadata)
-        results = {key: self._known[key] for key in keys if key in self._known}
-        first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in results}
-        missing = sorted(first.values())
+        results = {key: self._results[key] for key in keys if key in self._results}
+        first_index = {key: index for index, key in reversed(list(enumerate(keys))) if key not in results}
+        missing = sorted(first_index.values())
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
-            given = None if metadata is None else [metadata[index] for index in missing]
-            output = checked_output(self.reward, images[missing], [prompts[index] for index in missing], given)
-            columns = {name: transfer.to_host(one).tolist() for name, one in output.extras.items()}
+            missing_metadata = None if metadata is None else [metadata[index] for index in missing]
+            output = checked_output(
+                self.reward, images[missing], [prompts[index] for index in missing], missing_metadata
+            )
+            columns = {name: transfer.to_host(extra).tolist() for name, extra in output.extras.items()}
             values = transfer.to_host(output.values).tolist()
             for row, (index, value) in enumerate(zip(missing, values, strict=True)):
                 results[keys[index]] = value, {name: column[row] for name, column in columns.items()}
         for key in keys:
-            self._known[key] = results[key]
-            self._known.move_to_end(key)
-        while len(self._known) > self.size:
-            self._known.popitem(last=False)
+            self._results[key] = results[key]
+            self._results.move_to_end(key)
+        while len(self._results) > self.size:
+            self._results.popitem(last=False)
         device, rows = images.device, [results[key] for key in keys]
         as_tensor = partial(torch.tensor, dtype=torch.float32, device=device)
         extras = {name: as_tensor([row[1][name] for row in rows]) for name in rows[0][1]}
@@ -148,13 +156,13 @@ class Cached(RewardWrapper):
 
     @staticmethod
     def _keys(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> list[bytes]:
-        """Return a hash of all that each image's reward is a function of."""
+        """Return a hash of each image, its prompt and its metadata."""
         pixels = transfer.to_host(images)
         keys = []
         for index, prompt in enumerate(prompts):
-            given = None if metadata is None else dict(metadata[index])
-            known = [prompt, given, list(images.shape[1:]), str(images.dtype)]
-            texts = json.dumps(known, sort_keys=True, default=as_json)
+            entry = None if metadata is None else dict(metadata[index])
+            content = [prompt, entry, list(images.shape[1:]), str(images.dtype)]
+            texts = json.dumps(content, sort_keys=True, default=as_json)
             keys.append(hashlib.sha256(texts.encode() + b"\0" + pixels[index].tobytes()).digest())
         return keys
 
@@ -163,19 +171,19 @@ class Cached(RewardWrapper):
 class Retry(RewardWrapper):
     """The other reward, asked again where it fails: for one that needs a network, a service, a queue.
 
-    A batch that raises is asked for again as a whole, images whose values are NaN or infinite by themselves; after
+    A batch that raises is asked for again as a whole; where values are NaN or infinite, only their images are; after
     `backoff`, 2·backoff, 4·backoff … seconds, at most 60, with a warning in the log. After the last try the error is
     raised, or the values are returned as they are, for the environment to judge. (A server's `RemoteReward` tries again
     by itself.)
 
     Args:
         reward: The other reward, which remembers nothing.
-        tries: How often to ask, the first time included.
+        tries: The most calls, the first one included.
         backoff: The seconds before the second try.
-        errors: What is worth another try; all else is raised at once.
+        errors: The errors that are worth another try; all others are raised at once.
 
     Attributes:
-        num_retries: How often it was asked again so far.
+        num_retries: The second and later calls so far.
 
     Raises:
         ValueError: an argument is out of its range, or the reward's values depend on those before (`Normalised`,
@@ -198,29 +206,32 @@ class Retry(RewardWrapper):
         self.errors = errors
         self.num_retries = 0
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         output: RewardOutput | None = None
-        rows = list(range(len(images)))  # what has no finite value yet
-        for last in range(1, self.tries + 1):
-            asked = images if output is None else images[rows]
-            given = None if metadata is None else [metadata[row] for row in rows]
+        rows = list(range(len(images)))  # those without a finite value yet
+        for attempt in range(1, self.tries + 1):
+            part_images = images if output is None else images[rows]
+            part_metadata = None if metadata is None else [metadata[row] for row in rows]
             try:
-                said = self.reward(asked, [prompts[row] for row in rows], given)
+                answer = self.reward(part_images, [prompts[row] for row in rows], part_metadata)
             except self.errors as error:
-                if last == self.tries:
+                if attempt == self.tries:
                     raise
                 reason = f"{type(error).__name__}: {error}"
             else:
-                part = check_output(self.reward, said, asked)
+                part = check_output(self.reward, answer, part_images)
                 output = part if output is None else _replaced(output, part, rows)
                 rows = np.flatnonzero(~transfer.to_host(torch.isfinite(output.values))).tolist()
-                if not rows or last == self.tries:
+                if not rows or attempt == self.tries:
                     break
                 reason = f"NaN or infinity for {len(rows)} of {len(images)} images"
-            wait = min(self.backoff * 2 ** (last - 1), _LONGEST_WAIT)
-            logger.warning("the reward %s, try %d of %d: %s; again in %g s", self.name, last, self.tries, reason, wait)
+            wait = min(self.backoff * 2 ** (attempt - 1), _LONGEST_WAIT)
+            logger.warning(
+                "the reward %s, try %d of %d: %s; again in %g s", self.name, attempt, self.tries, reason, wait
+            )
             self.num_retries += 1
             time.sleep(wait)
         assert output is not None
@@ -228,7 +239,7 @@ class Retry(RewardWrapper):
 
 
 def _replaced(output: RewardOutput, part: RewardOutput, rows: Sequence[int]) -> RewardOutput:
-    """Return a batch's output with those of some rows in their places.
+    """Return a batch's output in which some rows are replaced by those of a part.
 
     Raises:
         ValueError: the part has other extras.

@@ -1,4 +1,4 @@
-"""One reward server as its clients see it: an exchange with it gives a checked answer, or says what went wrong."""
+"""A client's connection to one reward server: each exchange gives a checked answer or a clear error."""
 
 import json
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class RemoteRewardError(RuntimeError):
-    """A reward server that answers what is no answer, refuses a request, or has been away for too long."""
+    """A reward server gave an answer that makes no sense, refused a request, or was away for too long."""
 
 
 @dataclass(frozen=True)
 class ServedReward:
-    """What a server says of its reward (`GET /info`)."""
+    """A server's description of its reward (`GET /info`)."""
 
     name: str
     unit: str
@@ -29,11 +29,11 @@ class ServedReward:
 
 
 class Connection:
-    """The way to a server.
+    """The connection to a server.
 
     Args:
         url: "remote://host:port" or "http://host:port/path"; "https://…" for one behind a proxy.
-        token: What the server asks for.
+        token: The token that the server asks for.
         timeout: The seconds that a whole exchange may take.
 
     Raises:
@@ -46,45 +46,46 @@ class Connection:
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def info(self) -> ServedReward:
-        """Return what the server says of its reward.
+        """Return the server's description of its reward.
 
         Raises:
             Unavailable: it cannot be reached now (`Unreachable`), or has no time.
             RemoteRewardError: it is no reward server, one of another protocol, or the token is wrong.
         """
-        said = self._ask("GET", "/info", max_bytes=_INFO_BYTES)
-        if said.get("protocol") != PROTOCOL:
-            raise self._garbage(f"protocol {said.get('protocol')!r} instead of {PROTOCOL} (one of its version?)")
+        description = self._ask("GET", "/info", max_bytes=_INFO_BYTES)
+        if description.get("protocol") != PROTOCOL:
+            raise self._garbage(f"protocol {description.get('protocol')!r} instead of {PROTOCOL} (one of its version?)")
         try:
-            low, high = (None if bound is None else float(bound) for bound in said["range"])  # type: ignore[attr-defined]
-            limits = Limits(**{key: said[key] for key in ("max_batch", "max_pixels", "max_bytes")})  # type: ignore[arg-type]
-            name, unit = said["name"], said["unit"]
+            low, high = (None if bound is None else float(bound) for bound in description["range"])  # type: ignore[attr-defined]
+            limits = Limits(**{key: description[key] for key in ("max_batch", "max_pixels", "max_bytes")})  # type: ignore[arg-type]
+            name, unit = description["name"], description["unit"]
         except (KeyError, TypeError, ValueError) as error:
             raise self._garbage(f"an /info with {type(error).__name__}: {error}") from error
         if not isinstance(name, str) or not isinstance(unit, str) or not name or not unit:
             raise self._garbage(f"an /info whose name and unit are {name!r} and {unit!r}")
         bounds = (-float("inf") if low is None else low, float("inf") if high is None else high)
         if not bounds[0] <= bounds[1]:
-            raise self._garbage(f"an /info whose range is {said['range']}")
+            raise self._garbage(f"an /info whose range is {description['range']}")
         return ServedReward(name, unit, bounds, limits)
 
     def score(self, content_type: str, body: bytes, num_images: int, expected: ServedReward) -> RewardOutput:
-        """Return the rewards [num_images] on the CPU that a request asks for.
+        """Return the rewards that a request asks for, [num_images] on the CPU.
 
         Raises:
             Unavailable: the server cannot be reached now, has no time, or failed.
             RemoteRewardError: it refuses the request, or answers something else than that many finite numbers.
         """
-        said = self._ask("POST", "/score", max_bytes=answer_bytes(num_images), body=body, type_=content_type)
-        if said.get("name") != expected.name:
-            raise self._garbage(f"the reward {said.get('name')!r}, which was {expected.name!r} before")
-        extras = said.get("extras")
+        answer = self._ask("POST", "/score", max_bytes=answer_bytes(num_images), body=body, type_=content_type)
+        if answer.get("name") != expected.name:
+            raise self._garbage(f"the reward {answer.get('name')!r}, which was {expected.name!r} before")
+        extras = answer.get("extras")
         if not isinstance(extras, dict):
             raise self._garbage(f"extras {extras!r:.80}")
-        values = self._numbers("values", said.get("values"), num_images)
-        return RewardOutput(values, {name: self._numbers(name, given, num_images) for name, given in extras.items()})
+        values = self._numbers("values", answer.get("values"), num_images)
+        return RewardOutput(
+            values, {name: self._numbers(name, numbers, num_images) for name, numbers in extras.items()}
+        )
 
-    # ------------------------------------------------------------------ its parts
     def _numbers(self, name: str, values: object, num: int) -> torch.Tensor:
         if not isinstance(values, list) or len(values) != num:
             raise self._garbage(f"{name!r} that are not {num} numbers, one per image: {values!r:.80}")

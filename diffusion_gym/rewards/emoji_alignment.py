@@ -1,4 +1,4 @@
-"""How well an emoji shows what its prompt says: a small CLIP-like scorer that comes with the package."""
+"""The alignment of an emoji with its prompt, by a small CLIP-like scorer that comes with the package."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetModel
+from typing_extensions import override
 
 from ..loading import no_progress_bar
 from .base import Metadata, Reward, RewardOutput
@@ -18,7 +19,7 @@ IMAGE_SIZE = 64
 
 
 def prepare(images: Tensor) -> Tensor:
-    """Return images [B, 3, 64, 64] in [0, 1] as a ResNet wants them: twice the size, for its stem divides by 4."""
+    """Return images [B, 3, 64, 64] in [0, 1] as a ResNet's inputs: twice the size, for its stem divides by 4."""
     doubled = F.interpolate(images * 2 - 1, scale_factor=2.0, mode="bilinear", align_corners=False)
     return doubled.contiguous(memory_format=torch.channels_last)
 
@@ -52,7 +53,7 @@ class EmojiScorer(nn.Module):
         """Return the scorer that `save` wrote, frozen, in float32.
 
         Args:
-            folder: Where it is.
+            folder: The scorer's folder.
             tokenizer: The tokenizer's folder; None: in `folder`.
         """
         with no_progress_bar():
@@ -128,7 +129,8 @@ class EmojiAlignment(Reward):
         with torch.inference_mode(False):  # gradients are taken through it, whoever asks first
             return load_packaged_scorer()
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         texts = list(dict.fromkeys(prompts)) if self.among is None else list(self.among)
@@ -138,5 +140,5 @@ class EmojiAlignment(Reward):
         scorer = self._scorer.to(images.device)
         cosine = scorer.embed_images(images.float()) @ scorer.embed_texts(texts).T
         values = cosine if self.among is None else F.log_softmax(scorer.scale * cosine, dim=-1)
-        own = torch.tensor([texts.index(prompt) for prompt in prompts], device=images.device)
-        return RewardOutput(values.gather(1, own[:, None])[:, 0])
+        index = torch.tensor([texts.index(prompt) for prompt in prompts], device=images.device)
+        return RewardOutput(values.gather(1, index[:, None])[:, 0])

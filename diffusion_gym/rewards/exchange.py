@@ -1,4 +1,4 @@
-"""Exchanges over HTTP that end, in time and in size; and many of them at once."""
+"""Exchanges over HTTP with a limit on their time and size; and many of them at once."""
 
 import base64
 import http.client
@@ -31,8 +31,8 @@ class Unavailable(Exception):  # noqa: N818
     """A server that may answer if it is asked again.
 
     Args:
-        message: What happened.
-        seconds: When it wants to be asked again.
+        message: The reason.
+        seconds: The time after which it wants to be asked again.
     """
 
     def __init__(self, message: str, seconds: float = 0.0) -> None:
@@ -49,7 +49,7 @@ class Refused(Exception):  # noqa: N818
 
 
 class Garbage(Exception):  # noqa: N818
-    """An answer that is none."""
+    """An answer that makes no sense."""
 
 
 def is_loopback(host: str) -> bool:
@@ -61,7 +61,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Endpoint:
-    """Where requests go: https through the proxy that the environment names (https_proxy), all else directly.
+    """The address of requests: https goes through the proxy of the variable https_proxy, all else directly.
 
     Args:
         url: "http://host:port/path", "https://…", or a reward server's "remote://host:port".
@@ -76,8 +76,8 @@ class Endpoint:
         parts, port = urlsplit(url), None
         with suppress(ValueError):  # a port that is no number is refused below
             port = parts.port or _PORTS.get(parts.scheme)
-        beside = parts.username or parts.query or parts.fragment
-        if parts.scheme not in _PORTS or not (parts.hostname and port) or beside:
+        extra_parts = parts.username or parts.query or parts.fragment
+        if parts.scheme not in _PORTS or not (parts.hostname and port) or extra_parts:
             raise ValueError(
                 f"a server's address is like remote://host:port, http://host:port/path or https://host, got {url!r}"
             )
@@ -94,7 +94,7 @@ class Endpoint:
             )
 
     def check(self) -> None:
-        """Do nothing where the server takes connections.
+        """Check that the server takes connections.
 
         Raises:
             Unreachable: it does not.
@@ -109,7 +109,7 @@ class Endpoint:
     def ask(
         self, method: str, path: str, *, headers: Mapping[str, str], body: bytes | None = None, max_bytes: int
     ) -> bytes:
-        """Return the body of the server's answer, which may have `max_bytes`.
+        """Return the body of the server's answer, of at most `max_bytes`.
 
         Raises:
             Unavailable: it cannot be reached now (`Unreachable`), has no time, or failed.
@@ -150,7 +150,7 @@ class Endpoint:
             began = time.monotonic()
             deadline.start()
             try:
-                # A server may refuse a body before it has read all of it: what it says comes all the same.
+                # A server may refuse a body before it has read all of it: its answer comes all the same.
                 with suppress(BrokenPipeError, ConnectionResetError):
                     connection.request(method, path, body=body, headers=dict(headers))
                 response = connection.getresponse()
@@ -179,7 +179,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class _Proxy:
-    """What stands between, and what it wants to be told."""
+    """A proxy's address, and the headers that it asks for."""
 
     host: str
     port: int
@@ -192,19 +192,21 @@ def _proxy_for(host: str) -> _Proxy | None:
     Raises:
         ValueError: it is no address of an HTTP proxy.
     """
-    given = getproxies().get("https", "")
-    if not given or proxy_bypass(host):
+    address = getproxies().get("https", "")
+    if not address or proxy_bypass(host):
         return None
-    parts, port = urlsplit(given if "://" in given else f"http://{given}"), None
+    parts, port = urlsplit(address if "://" in address else f"http://{address}"), None
     with suppress(ValueError):  # a port that is no number is refused below
         port = parts.port or 80
     if parts.scheme not in ("http", "https") or not (parts.hostname and port):
-        shown = given.rpartition("@")[2]
+        shown = address.rpartition("@")[2]
         raise ValueError(f"the variable https_proxy must be like http://host:port or host:port, got {shown!r}")
     if parts.username is None:
         return _Proxy(parts.hostname, port)
-    who = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return _Proxy(parts.hostname, port, {"Proxy-Authorization": f"Basic {base64.b64encode(who.encode()).decode()}"})
+    credentials = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return _Proxy(
+        parts.hostname, port, {"Proxy-Authorization": f"Basic {base64.b64encode(credentials.encode()).decode()}"}
+    )
 
 
 def _connect(connection: http.client.HTTPConnection) -> None:
@@ -222,7 +224,7 @@ def _hang_up(opened: socket.socket) -> None:
 
 
 def _error_of(answer: bytes) -> str:
-    """Return what an answer that is none says of itself, as far as it does."""
+    """Return the error message of a failed answer, or the beginning of the answer where it has none."""
     try:
         return str(json.loads(answer)["error"])[:500]
     except (ValueError, RecursionError, KeyError, TypeError):
@@ -230,20 +232,20 @@ def _error_of(answer: bytes) -> str:
 
 
 def in_parallel(function: Callable[[S, threading.Event], T], items: Iterable[S], *, num_threads: int) -> list[T]:
-    """Return what the function makes of each item; items are taken when a thread is free, and an error ends it all.
+    """Return the function's result for each item; a free thread takes the next item, and an error ends them all.
 
     Args:
-        function: Gets an item, and an event that is set when its result is wanted no more: its waits are to end then.
+        function: Takes an item, and an event that is set when its result is no longer wanted: its waits end then.
         items: The items.
-        num_threads: How many are worked on at once; one is worked on in the thread that calls.
+        num_threads: The most items at once; with 1 the calling thread does the work.
     """
     over, taking = threading.Event(), threading.Lock()
-    left, results = enumerate(items), dict[int, T]()
+    remaining, results = enumerate(items), dict[int, T]()
 
     def work() -> None:
         while not over.is_set():
             with taking:
-                taken = next(left, None)
+                taken = next(remaining, None)
             if taken is None:
                 return
             index, item = taken

@@ -1,4 +1,4 @@
-"""Human Preference Score v2.1, and how OpenCLIP's tensors are called in transformers."""
+"""Human Preference Score v2.1, and transformers' names of OpenCLIP's tensors."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
+from typing_extensions import override
 
 from .base import Metadata, RewardOutput
 from .clip import ClipReward
@@ -84,7 +85,7 @@ class HPSv2(ClipReward):
 
     Args:
         weights: The checkpoint, in OpenCLIP's names: a file, or owner/name/file on the Hub.
-        clip: Where CLIP-H's `config.json`, tokenizer and `preprocessor_config.json` are: a folder, or an id on the Hub.
+        clip: The source of CLIP-H's `config.json`, tokenizer and `preprocessor_config.json`: a folder, or a Hub id.
             Its weights are not read.
         device: See `ModelReward`.
         dtype: See `ModelReward`.
@@ -106,13 +107,15 @@ class HPSv2(ClipReward):
         super().__init__(clip=clip, processor=clip, device=device, dtype=dtype, batch_size=batch_size)
         self.weights = weights
 
-    def load(self) -> CLIPModel:  # noqa: D102
+    @override
+    def load(self) -> CLIPModel:
         weights = read_weights(self.weights, what=CHECKPOINT, keyword="weights")
         clip = CLIPModel(self._config)
         fill(clip, from_open_clip(weights), self.weights)
         return clip
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         fetch_file(self.weights, what=CHECKPOINT, keyword="weights")
         self._config  # noqa: B018
         self.load_rest()
@@ -122,7 +125,7 @@ class HPSv2(ClipReward):
         return pretrained(CLIPConfig.from_pretrained, self.clip, what="CLIP-H's config.json", keyword="clip")
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return images [B, 3, H, W] in [0, 1] as HPSv2 wants them: whole, on a black square."""
+        """Return images [B, 3, H, W] in [0, 1] as HPSv2's inputs: whole, on a black square."""
         side = self._prepare.size
         scale = side / max(images.shape[-2:])
         height, width = (round(length * scale) for length in images.shape[-2:])
@@ -130,7 +133,6 @@ class HPSv2(ClipReward):
         top, left = (side - height) // 2, (side - width) // 2
         return self._prepare.normalise(F.pad(images, (left, side - width - left, top, side - height - top)))
 
-    def score(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
-    ) -> RewardOutput:
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         return RewardOutput(self.cosines(images, prompts))

@@ -1,4 +1,4 @@
-"""How images become what CLIP and BLIP want: bicubic resizing, cropping or padding, normalisation, on any device."""
+"""The preparation of images for CLIP and BLIP: bicubic resizing, cropping, normalisation, on any device."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_levels(images: Tensor) -> Tensor:
-    """Return images in [0, 1] as the levels 0, 1, …, 255 of a byte, in float32: what a saved image has."""
+    """Return images in [0, 1] as the levels 0, 1, …, 255 of a saved image, in float32."""
     return (images.float() * 255).round().clamp(0, 255)
 
 
@@ -26,7 +26,7 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_levels(levels: Tensor, height: int, width: int) -> Tensor:
-    """Return what Pillow's bicubic resize makes of levels 0 to 255: rows, then columns, each rounded half up."""
+    """Return levels 0 to 255 resized as by Pillow's bicubic: rows, then columns, each rounded half up."""
     for size in ((levels.shape[-2], width), (height, width)):
         levels = (resize(levels, *size) + 0.5).floor().clamp(0, 255)
     return levels
@@ -34,7 +34,7 @@ def resize_levels(levels: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """CLIP's own: the shorter side to `size`, the centre, (x − mean)/std per channel.
+    """CLIP's preparation of images: the shorter side to `size`, the centre, (x − mean)/std per channel.
 
     Images are rounded to bytes before and after the resize, as those were that the published models saw.
 
@@ -45,9 +45,9 @@ class ImagePreparation:
 
     Args:
         size: The shorter side after the resize, pixels.
-        crop: Height and width of what is kept, pixels; at most `size`.
-        mean: Per channel, of images in [0, 1].
-        std: Per channel.
+        crop: Height and width of the centre that is kept, pixels; at most `size`.
+        mean: The mean of each channel, of images in [0, 1].
+        std: The standard deviation of each channel.
     """
 
     size: int = 224
@@ -61,7 +61,7 @@ class ImagePreparation:
 
     @classmethod
     def load(cls, source: str, *, local_files_only: bool = False) -> "ImagePreparation":
-        """Return what `preprocessor_config.json` of a folder or an id on the Hub (its cache alone) asks for."""
+        """Return the preparation that `preprocessor_config.json` of a folder or a Hub id describes."""
         file = cached_file(source, "preprocessor_config.json", local_files_only=local_files_only)
         config = json.loads(Path(file).read_text())
         size, crop = config["size"], config["crop_size"]

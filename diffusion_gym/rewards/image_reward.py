@@ -1,4 +1,4 @@
-"""ImageReward on transformers' BLIP classes, and how its checkpoint's tensors are called there."""
+"""ImageReward on transformers' BLIP classes, and their names of its checkpoint's tensors."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from typing_extensions import override
 
 from .affine_head import AffineHead
 from .base import Metadata, RewardOutput
@@ -62,7 +63,7 @@ def _layers(weights: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def vision_config(weights: Mapping[str, Tensor]) -> BlipVisionConfig:
-    """Return the image encoder's sizes, as its tensors have them; attention heads are 64 wide."""
+    """Return the image encoder's configuration, by its tensors' shapes; attention heads are 64 wide."""
     patches, width = weights["vision.embeddings.position_embedding"].shape[1:]
     patch_size = weights["vision.embeddings.patch_embedding.weight"].shape[-1]
     return BlipVisionConfig(
@@ -77,7 +78,7 @@ def vision_config(weights: Mapping[str, Tensor]) -> BlipVisionConfig:
 
 
 def text_config(weights: Mapping[str, Tensor]) -> BlipTextConfig:
-    """Return the text encoder's sizes, as its tensors have them; attention heads are 64 wide."""
+    """Return the text encoder's configuration, by its tensors' shapes; attention heads are 64 wide."""
     vocabulary, width = weights["text.embeddings.word_embeddings.weight"].shape
     return BlipTextConfig(
         vocab_size=vocabulary,
@@ -93,7 +94,7 @@ def text_config(weights: Mapping[str, Tensor]) -> BlipTextConfig:
 
 
 class BlipRewardModel(nn.Module):
-    """The prompt, read by a BERT that looks at the image in every layer; its first token's state, through the head."""
+    """A BERT that reads the prompt and looks at the image in every layer, with a head on its first token's state."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig) -> None:
         super().__init__()
@@ -143,7 +144,8 @@ class ImageReward(ModelReward[BlipRewardModel]):
         self.weights = weights
         self.tokenizer = tokenizer
 
-    def load(self) -> BlipRewardModel:  # noqa: D102
+    @override
+    def load(self) -> BlipRewardModel:
         weights = from_published(read_weights(self.weights, what=CHECKPOINT, keyword="weights"))
         try:
             network = BlipRewardModel(vision_config(weights), text_config(weights))
@@ -152,7 +154,8 @@ class ImageReward(ModelReward[BlipRewardModel]):
         fill(network, weights, self.weights)
         return network
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         fetch_file(self.weights, what=CHECKPOINT, keyword="weights")
         self.load_rest()
 
@@ -160,12 +163,12 @@ class ImageReward(ModelReward[BlipRewardModel]):
     def _tokenizer(self) -> BertTokenizer:
         return pretrained(BertTokenizer.from_pretrained, self.tokenizer, what="BERT's tokenizer", keyword="tokenizer")
 
-    def load_rest(self) -> None:  # noqa: D102
+    @override
+    def load_rest(self) -> None:
         self._tokenizer  # noqa: B018
 
-    def score(  # noqa: D102
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None
-    ) -> RewardOutput:
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         side = self.network.vision.config.image_size
         tokens = self._tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"

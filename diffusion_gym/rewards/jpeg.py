@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer
 from .base import Metadata, Reward, RewardOutput, to_uint8
@@ -31,7 +32,7 @@ def as_files(pictures: np.ndarray, image_format: str, options: Mapping[str, int]
 def jpeg_kilobytes(images: Tensor, *, quality: int = 95) -> Tensor:
     """Return the size of each image as a JPEG file in kB (1 kB = 1000 bytes): [B] float32, on the images' device.
 
-    Pillow's encoder with its default subsampling and without optimisation.
+    The encoder is Pillow's, with its default subsampling and without optimisation.
 
     Source: Black et al., 2023 (DDPO), section 5.1, https://arxiv.org/abs/2305.13301; the quality is ddpo-pytorch's.
 
@@ -54,7 +55,8 @@ class Incompressibility(Reward):
     unit = "kB"
     range = (0.0, float("inf"))
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         return RewardOutput(jpeg_kilobytes(images))
@@ -67,7 +69,8 @@ class Compressibility(Reward):
     unit = "kB"
     range = (-float("inf"), 0.0)
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         return RewardOutput(-jpeg_kilobytes(images))

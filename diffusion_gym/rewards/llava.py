@@ -15,7 +15,7 @@ LLAVA_13B = "llava-hf/llava-1.5-13b-hf"
 
 
 def fetch(source: str) -> None:
-    """Have the files of a folder or a Hub id here.
+    """Fetch the files of a folder or a Hub id to this machine.
 
     Raises:
         ValueError: they cannot be had.
@@ -25,7 +25,7 @@ def fetch(source: str) -> None:
 
 
 def load_processor(source: str) -> ProcessorMixin:
-    """Return what makes a LLaVA's inputs of images and questions.
+    """Return the processor that makes a LLaVA's inputs from images and questions.
 
     Raises:
         ValueError: there is none.
@@ -35,7 +35,7 @@ def load_processor(source: str) -> ProcessorMixin:
 
 
 class Llava(nn.Module):
-    """Answers to questions about images: short, decoded greedily, so the same every time.
+    """A model that answers questions about images: in short, decoded greedily and so the same every time.
 
     Source: Liu et al. 2023, Visual Instruction Tuning, https://arxiv.org/abs/2304.08485; the DDPO paper's use of it:
     https://github.com/kvablack/LLaVA-server (llava.py).
@@ -63,7 +63,7 @@ class Llava(nn.Module):
 
     @classmethod
     def load(cls, source: str, *, dtype: torch.dtype = torch.float32, max_new_tokens: int = 64) -> "Llava":
-        """Return the model of a folder or a Hub id, which is at no time larger than `dtype` makes it.
+        """Return the model of a folder or a Hub id; it is loaded in `dtype`, never in a larger one.
 
         Raises:
             ValueError: there is none.

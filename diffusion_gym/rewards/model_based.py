@@ -1,4 +1,4 @@
-"""What the rewards have in common that a pretrained network gives."""
+"""The base of the rewards that a pretrained network gives, and functions that load one."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors.torch import load_file
 from torch import nn
+from typing_extensions import override
 
 from ..checks import checked_integer
 from ..loading import hub_answers
@@ -27,11 +28,10 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 class ModelReward(Reward, Generic[Network]):
     """A reward that a frozen network gives: called in chunks, without gradients.
 
-    Its files are fetched when `make_reward` makes it, and with it an environment (`make_ready`); they are read when it
-    is first asked.
+    Its files are fetched when `make_reward` or an environment makes it (`make_ready`), and read at the first call.
 
     Args:
-        device: Where the network lives, "cuda:1" for example; None: where the first images are.
+        device: The network's device, "cuda:1" for example; None: that of the first images.
         dtype: The type that the network computes in; rewards are float32 whatever it is.
         batch_size: The most images per call of the network.
 
@@ -76,10 +76,11 @@ class ModelReward(Reward, Generic[Network]):
         self.network  # noqa: B018
 
     def load_rest(self) -> None:
-        """Load what the reward needs beside its network: first, for it is the smaller part to find missing."""
+        """Load what the reward needs beside its network; it comes first, for it is small and may be missing."""
 
     @torch.no_grad()
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         check_prompts(images, prompts)
@@ -92,11 +93,11 @@ class ModelReward(Reward, Generic[Network]):
             outputs.append(self.score(chunk, prompts[part], None if metadata is None else metadata[part]))
         values = torch.cat([output.values.float() for output in outputs])
         extras = {name: torch.cat([output.extras[name].float() for output in outputs]) for name in outputs[0].extras}
-        return RewardOutput(values.to(images.device), {name: one.to(images.device) for name, one in extras.items()})
+        return RewardOutput(values.to(images.device), {name: extra.to(images.device) for name, extra in extras.items()})
 
 
 def checked_device(device: torch.device | str) -> torch.device:
-    """Return a device, without using it.
+    """Return the torch device, without using it.
 
     Raises:
         ValueError: it is a CUDA device that is not there.
@@ -108,12 +109,12 @@ def checked_device(device: torch.device | str) -> torch.device:
 
 
 def pretrained(load: Callable[..., T], source: str | Path, *, what: str, keyword: str) -> T:
-    """Return `load(source)`, a folder's or the Hub's; where the Hub does not answer, that of the Hub's cache.
+    """Return `load(source)`, from a folder or from the Hub; where the Hub does not answer, from its cache.
 
     Args:
-        load: A `from_pretrained`, or what else opens the source; it gets `local_files_only=True` without the Hub.
+        load: A `from_pretrained`, or the like; it gets `local_files_only=True` without the Hub.
         source: A folder, a file or an id on the Hugging Face Hub ("owner/name", or "owner/name/file" for a file).
-        what: What it is, for the error: "CLIP ViT-L/14".
+        what: The thing's name, for the error: "CLIP ViT-L/14".
         keyword: The reward's keyword that names the source.
 
     Raises:
@@ -142,20 +143,20 @@ def read_weights(source: str | Path, *, what: str, keyword: str, sha256: str | N
     Args:
         source: A file, or "owner/name/file" on the Hugging Face Hub: `.safetensors`, or what `torch.save` wrote, of
             which only tensors are read (`weights_only=True`). Tensors under the key "state_dict" are found there.
-        what: What it is, for the errors.
+        what: The checkpoint's name, for the errors.
         keyword: The reward's keyword that names the source.
-        sha256: What the file's SHA-256 must be; None: it is not checked.
+        sha256: The SHA-256 that the file must have; None: it is not checked.
 
     Raises:
         ValueError: the file could not be had, or it is another one.
     """
     path = pretrained(_find_file, source, what=what, keyword=keyword)
     if sha256 is not None:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != sha256.lower():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != sha256.lower():
             raise ValueError(
-                f"{path} is not the expected file of {what}: its SHA-256 is {found}, expected {sha256}. Fetch it "
-                f"again, or, if it is meant, give {keyword}_sha256={found!r}"
+                f"{path} is not the expected file of {what}: its SHA-256 is {digest}, expected {sha256}. Fetch it "
+                f"again, or, if it is meant, give {keyword}_sha256={digest!r}"
             )
     if path.suffix == ".safetensors":
         return load_file(path)
@@ -164,7 +165,7 @@ def read_weights(source: str | Path, *, what: str, keyword: str, sha256: str | N
 
 
 def fetch_file(source: str | Path, *, what: str, keyword: str) -> None:
-    """Have a checkpoint's file here, as `read_weights` reads it.
+    """Fetch a checkpoint's file to this machine, as `read_weights` reads it.
 
     Raises:
         ValueError: it could not be had.
@@ -173,7 +174,7 @@ def fetch_file(source: str | Path, *, what: str, keyword: str) -> None:
 
 
 def fetch_model(source: str | Path, *, what: str, keyword: str) -> None:
-    """Have the weights of a model of transformers here, as its `from_pretrained` reads them.
+    """Fetch the weights of a model of transformers to this machine, as its `from_pretrained` reads them.
 
     Raises:
         ValueError: they could not be had.
@@ -195,14 +196,14 @@ def _find_weights(source: str, *, local_files_only: bool = False) -> None:
 
 
 def _find_in(source: str, name: str, *, local_files_only: bool) -> Path | None:
-    """Return the path of a file of a folder, or of an id on the Hub in its cache; None: there is none."""
+    """Return the path of a folder's file, or of a Hub id's in the cache; None: there is none."""
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
     try:
-        known = try_to_load_from_cache(source, name)
+        cached = try_to_load_from_cache(source, name)
         return Path(
-            known if isinstance(known, str) else hf_hub_download(source, name, local_files_only=local_files_only)
+            cached if isinstance(cached, str) else hf_hub_download(source, name, local_files_only=local_files_only)
         )
     except EntryNotFoundError:
         return None
@@ -224,7 +225,7 @@ def _find_file(source: str, *, local_files_only: bool = False) -> Path:
 
 
 def fill(network: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Copy a checkpoint's tensors into a network; what else is in the checkpoint is passed over.
+    """Copy a checkpoint's tensors into a network; the checkpoint's other tensors are ignored.
 
     Raises:
         ValueError: one of the network's tensors is not in the checkpoint, or has another shape there.

@@ -1,4 +1,4 @@
-"""Rewards by name, and whatever else one may be given as; sums of them."""
+"""`make_reward`, which takes rewards by name and in other forms; and weighted sums of them."""
 
 import importlib
 import inspect
@@ -8,6 +8,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..naming import unknown_name
 from .base import CallableReward, Metadata, Reward, RewardFunction, RewardOutput, check_reward, checked_output
@@ -50,24 +51,24 @@ def reward_class(name: str) -> type[Reward]:
 def make_reward(
     reward: str | Reward | RewardFunction | Mapping[str, float], *, options: Mapping[str, object] | None = None
 ) -> Reward:
-    """Return a reward that is ready: what it needs for its first call is at hand (`Reward.make_ready`).
+    """Return a reward that is ready for its first call (see `Reward.make_ready`).
 
     Args:
         reward: A name ("incompressibility", "aesthetic", …: the README's table has them all); "module:function", which
             is imported, for a function or a `Reward` of one's own; the address of a reward server
             ("remote://host:port", "https://…"); a `Reward`; a callable `f(images [B, 3, H, W], prompts, metadata) ->
             [B]`; or {name: weight} for a weighted sum.
-        options: The keywords of the reward that a name means: make_reward("clip_score", options={"device": "cuda:1"}).
+        options: Keywords for the reward of a name: make_reward("clip_score", options={"device": "cuda:1"}).
 
     Raises:
         TypeError: a reward has no name, a function does not take (images, prompts, metadata), or `reward` is a class.
         ValueError: a name is not known, it takes no such options, or weights cannot be had.
         RuntimeError: a server cannot be reached.
     """
-    made = _make(reward, {} if options is None else options)
-    check_reward(made)
-    made.make_ready()
-    return made
+    ready_reward = _make(reward, {} if options is None else options)
+    check_reward(ready_reward)
+    ready_reward.make_ready()
+    return ready_reward
 
 
 def _make(reward: str | Reward | RewardFunction | Mapping[str, float], options: Mapping[str, object]) -> Reward:
@@ -90,17 +91,17 @@ def _from_text(text: str, options: Mapping[str, object]) -> Reward:
     kind = named_class(text)
     if kind is None:
         return _make(_imported(text), options)  # type: ignore[arg-type]
-    given = {"url": text, **options} if "://" in text else dict(options)
+    keywords = {"url": text, **options} if "://" in text else dict(options)
     signature = inspect.signature(kind)
     try:
-        signature.bind(**given)
+        signature.bind(**keywords)
     except TypeError as error:
         raise ValueError(f"{text} does not take these options: {error}; it is {text}{signature}") from None
-    return kind(**given)
+    return kind(**keywords)
 
 
 def named_class(text: str) -> type[Reward] | None:
-    """Return the class of the reward that a text means: of a name, an address, or "module:class"; None: of a function.
+    """Return the class of the reward that a name, an address or "module:class" stands for; None for a function.
 
     Raises:
         ValueError: it means nothing.
@@ -109,19 +110,19 @@ def named_class(text: str) -> type[Reward] | None:
         return importlib.import_module(".remote", __package__).RemoteReward
     if ":" not in text:
         return reward_class(text)
-    found = _imported(text)
-    return found if isinstance(found, type) and issubclass(found, Reward) else None
+    value = _imported(text)
+    return value if isinstance(value, type) and issubclass(value, Reward) else None
 
 
 def _imported(text: str) -> object:
-    """Return what "module:function" names.
+    """Return the object that "module:name" names.
 
     Raises:
         ValueError: there is no such module, or nothing of that name in it.
     """
     module_name, _, path = text.partition(":")
     try:
-        found: object = importlib.import_module(module_name)
+        value: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and misses another one
@@ -130,17 +131,19 @@ def _imported(text: str) -> object:
             "its file is (python -m looks in the present folder), or name its folder in PYTHONPATH"
         ) from error
     for part in path.split("."):
-        if part not in dir(found):
-            raise ValueError(unknown_name(f"name in {module_name}", part, [one for one in dir(found) if one[0] != "_"]))
-        found = getattr(found, part)
-    return found
+        if part not in dir(value):
+            raise ValueError(
+                unknown_name(f"name in {module_name}", part, [name for name in dir(value) if name[0] != "_"])
+            )
+        value = getattr(value, part)
+    return value
 
 
 class WeightedSum(Reward):
     """Σ_i w_i·r_i over named rewards; every r_i is reported as an extra.
 
     Args:
-        weighted: The rewards, or what `make_reward` makes them of, each with its weight; or {name: weight}.
+        weighted: The rewards, or their sources for `make_reward`, each with its weight; or {name: weight}.
 
     Raises:
         ValueError: there is no reward, a weight is no finite number, two of the rewards have one name, or a name is
@@ -167,7 +170,8 @@ class WeightedSum(Reward):
         bounds = [sorted(weight * bound for bound in reward.range) for reward, weight in self.weighted if weight]
         self.range = (sum(low for low, _ in bounds), sum(high for _, high in bounds))
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         total = torch.zeros(len(images), device=images.device, dtype=torch.float32)
@@ -178,13 +182,15 @@ class WeightedSum(Reward):
             extras |= {**output.extras, reward.name: output.values}
         return RewardOutput(total, extras)
 
-    def state_dict(self) -> dict[str, object]:  # noqa: D102
+    @override
+    def state_dict(self) -> dict[str, object]:
         states = [reward.state_dict() for reward, _ in self.weighted]
         return {"weighted": states} if any(states) else {}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
+    @override
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         states = state.get("weighted", [{}] * len(self.weighted))
         if not isinstance(states, list) or len(states) != len(self.weighted) or state.keys() - {"weighted"}:
             raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")
-        for (reward, _), one in zip(self.weighted, states, strict=True):
-            reward.load_state_dict(one)
+        for (reward, _), reward_state in zip(self.weighted, states, strict=True):
+            reward.load_state_dict(reward_state)

@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .. import transfer
 from ..checks import checked_integer, checked_number
@@ -20,7 +21,7 @@ _ROUNDING = 16 * torch.finfo(torch.float32).eps
 class Normalised(RewardWrapper):
     """(r − mean) / std: rewards of different units on one scale, to be weighted in a `WeightedSum`.
 
-    With `mean` and `std` given it is a function of image and prompt like any other reward. Without them they are those
+    With given `mean` and `std` it is a function of image and prompt like any other reward. Without them they are those
     of all values seen so far, the present batch's included; std is the population's, at least 1e-8; values that differ
     by no more than the rounding of float32 (std ≤ 16 units in the last place of the mean) are all 0. Such a reward
     drifts while it learns them: an image's reward depends on those before it, so evaluate with another one, and give
@@ -32,8 +33,8 @@ class Normalised(RewardWrapper):
 
     Args:
         reward: The other reward; its values are reported as an extra.
-        mean: What is subtracted; None: learnt.
-        std: What is divided by, positive; None: learnt.
+        mean: The mean to subtract; None: learnt.
+        std: The standard deviation to divide by, positive; None: learnt.
         learn_from: The values that are learnt from (the batch that completes them is taken whole); None: all.
 
     Attributes:
@@ -72,15 +73,16 @@ class Normalised(RewardWrapper):
 
     @property
     def mean(self) -> float:
-        """What is subtracted now."""
+        """The mean that is subtracted now."""
         return self._mean
 
     @property
     def std(self) -> float:
-        """What is divided by now."""
+        """The standard deviation that is divided by now."""
         return self._std if self.is_fixed else max(math.sqrt(self._squares / max(self.count, 1)), _LEAST_STD)
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         output = checked_output(self.reward, images, prompts, metadata)
@@ -101,17 +103,27 @@ class Normalised(RewardWrapper):
         self._mean += difference * num / total
         self.count = total
 
-    def state_dict(self) -> dict[str, object]:  # noqa: D102
+    @override
+    def state_dict(self) -> dict[str, object]:
         state: dict[str, object] = {}
-        inner = self.reward.state_dict()
+        inner_state = self.reward.state_dict()
         if not self.is_fixed:
             state["normalised"] = {"count": self.count, "mean": self._mean, "squares": self._squares}
-        return state | ({"reward": inner} if inner else {})
+        return state | ({"reward": inner_state} if inner_state else {})
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: D102
-        own, inner = state.get("normalised"), state.get("reward", {})
-        if not isinstance(inner, Mapping) or state.keys() - {"normalised", "reward"} or (own and self.is_fixed):
+    @override
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        statistics, inner_state = state.get("normalised"), state.get("reward", {})
+        if (
+            not isinstance(inner_state, Mapping)
+            or state.keys() - {"normalised", "reward"}
+            or (statistics and self.is_fixed)
+        ):
             raise ValueError(f"the state given is not that of {self.name!r}: it has {sorted(state)}")
-        self.reward.load_state_dict(inner)
-        if isinstance(own, Mapping):
-            self.count, self._mean, self._squares = int(own["count"]), float(own["mean"]), float(own["squares"])
+        self.reward.load_state_dict(inner_state)
+        if isinstance(statistics, Mapping):
+            self.count, self._mean, self._squares = (
+                int(statistics["count"]),
+                float(statistics["mean"]),
+                float(statistics["squares"]),
+            )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import Tensor
+from typing_extensions import override
 
 from .base import Metadata, Reward, RewardOutput
 
@@ -13,7 +14,8 @@ class Brightness(Reward):
     name = "brightness"
     range = (0.0, 1.0)
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         return RewardOutput(images.float().mean(dim=(1, 2, 3)))

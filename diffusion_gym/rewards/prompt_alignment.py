@@ -1,10 +1,11 @@
-"""Does the image show what the prompt says? A vision-language model describes it, and BERTScore compares."""
+"""The DDPO paper's prompt alignment: a vision-language model describes the image, and BERTScore compares."""
 
 from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer
 from . import bertscore, llava
@@ -38,10 +39,10 @@ class PromptAlignment(ModelReward[Llava]):
         llava: The model that describes: a folder or a Hub id of the LLaVA family (LLaVA-1.5, LLaVA-NeXT).
         bert_score: The model that compares: a folder or a Hub id.
         num_layers: Its layer that embeds; None: the one that bert-score's authors found best for this id.
-        question: What the first is asked.
-        reference: What its answer is compared with; "{prompt}" stands for the prompt.
+        question: The question to the first.
+        reference: The text that its answer is compared with; "{prompt}" stands for the prompt.
         max_new_tokens: The longest description, in tokens.
-        device: Where both live; None: where the first images are.
+        device: The device of both; None: that of the first images.
         dtype: The type that LLaVA computes in; BERTScore is float32.
         batch_size: The most images described at once.
 
@@ -75,27 +76,31 @@ class PromptAlignment(ModelReward[Llava]):
         self.reference = reference
         self.max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, at_least=1)
 
-    def load(self) -> Llava:  # noqa: D102
+    @override
+    def load(self) -> Llava:
         return Llava.load(self.llava, dtype=self.dtype, max_new_tokens=self.max_new_tokens)
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         bertscore.fetch(self.bert_score, self.num_layers)
         llava.fetch(self.llava)
 
     @cached_property
     def compare(self) -> BertScore:
-        """What compares sentences."""
+        """The BERTScore that compares sentences."""
         assert self.device is not None
         return BertScore(self.bert_score, num_layers=self.num_layers, device=self.device)
 
-    def load_rest(self) -> None:  # noqa: D102
+    @override
+    def load_rest(self) -> None:
         self.compare  # noqa: B018
 
     def describe(self, images: Tensor) -> list[str]:
-        """Return what LLaVA says of images [B, 3, H, W] in [0, 1]."""
+        """Return LLaVA's descriptions of images [B, 3, H, W] in [0, 1]."""
         return self.network.answer(images, [self.question] * len(images))
 
-    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:  # noqa: D102
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
         references = [self.reference.replace("{prompt}", prompt) for prompt in prompts]
         for prompt, reference in zip(prompts, references, strict=True):
             if not reference.strip():

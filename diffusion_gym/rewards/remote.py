@@ -10,6 +10,7 @@ from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer
 from .base import Metadata, Reward, RewardOutput, check_prompts
@@ -30,8 +31,8 @@ class RemoteReward(Reward):
     Name, unit and range are the server's, which is asked for them at once: then it has to be there. Batches are split
     to what the server takes at a time, and each part is asked for until it is answered: a server that is away (refuses
     connections, hangs, dies in the middle, is busy, answers 5xx) is asked again after 0.1 s, 0.2 s, 0.4 s, … 10 s, with
-    a warning in the log, so that an outage costs time and no sample. An answer that is none raises, and names the
-    server.
+    a warning in the log, so that an outage costs time and no sample. An answer that makes no sense raises an error
+    that names the server.
 
     Rewards are those of the same reward in process: bit for bit with "safetensors" and, for a reward that looks at
     8-bit pixels, with "png" too; other rewards see what "png" rounds to 1/255.
@@ -40,15 +41,15 @@ class RemoteReward(Reward):
         url: The server's address, "remote://host:port" ("https://…" for one behind a proxy); or those of several that
             serve the same reward: they share the parts of a batch, and stand in for each other; one that fails is asked
             after the others for the rest of the batch.
-        token: What the servers ask for; None: the environment variable DIFFUSION_GYM_REWARD_TOKEN, if it is set. It is
-            not encrypted on its way to "remote://…": a warning says so where that is another machine.
+        token: The token that the servers ask for; None: the environment variable DIFFUSION_GYM_REWARD_TOKEN, if it is
+            set. It is not encrypted on its way to "remote://…": a warning says so where that is another machine.
         timeout: The seconds that the answer to a part may take in all.
-        max_retry_seconds: How long after its first failure a part is asked for again; infinity: for ever.
-        image_format: How images are sent: "png" (lossless in 8 bits), "jpeg" (with loss), "safetensors" (float32).
+        max_retry_seconds: The time after its first failure in which a part is asked for again; infinity: for ever.
+        image_format: The format of images: "png" (lossless in 8 bits), "jpeg" (with loss), "safetensors" (float32).
         jpeg_quality: libjpeg's, 1 to 95.
 
     Attributes:
-        num_retries: How often servers had to be asked again so far.
+        num_retries: The rounds in which servers had to be asked again so far.
 
     Raises:
         ValueError: an argument is out of its range, or the servers' rewards differ.
@@ -81,17 +82,18 @@ class RemoteReward(Reward):
         self.jpeg_quality = jpeg_quality
         self.num_retries = 0
         self._jitter = random.Random()
-        self._connections = [Connection(one, token=token, timeout=timeout) for one in urls]
+        self._connections = [Connection(address, token=token, timeout=timeout) for address in urls]
         self._served = [
             self._ask([connection], _first_info, set(), threading.Event()) for connection in self._connections
         ]
         first = self._served[0]
         self.name, self.unit, self.range = first.name, first.unit, first.range
-        for one, served in zip(urls, self._served, strict=True):
+        for address, served in zip(urls, self._served, strict=True):
             if (served.name, served.unit, served.range) != (self.name, self.unit, self.range):
-                raise ValueError(f"the servers must serve one reward: {urls[0]} has {first}, {one} has {served}")
+                raise ValueError(f"the servers must serve one reward: {urls[0]} has {first}, {address} has {served}")
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         check_prompts(images, prompts)
@@ -118,14 +120,14 @@ class RemoteReward(Reward):
         """Yield requests (content type, body, number of images) that keep to all servers' limits, in order."""
         limits = [served.limits for served in self._served]
         pixels = images.shape[-2] * images.shape[-1]
-        size = largest or min(min(one.max_batch, max(1, one.max_pixels // pixels)) for one in limits)
+        size = largest or min(min(limit.max_batch, max(1, limit.max_pixels // pixels)) for limit in limits)
         for start in range(0, len(images), size):
-            own = slice(start, start + size)
-            given = (images[own], prompts[own], None if metadata is None else metadata[own])
-            type_, body = encode_request(*given, image_format=self.image_format, jpeg_quality=self.jpeg_quality)
-            num_images = len(given[0])
-            if len(body) > min(one.max_bytes for one in limits) and num_images > 1:
-                yield from self._parts(*given, largest=(num_images + 1) // 2)
+            rows = slice(start, start + size)
+            part = (images[rows], prompts[rows], None if metadata is None else metadata[rows])
+            type_, body = encode_request(*part, image_format=self.image_format, jpeg_quality=self.jpeg_quality)
+            num_images = len(part[0])
+            if len(body) > min(limit.max_bytes for limit in limits) and num_images > 1:
+                yield from self._parts(*part, largest=(num_images + 1) // 2)
             else:
                 yield type_, body, num_images
 
@@ -136,14 +138,14 @@ class RemoteReward(Reward):
         failed: set[Connection],
         over: threading.Event,
     ) -> T:
-        """Return what the first of these servers answers that does; they are asked again and again until it is over.
+        """Return the answer of the first of these servers that gives one; they are asked again until time is over.
 
-        Those that failed the last time, as the parts of a batch tell each other, are asked after the others.
+        Servers in `failed`, which the parts of a batch share, failed the last time and are asked after the others.
         """
         began, rounds = None, 0
         while True:
-            wanted, failures = 0.0, []
-            for connection in sorted(connections, key=lambda one: one in failed):
+            requested_wait, failures = 0.0, []
+            for connection in sorted(connections, key=lambda server: server in failed):
                 if over.is_set():
                     raise RemoteRewardError("the reward server is asked no more: another part of the batch has failed")
                 try:
@@ -154,10 +156,10 @@ class RemoteReward(Reward):
                     logger.warning("reward server %s: %s", connection.url, unavailable)
                     failed.add(connection)
                     failures.append(f"{connection.url}: {unavailable}")
-                    wanted = max(wanted, unavailable.seconds)
+                    requested_wait = max(requested_wait, unavailable.seconds)
             began = time.monotonic() if began is None else began
             wait = min(_FIRST_WAIT * 2 ** min(rounds, 16), _LONGEST_WAIT) * self._jitter.uniform(0.75, 1.0)
-            wait = max(wait, min(wanted, _LONGEST_WAIT))
+            wait = max(wait, min(requested_wait, _LONGEST_WAIT))
             rounds += 1
             left = self.max_retry_seconds - (time.monotonic() - began)
             if wait > left:
@@ -174,7 +176,7 @@ class RemoteReward(Reward):
 
 
 def _first_info(connection: Connection) -> ServedReward:
-    """Return what a server says of its reward when it is asked for the first time.
+    """Return a server's description of its reward, when it is asked for the first time.
 
     Raises:
         Unavailable, RemoteRewardError: as `Connection.info`; where there is no connection, the latter.

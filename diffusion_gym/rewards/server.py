@@ -2,11 +2,11 @@
 
     python -m diffusion_gym.rewards.server --reward aesthetic --device cuda:1
 
-and there `gym.make_vec(…, reward="remote://127.0.0.1:8085")`. `diffusion_gym.rewards.wire` says what goes between them.
-A server listens on this machine alone unless it has a token, which clients have to show. What goes over the network is
-not encrypted: where the network is not to be trusted, reach it through ssh (`ssh -L 8085:127.0.0.1:8085 host`) or a
-proxy that speaks https. Without a token it answers no web page of this machine's browsers: requests have to name this
-machine as their host, and no origin.
+and there `gym.make_vec(…, reward="remote://127.0.0.1:8085")`. `diffusion_gym.rewards.wire` describes their messages.
+A server listens on this machine alone unless it has a token, which clients have to show. Messages are not encrypted:
+where the network is not to be trusted, reach the server through ssh (`ssh -L 8085:127.0.0.1:8085 host`) or a proxy that
+speaks https. Without a token it answers no web page of this machine's browsers: requests have to name this machine as
+their host, and no origin.
 """
 
 import argparse
@@ -55,9 +55,10 @@ class RewardServer:
     """One reward, asked by one request at a time; `app` is its ASGI application.
 
     Args:
-        reward: What is served. One that remembers (`state_dict`) is not: that would be lost with the server.
-        device: Where the images are put before the reward sees them; None: the CPU.
-        token: What clients have to show; None: nothing.
+        reward: The reward to serve. One that remembers (`state_dict`) is refused: its memory would be lost with the
+            server.
+        device: The device of the images that the reward sees; None: the CPU.
+        token: The token that clients have to show; None: none.
         limits: The largest request.
         max_queue: The most requests that are read, wait or are worked on at once; one more is answered 503.
         read_seconds: The longest that reading a request may take.
@@ -138,7 +139,7 @@ class RewardServer:
             self._num_requests -= 1
 
     def _refused(self, request: Request) -> JSONResponse | None:
-        """Return the answer to a web page, which may not use a server that asks nobody for a token."""
+        """Return the refusal of a web page's request, if the server has no token; None for other requests."""
         host, origin = request.headers.get("host"), request.headers.get("origin")
         if self.has_token or (origin is None and (host is None or is_loopback(_name_of(host)))):
             return None
@@ -149,14 +150,14 @@ class RewardServer:
         )
 
     def _unauthorized(self, request: Request) -> JSONResponse | None:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if self._authorization is None or hmac.compare_digest(given, self._authorization):
+        credentials = request.headers.get("authorization", "").encode("latin-1")
+        if self._authorization is None or hmac.compare_digest(credentials, self._authorization):
             return None
         message = f"the token is missing or wrong: give the server's as token=…, or in the variable {TOKEN_VARIABLE}"
         return _failure(401, message, {"WWW-Authenticate": "Bearer"})
 
     async def _read(self, request: Request) -> bytes:
-        """Return the body; it is never held when it is larger than the limit."""
+        """Return the body; one that is larger than the limit is never held in memory."""
         too_large = BadRequest(f"a request may have {self.limits.max_bytes} bytes", 413)
         if int(request.headers.get("content-length", 0)) > self.limits.max_bytes:
             raise too_large
@@ -168,7 +169,7 @@ class RewardServer:
         return bytes(body)
 
     def _answer(self, content_type: str, body: bytes) -> JSONResponse:
-        """Return the answer to a request that has been read; in a thread of its own."""
+        """Return the answer to a request that has been read; called in a thread of its own."""
         images, prompts, metadata = decode_request(content_type, body, self.limits)
         try:
             with torch.no_grad():
@@ -199,7 +200,7 @@ def _failure(status: int, message: str, headers: dict[str, str] | None = None) -
 
 
 def _name_of(host: str) -> str:
-    """Return the name in a Host header, without the port; of one that is none, nothing."""
+    """Return the name in a Host header, without the port; empty where the header makes no sense."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -207,9 +208,9 @@ def _name_of(host: str) -> str:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's; ends connections that ask for nothing, not to the end, or do not take the answer.
+    """uvicorn's protocol, with an end to connections that send no whole request or do not take the answer.
 
-    Anybody could open ever more of them.
+    Without it anybody could open ever more of them.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -224,7 +225,7 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self, last_request: object) -> None:
-        """End it where no request has begun since this one and nothing is being answered, or no answer is taken."""
+        """End the connection if no request has begun since the last look and none is open, or no answer is taken."""
         self._unread_looks = self._unread_looks + 1 if self.transport.get_write_buffer_size() else 0
         if self._unread_looks >= _UNREAD_LOOKS:
             self.transport.abort()
@@ -235,7 +236,7 @@ class _Protocol(H11Protocol):
 
 
 def configure(server: RewardServer, host: str, port: int) -> uvicorn.Config:
-    """Return how uvicorn serves it."""
+    """Return uvicorn's configuration for a reward server."""
     return uvicorn.Config(
         server.app,
         host=host,
@@ -289,30 +290,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load_reward(name: str, options: Mapping[str, object], *, device: str, dtype: str | None) -> Reward:
-    """Return the reward; all that a network's needs is there before the first request comes."""
+    """Return the reward; a network's is loaded whole before the first request comes."""
     if options.keys() & {"device", "dtype"}:
         raise ValueError("device and dtype are not given among the options, but as --device and --dtype")
     kind = named_class(name)
-    given = {**options, **({"device": device} if kind is not None and issubclass(kind, ModelReward) else {})}
+    keywords = {**options, **({"device": device} if kind is not None and issubclass(kind, ModelReward) else {})}
     if dtype is not None:
-        given["dtype"] = _DTYPES[dtype]
-    reward = make_reward(name, options=given)
+        keywords["dtype"] = _DTYPES[dtype]
+    reward = make_reward(name, options=keywords)
     if isinstance(reward, ModelReward):
         reward.load_all()
     return reward
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve what the command line says."""
+    """Serve the reward that the command line names."""
     parser = _parser()
-    given = parser.parse_args(arguments)
+    settings = parser.parse_args(arguments)
     try:
-        token = given.token_file.read_text().strip() if given.token_file else os.environ.get(TOKEN_VARIABLE)
-        reward = _load_reward(given.reward, given.options, device=given.device, dtype=given.dtype)
-        limits = Limits(max_batch=given.max_batch, max_pixels=given.max_pixels, max_bytes=given.max_bytes)
-        served = {"max_queue": given.max_queue, "read_seconds": given.read_seconds}
-        server = RewardServer(reward, device=given.device, token=token, limits=limits, **served)
-        serve(server, host=given.host, port=given.port)
+        token = settings.token_file.read_text().strip() if settings.token_file else os.environ.get(TOKEN_VARIABLE)
+        reward = _load_reward(settings.reward, settings.options, device=settings.device, dtype=settings.dtype)
+        limits = Limits(max_batch=settings.max_batch, max_pixels=settings.max_pixels, max_bytes=settings.max_bytes)
+        served = {"max_queue": settings.max_queue, "read_seconds": settings.read_seconds}
+        server = RewardServer(reward, device=settings.device, token=token, limits=limits, **served)
+        serve(server, host=settings.host, port=settings.port)
     except (TypeError, ValueError, OSError, RemoteRewardError) as error:
         parser.error(str(error))
 

@@ -1,9 +1,10 @@
-"""Does the image pass an examination? A vision-language model answers the prompt's questions."""
+"""The strict VQA reward: a vision-language model answers the prompt's questions about the image."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer
 from .base import Metadata, RewardOutput
@@ -28,7 +29,7 @@ class StrictVQA(ModelReward[Llava]):
     Args:
         llava: The model: a folder or a Hub id of the LLaVA family.
         max_new_tokens: The longest response, in tokens.
-        device: Where it lives; None: where the first images are.
+        device: The model's device; None: that of the first images.
         dtype: The type that it computes in.
         batch_size: The most images at once, each with all its questions.
 
@@ -52,28 +53,33 @@ class StrictVQA(ModelReward[Llava]):
         self.llava = llava
         self.max_new_tokens = checked_integer("max_new_tokens", max_new_tokens, at_least=1)
 
-    def make_ready(self) -> None:  # noqa: D102
+    @override
+    def make_ready(self) -> None:
         fetch(self.llava)
 
-    def load(self) -> Llava:  # noqa: D102
+    @override
+    def load(self) -> Llava:
         return Llava.load(self.llava, dtype=self.dtype, max_new_tokens=self.max_new_tokens)
 
-    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:  # noqa: D102
-        asked = [
+    @override
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None) -> RewardOutput:
+        examinations = [
             questions_and_answers(prompt, of_prompt)
             for prompt, of_prompt in zip(prompts, metadata or [{}] * len(prompts), strict=True)
         ]
-        owner = torch.tensor([image for image, (questions, _) in enumerate(asked) for _ in questions])
-        questions = [question for questions, _ in asked for question in questions]
+        owner = torch.tensor([image for image, (questions, _) in enumerate(examinations) for _ in questions])
+        questions = [question for questions, _ in examinations for question in questions]
         responses = self.network.answer(images[owner.to(images.device)], questions)
-        answers = [answer for _, answers in asked for answer in answers]
-        right = torch.tensor([float(answer in said) for answer, said in zip(answers, responses, strict=True)])
-        total = torch.zeros(len(images)).index_add(0, owner, right)
+        answers = [answer for _, answers in examinations for answer in answers]
+        is_right = torch.tensor(
+            [float(answer in response) for answer, response in zip(answers, responses, strict=True)]
+        )
+        total = torch.zeros(len(images)).index_add(0, owner, is_right)
         return RewardOutput(total / owner.bincount(minlength=len(images)))
 
 
 def questions_and_answers(prompt: str, metadata: Metadata) -> tuple[list[str], list[str]]:
-    """Return a prompt's questions and as many answers.
+    """Return a prompt's questions and their answers.
 
     Raises:
         ValueError: they are missing, or not lists of strings of the same length, at least 1.
@@ -89,5 +95,5 @@ def questions_and_answers(prompt: str, metadata: Metadata) -> tuple[list[str], l
 
 
 def _texts(value: object) -> list[str]:
-    """Return a list of strings as it is, and of anything else an empty one."""
+    """Return a list of strings as it is, and an empty one for anything else."""
     return list(value) if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value) else []

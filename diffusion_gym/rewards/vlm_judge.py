@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..checks import checked_integer, checked_number
 from .base import Metadata, Reward, RewardOutput, check_prompts, to_uint8
@@ -36,15 +37,15 @@ _REPLY_BYTES = 2**22
 
 
 def read_number(reply: str, greatest: float) -> float | None:
-    """Return the number that is all that a reply says, after its reasoning; None: it says something else.
+    """Return a reply's number; None where the reply, after its reasoning, holds anything but one number.
 
     "7", "7.", "**7**", "8/10" where 10 is the greatest number that was asked for, "<think>…</think>7".
     """
     answer = _THOUGHTS_END.split(reply)[-1].strip()
-    found = _REPLY.fullmatch(answer) if len(answer) <= _REPLY_LETTERS else None
-    if found is None or found.group(2) not in (None, *_written(greatest)):
+    match = _REPLY.fullmatch(answer) if len(answer) <= _REPLY_LETTERS else None
+    if match is None or match.group(2) not in (None, *_written(greatest)):
         return None
-    return float(found.group(1))
+    return float(match.group(1))
 
 
 class VLMJudge(Reward):
@@ -56,7 +57,7 @@ class VLMJudge(Reward):
     says. After the last try, or at once at any other status, there is an error: never a made-up score.
 
     Args:
-        base_url: Where the endpoint is, up to and without "/chat/completions"; https goes through the proxy that the
+        base_url: The endpoint's address without "/chat/completions"; https goes through the proxy that the
             environment names (https_proxy), if it does.
         model: The model's name there; None: the only one that the server lists.
         token_variable: The environment variable that holds the token; None: the server wants none. A warning says where
@@ -64,9 +65,10 @@ class VLMJudge(Reward):
         template: The question. "{prompt}" stands for the prompt, "{low:g}" and "{high:g}" for the range.
         score_range: The least and the greatest number to ask for and to accept.
         options: Further fields of the request: temperature, max_tokens (reasoning models need more), seed …
-        parse: What reads the score out of a reply's text; None or a ValueError: it holds none. None: `read_number`.
+        parse: A function that returns the score in a reply's text, and None or a ValueError where there is none. None:
+            `read_number`.
         timeout: The seconds that a whole reply may take.
-        max_tries: How often to ask for one score.
+        max_tries: The most requests for one score.
         backoff: The wait before the second try in seconds; it doubles up to a minute.
         max_concurrency: The most requests at once.
 
@@ -109,14 +111,14 @@ class VLMJudge(Reward):
         if model is not None:
             self.model = model
         try:
-            asks = self.question("\0")
+            question = self.question("\0")
         except (KeyError, IndexError) as error:
             raise ValueError(f"template may only contain {{prompt}}, {{low}} and {{high}}, got {template!r}") from error
-        if "\0" not in asks:
+        if "\0" not in question:
             raise ValueError(f'template must contain "{{prompt}}", got {template!r}')
 
     def question(self, prompt: str) -> str:
-        """Return what the model is asked about an image of this prompt."""
+        """Return the question to the model about an image of this prompt."""
         return self.template.format(prompt=prompt, low=self.range[0], high=self.range[1])
 
     @cached_property
@@ -144,13 +146,16 @@ class VLMJudge(Reward):
             ) from error
         self.model  # noqa: B018
 
-    def __call__(  # noqa: D102
+    @override
+    def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata] | None = None
     ) -> RewardOutput:
         check_prompts(images, prompts)
         self.model  # noqa: B018  (asked for once, before the threads)
-        asked = zip(to_uint8(images).numpy(), prompts, strict=True)
-        values = in_parallel(lambda one, over: self.judge(*one, over), asked, num_threads=self.max_concurrency)
+        pictures = zip(to_uint8(images).numpy(), prompts, strict=True)
+        values = in_parallel(
+            lambda picture, over: self.judge(*picture, over), pictures, num_threads=self.max_concurrency
+        )
         return RewardOutput(torch.tensor(values, dtype=torch.float32, device=images.device))
 
     def judge(self, pixels: np.ndarray, prompt: str, over: threading.Event) -> float:
@@ -167,7 +172,7 @@ class VLMJudge(Reward):
     def _ask(
         self, method: str, path: str, body: bytes | None, *, read: Callable[[object], T], over: threading.Event
     ) -> T:
-        """Return what `read` makes of the reply, after as many tries as it takes."""
+        """Return the reply, parsed by `read`, after at most `max_tries` tries."""
         reason, after = "", 0.0
         for tries in range(self.max_tries):
             if tries and over.wait(max(after, min(self.backoff * 2 ** (tries - 1), 60.0))):
@@ -228,7 +233,7 @@ def _written(number: float) -> tuple[str, ...]:
 
 
 def _text_of(content: object) -> str:
-    """Return what a message says: a text, a number of JSON, or a list of parts of which some are texts.
+    """Return a message's text, from a text, a number of JSON, or a list of parts of which some are texts.
 
     Raises:
         TypeError: it is something else.

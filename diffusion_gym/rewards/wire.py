@@ -1,4 +1,4 @@
-"""What goes over the wire between a remote reward and its server: JSON, PNG or JPEG, safetensors; never pickle.
+"""The messages between a remote reward and its server: JSON, PNG or JPEG, safetensors; never pickle.
 
 A request to `POST /score` is either JSON, {"images": [base64 of a PNG or JPEG, …], "prompts": [text, …], "metadata":
 [object, …] or null}, or a safetensors file with `images` (float32 [B, 3, H, W] in [0, 1]) and `texts` (uint8: the UTF-8
@@ -60,12 +60,12 @@ class Limits:
 
 
 def answer_bytes(num_images: int) -> int:
-    """Return the bytes that the answer to a request of so many images may have, whoever gives it."""
+    """Return the most bytes that the answer to a request of so many images may have."""
     return _ANSWER_BYTES_PER_IMAGE * (num_images + 1)
 
 
 class BadRequest(ValueError):  # noqa: N818
-    """A request that is not taken, with what is wrong with it and HTTP's status for that."""
+    """A request that is refused, with the reason and HTTP's status for it."""
 
     def __init__(self, message: str, status: int = 422) -> None:
         super().__init__(message)
@@ -83,7 +83,6 @@ def checked_token(token: str | None) -> str | None:
     return token
 
 
-# ---------------------------------------------------------------------- the client's side
 def encode_request(
     images: Tensor,
     prompts: Sequence[str],
@@ -97,7 +96,7 @@ def encode_request(
     Args:
         images: [B, 3, H, W], RGB in [0, 1].
         prompts: The B prompts.
-        metadata: What the prompt set says of each; JSON has to hold it.
+        metadata: The prompts' metadata, which JSON has to hold.
         image_format: "png" (rounded to 8 bits), "jpeg" (with loss), "safetensors" (the float32 numbers themselves).
         jpeg_quality: libjpeg's, 1 to 95.
 
@@ -105,7 +104,7 @@ def encode_request(
         TypeError: JSON cannot hold the metadata.
         ValueError: an image is NaN or infinite.
     """
-    texts = {"prompts": list(prompts), "metadata": None if metadata is None else [dict(one) for one in metadata]}
+    texts = {"prompts": list(prompts), "metadata": None if metadata is None else [dict(entry) for entry in metadata]}
     if image_format == "safetensors":
         check_finite(images)
         as_bytes = torch.frombuffer(bytearray(json.dumps(texts, default=as_json).encode()), dtype=torch.uint8)
@@ -117,9 +116,8 @@ def encode_request(
     return JSON_TYPE, json.dumps({"images": pictures, **texts}, default=as_json).encode()
 
 
-# ---------------------------------------------------------------------- the server's side
 def check_content_type(header: str) -> str:
-    """Return what kind of body a request's header names, before any of it is read.
+    """Return the content type of a request's header, before any of the body is read.
 
     Raises:
         BadRequest: it is none that a request may have.
@@ -156,9 +154,9 @@ def decode_request(
 
 
 def _parse_object(text: bytes, limits: Limits, *, allowed: set[str]) -> dict[str, object]:
-    most, given = _VALUES_PER_IMAGE * limits.max_batch, sum(text.count(mark) for mark in b",[{")
-    if given > most:  # about as many values, of which one of two letters takes up to 70 bytes of memory
-        raise BadRequest(f"prompts and metadata may have {most} commas and opening brackets together, got {given}", 413)
+    most, count = _VALUES_PER_IMAGE * limits.max_batch, sum(text.count(mark) for mark in b",[{")
+    if count > most:  # about as many values, of which one of two letters takes up to 70 bytes of memory
+        raise BadRequest(f"prompts and metadata may have {most} commas and opening brackets together, got {count}", 413)
     try:
         parsed = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -186,7 +184,7 @@ def _texts(request: Mapping[str, object], limits: Limits) -> tuple[list[str], li
             raise BadRequest(f"prompt {index} is not Unicode text: it has half of a surrogate pair")
     if metadata is None:
         return prompts, None
-    if not isinstance(metadata, list) or not all(isinstance(one, dict) for one in metadata):
+    if not isinstance(metadata, list) or not all(isinstance(entry, dict) for entry in metadata):
         raise BadRequest("'metadata' must be a list of objects, or null")
     if len(metadata) != len(prompts):
         raise BadRequest(f"'metadata' must have one object per prompt, {len(prompts)}, got {len(metadata)}")

@@ -29,7 +29,6 @@ class Counted:
         )
 
 
-# ---------------------------------------------------------------------- Normalised
 def test_running_statistics_are_those_of_all_values_so_far():
     reward = Normalised("brightness")
     seen = []
@@ -135,7 +134,6 @@ def test_wrong_statistics_are_named(arguments, message):
         Normalised("brightness", **arguments)
 
 
-# ---------------------------------------------------------------------- Threshold, Timed, Cached
 def test_threshold_counts_its_own_value_as_reached():
     images = torch.tensor([0.25, 0.5, 0.75]).reshape(3, 1, 1, 1).expand(3, 3, 2, 2)
     reward = Threshold("brightness", 0.5)
@@ -203,7 +201,6 @@ def test_cached_takes_metadata_of_numpy_and_dates():
     assert counted.sizes == [1]
 
 
-# ---------------------------------------------------------------------- Retry
 class Failing:
     """Brightness, once the failures that are planned are over: errors, or the rows that are NaN."""
 

@@ -31,7 +31,6 @@ def of(model, *prompts):
     return model.encode_prompts(prompts)
 
 
-# ---------------------------------------------------------------------- what is known of it
 @pytest.mark.parametrize("t", [20.0, 300.0, 700.0])
 def test_the_denoiser_is_the_posterior_mean(line, t):
     """Against E[x_0|x_t] = ∫ x_0 p(x_0) N(x_t; α x_0, σ²) dx_0 / ∫ … on a grid."""
@@ -94,7 +93,6 @@ def test_eight_components_stand_on_a_circle(mixture):
     torch.testing.assert_close(north.mean(0), torch.tensor([0.0, 2.0]), rtol=0, atol=0.07)
 
 
-# ---------------------------------------------------------------------- a model like any other
 def test_images_hold_the_coordinates(mixture, tmp_path):
     latents = torch.tensor([[-1.5, 2.0], [0.0, 0.3]])[:, :, None, None]
     images = mixture.decode(latents)
@@ -154,7 +152,6 @@ def test_half_precision_arithmetic_stays_near(mixture):
     torch.testing.assert_close(exact, half, rtol=1e-5, atol=1e-5)
 
 
-# ---------------------------------------------------------------------- files
 def test_wrong_mixtures_are_refused(mixture, tmp_path):
     good = {"means": [[0.0, 1.0], [1.0, 0.0]], "stds": [0.1, 0.1], "names": ["one", "two"]}
     for wrong, message in (

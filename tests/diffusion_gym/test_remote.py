@@ -33,7 +33,6 @@ def eight_bits(images):
     return (images * 255).round() / 255
 
 
-# ---------------------------------------------------------------------- what it gives
 @pytest.mark.parametrize(
     ("name", "image_format"),
     [("incompressibility", "png"), ("compressibility", "safetensors"), ("brightness", "safetensors")],
@@ -205,7 +204,6 @@ def test_a_token_that_others_can_read_on_its_way_is_said(url, is_said):
     assert [f"the token goes to {url} unencrypted" in str(one.message) for one in caught] == [True] * is_said
 
 
-# ---------------------------------------------------------------------- what it refuses
 GARBAGE = {
     "no HTTP": b"hello\r\n\r\n",
     "no JSON": response(b"<html>"),
@@ -312,7 +310,6 @@ def test_wrong_arguments_are_named(arguments, message):
         RemoteReward(**{"url": "remote://127.0.0.1:1", **arguments})
 
 
-# ---------------------------------------------------------------------- what it waits for
 @pytest.mark.parametrize("name", ["127.0.0.1", "no-such-host.invalid"])
 def test_a_server_that_was_never_there_is_named_at_once(name):
     url = f"remote://{name}:{free_port()}"

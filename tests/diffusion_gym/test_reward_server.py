@@ -56,7 +56,6 @@ def png_with_long_text():
     return as_file(Image.new("RGB", (8, 8)), "PNG", pnginfo=texts)
 
 
-# ---------------------------------------------------------------------- what it says of itself
 def test_health_and_info():
     with serving(make_reward("incompressibility"), limits=Limits(max_batch=3)) as port:
         assert ask(port, "GET", "/health")[2] == {"status": "ok", "requests": 0}
@@ -147,7 +146,6 @@ def test_a_reward_that_remembers_is_not_served():
     assert RewardServer(Normalised("brightness", mean=0.5, std=0.1)).reward.name == "normalised_brightness"
 
 
-# ---------------------------------------------------------------------- what it refuses
 GREY = as_file(Image.new("L", (8, 8)), "PNG")
 SMALL = as_file(Image.new("RGB", (4, 4)), "PNG")
 CUT = base64.b64encode(base64.b64decode(as_file(Image.effect_noise((8, 8), 50).convert("RGB"), "PNG"))[:80]).decode()
@@ -373,7 +371,6 @@ def ask_if_it_is_there(port):
         return None
 
 
-# ---------------------------------------------------------------------- web pages
 @pytest.mark.parametrize(
     "headers",
     [
@@ -415,7 +412,6 @@ def test_the_content_type_is_looked_at_before_the_body():
             assert ask(port, "POST", "/score", score_request()[1], JSON_HEADERS)[0] == 200
 
 
-# ---------------------------------------------------------------------- many at once
 def in_threads(*functions):
     results = [None] * len(functions)
 

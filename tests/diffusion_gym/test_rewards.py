@@ -170,7 +170,6 @@ def test_unknown_rewards_are_named():
         make_reward({"brightness": 1, "x": 2})
 
 
-# ---------------------------------------------------------------------- what is wrong is said when it is made
 class Nameless(Reward):
     def __call__(self, images, prompts, metadata=None):
         return RewardOutput(images.mean((1, 2, 3)))
@@ -231,7 +230,6 @@ def test_no_bytes_are_made_of_a_picture_that_is_none(value):
         assert not make_reward(name)(images, ["a"] * 3).values[1].isfinite()
 
 
-# ---------------------------------------------------------------------- one's own by name
 @pytest.fixture
 def own_rewards(tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(
@@ -301,7 +299,6 @@ def test_making_a_reward_makes_it_ready_and_all_that_it_is_made_of():
         assert made.readied == number
 
 
-# ---------------------------------------------------------------------- devices and dtypes that torch does not have
 class WithoutFloat64(torch.Tensor):
     """Stands for a tensor on a device without float64: what stays there must not become one."""
 

@@ -27,7 +27,6 @@ def env(tiny):
     return gym.make_vec("TimePredictionMDP-v0", num_envs=4, **arguments)
 
 
-# ---------------------------------------------------------------------- the Beta
 def beta(alpha=(3.0, 2.0), b=(2.0, 8.0)):
     return BetaDistribution(torch.tensor(alpha), torch.tensor(b))
 
@@ -91,7 +90,6 @@ def test_logits_say_mode_and_concentration():
     assert torch.isfinite(huge.log_prob(torch.tensor([[0.5]]))).all()
 
 
-# ---------------------------------------------------------------------- the predictor
 def test_size_at_stable_diffusion_3s_width_is_tpdms():
     shapes = {"features": (3072, 16, 16), "time_embedding": (1536,)}
     predictor = TimePredictor(Dict({key: Box(-1, 1, shape) for key, shape in shapes.items()}))
@@ -165,7 +163,6 @@ def test_wrong_numbers_of_the_predictor_are_refused(env, arguments):
         TimePredictor(env.single_observation_space, **arguments)
 
 
-# ---------------------------------------------------------------------- schedules that do not look
 def test_context_free_schedule_depends_on_the_step_alone(env):
     schedule = ContextFreeSchedule([0.9, 0.5] + [0.3] * 26, initial_concentration=20)
     observation, _ = env.reset(seed=0)
@@ -204,7 +201,6 @@ def test_a_fixed_schedule_cannot_be_scored_or_too_long(env):
             ContextFreeSchedule(wrong)
 
 
-# ---------------------------------------------------------------------- policies of other environments
 def make_mixture_env(name):
     return gym.make_vec(f"{name}-v0", num_envs=2, model="mixture", reward="brightness", autoreset_mode="DISABLED")
 
@@ -272,7 +268,6 @@ def test_a_point_has_no_entropy_and_no_divergence(env):
         point.kl(point)
 
 
-# ---------------------------------------------------------------------- files and rollouts
 def test_policies_come_back_from_their_folders(env, tiny, tmp_path):
     predictor = TimePredictor(env.single_observation_space, initial_ratio={0.0: 0.3, 999.0: 0.7}, seed=0)
     torch.nn.init.normal_(predictor.output.weight)

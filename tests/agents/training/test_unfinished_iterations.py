@@ -102,7 +102,6 @@ def test_the_rollout_before_is_let_go_before_the_next_is_collected(mixture):
     assert (len(rollouts), alive) == (3, [[]] * 18)
 
 
-# ---------------------------------------------------------------------- the schedule, the counts, the doors
 def test_a_linear_schedule_ends_at_zero(mixture):
     """SB3's PPO takes the progress after the rollout, and so do these."""
     learner = learner_on(mixture)

@@ -147,7 +147,6 @@ def test_the_main_process_alone_writes_files(alone, together):
         assert [path for path in ours if path.startswith(name)] == [path for path in reference if path.startswith(name)]
 
 
-# ---------------------------------------------------------------------- without a second process
 def test_updates_have_as_many_episodes_of_each_batch_of_lanes():
     learner = work.make("ddpo-is")
     rng = np.random.default_rng(0)

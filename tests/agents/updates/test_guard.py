@@ -108,9 +108,6 @@ def test_an_unknown_answer_is_named():
         AdamW(on_nonfinite="ignore")
 
 
-# ---------------------------------------------------------------------- fp16
-
-
 def with_scale(learner, scale):
     if learner.updates.guard.scaler.is_enabled():
         learner.updates.guard.scaler.load_state_dict({**learner.updates.guard.scaler.state_dict(), "scale": scale})

@@ -43,7 +43,6 @@ def to_half(folder: Path, *names: str):
         (folder / f"{name}.safetensors").unlink()
 
 
-# ---------------------------------------------------------------------- names from files
 def test_no_code_of_a_folder_runs_and_no_name_of_it_is_looked_up(folder, tmp_path):
     (folder / "scheduler" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: ...\n")
     (folder / "scheduler" / "model_index.json").write_text(json.dumps({"_class_name": ["evil", "Evil"]}))
@@ -81,7 +80,6 @@ def test_other_families_are_told_which_are_supported(folder, class_name):
     assert "Did you mean" not in str(error.value)
 
 
-# ---------------------------------------------------------------------- schedulers
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -174,7 +172,6 @@ def test_old_folders_are_corrected_as_the_pipeline_corrects_them(folder):
     assert model.latent_shape[1] == pipeline.unet.config.sample_size == 64
 
 
-# ---------------------------------------------------------------------- networks
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
@@ -236,7 +233,6 @@ def test_parts_that_do_not_fit_each_other_are_refused(folder, part, values, mess
         load_model(folder)
 
 
-# ---------------------------------------------------------------------- weights
 @pytest.mark.parametrize("name", [UNET, VAE, TEXT])
 def test_weights_are_looked_at_when_a_model_is_loaded(folder, name):
     file = folder / f"{name}.safetensors"
@@ -311,7 +307,6 @@ def test_sharded_weights_are_looked_at(folder):
         load_model(folder)
 
 
-# ---------------------------------------------------------------------- variants
 def test_half_precision_files_are_offered_and_read(folder, original):
     to_half(folder, UNET, VAE, TEXT)
     with pytest.raises(FileNotFoundError, match=r'unet has no .* load_model\(…, variant="fp16"\) takes .*fp16'):
@@ -347,7 +342,6 @@ def test_a_loaded_model_of_another_variant_is_named(folder):
         gym.make("DenoisingMDP-v0", model=load_model(folder), variant="fp16")
 
 
-# ---------------------------------------------------------------------- tokenizers
 @pytest.mark.parametrize(("length", "tokens"), [(..., 16), (None, 16), (1e30, 16), (10**30, 16), (77, 16), (8, 8)])
 def test_a_prompt_has_at_most_as_many_tokens_as_the_text_encoder_takes(folder, length, tokens):
     change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=length)
@@ -383,7 +377,6 @@ def test_a_tokenizer_of_another_text_encoder_is_named(folder):
         load_model(folder)
 
 
-# ---------------------------------------------------------------------- other things that are no folders
 def test_single_files_are_told_how_to_become_folders(tmp_path):
     (tmp_path / "model.safetensors").touch()
     for source in (tmp_path / "model.safetensors", "nowhere/model.ckpt"):

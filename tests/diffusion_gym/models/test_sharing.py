@@ -41,7 +41,6 @@ def use(model):
     return conditioning
 
 
-# ---------------------------------------------------------------------- copies and pickles
 def test_copies_are_the_model_itself_and_never_ask_the_hub(asked):
     model = load_model("somebody/some-model")
     env = gym.make("DenoisingMDP-v0", model=model, num_steps=2, reward="brightness")
@@ -121,7 +120,6 @@ def test_models_are_freed_when_they_are_dropped(source, folder):
         gc.enable()
 
 
-# ---------------------------------------------------------------------- modes of the caller
 @pytest.mark.parametrize("source", ["folder", "mixture"])
 def test_a_first_use_in_inference_mode_spoils_no_later_training(source, folder):
     with torch.inference_mode():
@@ -165,7 +163,6 @@ def test_the_default_dtype_of_others_changes_nothing(source, folder):
         torch.testing.assert_close(conditioning[key], value)
 
 
-# ---------------------------------------------------------------------- prompts
 @pytest.fixture
 def encoded(monkeypatch, folder):
     """A model, and the texts that it has encoded so far."""
@@ -221,7 +218,6 @@ def test_what_is_no_text_is_named(encoded, prompts, negative):
         encoded[0].encode_prompts(prompts, negative)
 
 
-# ---------------------------------------------------------------------- devices
 def test_devices_are_equal_whatever_their_index_says(folder):
     assert to_device("cpu:0") == to_device("cpu") == to_device(torch.device("cpu", 0)) == torch.device("cpu")
     assert to_device("meta") == torch.empty(0, device="meta").device
