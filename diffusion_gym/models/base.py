@@ -34,11 +34,11 @@ _CACHED_PROMPT_BYTES = 2**28  # 1,134 prompts of Stable Diffusion 1.5
 _SETTINGS = ("default_guidance_scale", "default_prompts", "lora_targets", "prediction_type", "schedule")
 
 _PACKAGED = {"emoji": 4.0, "mixture": 1.0}
+# A new family is a file and a line here: its pipeline's class, its own, and in words which models that is.
 _FAMILIES = {
-    "MixturePipeline": "mixture:MixtureModel",
-    "StableDiffusionPipeline": "stable_diffusion:StableDiffusionModel",
+    "StableDiffusionPipeline": ("stable_diffusion:StableDiffusionModel", "Stable Diffusion 1.x, 2.x"),
+    "MixturePipeline": ("mixture:MixtureModel", "of write_mixture"),
 }
-_SUPPORTED = "supported are StableDiffusionPipeline (Stable Diffusion 1.x, 2.x) and MixturePipeline (of write_mixture)"
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -468,8 +468,11 @@ def _open(
     """Return the model of a folder."""
     class_name = read_config(path / "model_index.json").get("_class_name")
     if not isinstance(class_name, str) or class_name not in _FAMILIES:
-        raise ValueError(f"{path / 'model_index.json'}: {class_name!r} is no family of models here: {_SUPPORTED}")
-    module, _, name = _FAMILIES[class_name].partition(":")
+        supported = " and ".join(f"{pipeline} ({words})" for pipeline, (_, words) in _FAMILIES.items())
+        raise ValueError(
+            f"{path / 'model_index.json'}: {class_name!r} is no family of models here: supported are {supported}"
+        )
+    module, _, name = _FAMILIES[class_name][0].partition(":")
     family = getattr(importlib.import_module(f".{module}", __package__), name)
     with outside_inference_mode():
         model = family(
