@@ -114,7 +114,7 @@ def warn_of_lonely(prompts: np.ndarray, consequence: str) -> None:
     if 1 in Counter(prompts.tolist()).values():
         warnings.warn(
             f"some prompts have one image in a rollout, which nothing is compared with: {consequence}. Give a "
-            "group_size of at least 2, or more samples",
+            "group_size of at least 2, or more samples, rollouts=Rollouts(…)",
             stacklevel=3,
         )
 

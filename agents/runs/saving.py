@@ -37,9 +37,9 @@ _WITHOUT_EFFECT = ("num_envs", "device", "autoreset_mode", "render_mode", "obser
 
 def require_savable(algorithm: "Algorithm") -> None:
     """Raise TypeError if the constructor has arguments that `load_run` could not give it again."""
-    parameters = inspect.signature(type(algorithm)).parameters.values()
-    arguments = {one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
-    lost = sorted(arguments - {field.name for field in dataclasses.fields(algorithm)})
+    arguments = inspect.signature(type(algorithm)).parameters.values()
+    named = {one.name for one in arguments if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    lost = sorted(named - {field.name for field in dataclasses.fields(algorithm)})
     if lost:
         raise TypeError(
             f"{type(algorithm).__name__} would be loaded without its own arguments {lost}: make them fields, with "
