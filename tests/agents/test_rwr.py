@@ -111,7 +111,7 @@ def test_the_update_is_weighted_regression_on_noised_images(tiny, monkeypatch, d
     """Against the loss written out, with the same times and noises."""
     env = make_env(tiny, num_envs=4)
     policy = DenoisingPolicy(tiny, guidance_scale=2.0, seed=0)
-    parts = {"rollouts": Rollouts(micro_batch_size=3), "noising": Noising(draws), "weights": Softmax(0.7)}
+    parts = {"rollouts": Rollouts(micro_batch_size=3), "noising": Noising(draws=draws), "weights": Softmax(0.7)}
     learner = RWR(policy, env, n_epochs=1, learning_rate=0.0, optimizer=AdamW(max_grad_norm=None), seed=0, **parts)
     rollout = collect(env, policy, seeds=[0])
     drawn = []

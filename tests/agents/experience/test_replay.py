@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import diffusion_gym  # noqa: F401
-from agents import DenoisingPolicy, Replay, collect
+from agents import RWR, DenoisingPolicy, Replay, collect
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import write_mixture
 from diffusion_gym.rewards import to_uint8
@@ -28,8 +28,10 @@ def line(tmp_path_factory):
 
 
 def test_a_folder_of_images_is_the_rollout_that_they_were_drawn_in(tiny, tmp_path):
+    """And an algorithm can learn from it."""
     env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=3, model=tiny, reward="brightness")
-    rollout = collect(env, DenoisingPolicy(tiny, seed=0), seeds=[0], max_images=4)
+    policy = DenoisingPolicy(tiny, seed=0)
+    rollout = collect(env, policy, seeds=[0], max_images=4)
     texts = [env.unwrapped.prompts[index] for index in rollout.prompt_id]
     lines = []
     for k, pixels in enumerate(to_uint8(rollout.images).numpy()):
@@ -42,6 +44,9 @@ def test_a_folder_of_images_is_the_rollout_that_they_were_drawn_in(tiny, tmp_pat
     for key, value in replay.constants.items():
         torch.testing.assert_close(value[:], rollout.constants[key][:])
     assert len(replay) == 4
+    before = [parameter.clone() for parameter in policy.parameters()]
+    assert float(RWR(policy, env, n_epochs=1, learning_rate=1e-3, seed=0).fit(replay)["loss"]) > 0
+    assert any(not torch.equal(*pair) for pair in zip(before, policy.parameters(), strict=True))
     with pytest.raises(FileNotFoundError, match=r"has no metadata\.jsonl"):
         Replay.from_folder(tmp_path / "elsewhere", tiny)
     with pytest.raises(TypeError, match=r"model must be a DiffusionModel, .* got 'emoji'"):
