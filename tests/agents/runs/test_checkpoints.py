@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import sys
 import time
 import warnings
@@ -277,6 +278,32 @@ def test_another_runs_checkpoints_are_not_mixed_with_this_ones(saved):
 def test_wrong_arguments_are_named(tmp_path, arguments):
     with pytest.raises(ValueError, match="every and keep must be at least 1"):
         Checkpoints(tmp_path, **arguments)
+
+
+# disks that know no sync, and hashes that take minutes
+@pytest.mark.parametrize("kinds", [stat.S_ISDIR, stat.S_ISREG, lambda _: True])
+def test_runs_are_saved_where_disks_know_no_sync(tmp_path, monkeypatch, kinds):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if kinds(os.fstat(descriptor).st_mode):
+            raise OSError(22, os.strerror(22))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    checkpoints = Checkpoints(tmp_path / "run")
+    make().learn(2 * PER_ITERATION, checkpoints, log_interval=0)
+    assert (len(checkpoints.found()), checkpoints.failed) == (2, 0)
+    assert load(tmp_path / "run").iteration == 2
+
+
+def test_contents_of_older_checkpoints_are_not_read_again_when_a_training_starts(tmp_path, monkeypatch):
+    run = make()
+    run.learn(2 * PER_ITERATION, Checkpoints(tmp_path / "run"), log_interval=0)
+    hashed = []
+    monkeypatch.setattr("agents.runs.manifest._sha256", lambda file: hashed.append(file))
+    run.learn(0, Checkpoints(tmp_path / "run"), reset_num_timesteps=False, log_interval=0)
+    assert hashed == []
 
 
 # a disk that is full
