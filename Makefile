@@ -11,8 +11,8 @@ BIN := $(VENV)/bin
 MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
 # The tests that compare what the formulas give, and their gradients, within a bound.
-NUMERICS := $(addprefix tests/diffusion_gym/test_,transitions.py schedules.py predictions.py grids.py mixture.py) \
-	$(addprefix tests/agents/test_,advantages.py diagnostics.py losses.py step_weights.py)
+NUMERICS := $(addprefix tests/diffusion_gym/test_,transitions.py samplers.py schedules.py predictions.py grids.py mixture.py) \
+	$(addprefix tests/agents/test_,advantages.py losses.py steps.py rloo.py) tests/agents/logs/test_diagnostics.py
 # As on a processor without AVX-512, and one that is not of the maker of MKL.
 OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
 # `make test-lowest` needs the oldest Python that pyproject.toml allows.
@@ -23,8 +23,8 @@ LOWEST_PYTHON ?= python3.10
 demo: $(VENV)/.installed  ## train the embedded model with DDPO-IS and show before and after
 	$(MALLOC) $(BIN)/python examples/ddpo_incompressibility.py
 
-test: $(VENV)/.installed  ## run all tests, a process on each core
-	$(MALLOC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+test: $(VENV)/.installed  ## run all tests, a process on each core, with as many threads each as OMP_NUM_THREADS says (1)
+	$(MALLOC) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-numerics: $(VENV)/.installed  ## run the numerical tests as on another processor, with two threads (`test` has one)
 	$(OTHER_CPU) $(MALLOC) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow" $(NUMERICS)
