@@ -27,6 +27,7 @@ SMALL_STABLE_DIFFUSION = [
 SHORT = {
     "kl_optimum.py": ["--updates", "3", "--num-envs", "64", "--num-steps", "5", "--batches", "4"],
     "mixture.py": ["--updates", "2", "--num-envs", "64", "--num-steps", "5", "--output", "OUTPUT"],
+    "my_algorithm.py": ["--reward-queries", "8", "--num-envs", "8", "--num-eval", "8"],
     "random_policy.py": ["--num-steps", "5"],
     "rloo_tpm.py": [
         "--timesteps", "1", "--context-free-timesteps", "1", "--num-envs", "4", "--samples-per-epoch", "4",
@@ -104,6 +105,12 @@ def test_kl_optimum(tmp_path):
 
 def test_reinforce(tmp_path):
     assert re.search(r"brightness 0\.\d+ -> 0\.\d+: [+-]0\.\d+ ± 0\.\d+", run("reinforce.py", tmp_path / "out"))
+
+
+def test_my_algorithm(tmp_path):
+    text = run("my_algorithm.py", tmp_path / "out")
+    found = re.findall(r"^(\S+): \d\.\d+ kB [+-]\d\.\d+ ± \d\.\d+ after 8 queries", text, re.MULTILINE)
+    assert found == ["CISPO", "DDPO-IS"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SMALLER = {
     'num_envs=64, num_steps=10, reward="incompressibility"': 'num_envs=2, num_steps=3, reward="incompressibility"',
-    "samples_per_epoch=64": "samples_per_epoch=2, batch_size=2",
+    "rollouts=Rollouts(samples=64)": "rollouts=Rollouts(samples=2), batch_size=2",
     "total_timesteps=10_240": "total_timesteps=6",
     '    num_envs=32,\n    reward="reference_distance"': '    num_envs=2,\n    reward="brightness"',
     "group_size=8": "group_size=2",
