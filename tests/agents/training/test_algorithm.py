@@ -134,6 +134,13 @@ def test_objects_of_the_wrong_kind_are_named(mixture, algorithm):
             make(algorithm, mixture, **{name: wrong})
 
 
+def test_what_a_policy_is_not_made_of_is_named(mixture):
+    with pytest.raises(TypeError, match="model must be a DiffusionModel"):
+        DenoisingPolicy(make_env(mixture))
+    with pytest.raises(TypeError, match="sequence of texts"):
+        DenoisingPolicy(mixture, prompts="simple_animals")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
