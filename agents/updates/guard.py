@@ -83,7 +83,7 @@ class GradientGuard:
     def _leave_out(self, culprit: str, where: str) -> None:
         message = (
             f"the {culprit} of an update was NaN or infinite ({where}); the weights are as they were before it. Try a "
-            "lower learning_rate, a smaller clip_range or clip=… of the advantages, or a precision other than fp16"
+            'lower learning_rate, a smaller clip_range or clip of advantages, or a precision other than "fp16"'
         )
         if self.on_nonfinite == "raise":
             raise FloatingPointError(f'{message}; optimizer=AdamW(on_nonfinite="skip") leaves such updates out')

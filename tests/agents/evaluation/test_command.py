@@ -15,7 +15,7 @@ import pytest
 from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
-from agents import RLOO, Checkpoints, ContextFreeSchedule, DenoisingPolicy
+from agents import RLOO, Checkpoints, ContextFreeSchedule, DenoisingPolicy, LoRA, Rollouts
 from agents.evaluation.charts import COLOURS, gains_chart, trade_chart
 from agents.evaluation.command import main
 from agents.evaluation.curves import read_curves
@@ -27,6 +27,9 @@ from agents.runs.saving import STATE_FILE
 from diffusion_gym.envs.denoising import DenoisingVectorEnv
 from diffusion_gym.models import load_model
 from diffusion_gym.rewards import CallableReward, make_reward
+from diffusion_gym.samplers import DDIM
+
+PAIRS = Rollouts(group_size=2, same_noise=True)
 
 
 class Reader(html.parser.HTMLParser):
@@ -58,8 +61,8 @@ def run(emoji, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "first"
     env = gym.make_vec("DenoisingMDP-v0", num_envs=2, num_steps=2, model=emoji, reward="brightness",
                        prompts="emoji_objects", autoreset_mode="DISABLED")  # fmt: skip
-    policy = DenoisingPolicy(emoji, use_lora=True, seed=0)
-    learner = RLOO(policy, env, group_size=2, learning_rate=1e-2, seed=0)
+    policy = DenoisingPolicy(emoji, adaptation=LoRA(), seed=0)
+    learner = RLOO(policy, env, rollouts=PAIRS, learning_rate=1e-2, seed=0)
     learner.set_logger(configure(str(folder / "log"), ["tensorboard", "csv"]))
     learner.learn(3 * 4, Checkpoints(folder, every=2))
     learner.logger.close()
@@ -174,7 +177,8 @@ def save_run(folder, model, *, prompts, reward="brightness", policy=None, **argu
     """Write a run of a model that is quick to evaluate."""
     env = gym.make_vec("DenoisingMDP-v0", num_envs=2, num_steps=3, model=model, reward=reward, prompts=prompts,
                        autoreset_mode="DISABLED", **arguments)  # fmt: skip
-    learner = RLOO(policy or DenoisingPolicy(model, seed=0), env, group_size=2, learning_rate=1e-2, seed=0)
+    policy = policy or DenoisingPolicy(model, seed=0)
+    learner = RLOO(policy, env, rollouts=PAIRS, learning_rate=1e-2, seed=0)
     learner.learn(1)
     learner.save(folder)
 
@@ -247,7 +251,7 @@ def test_an_interval_over_one_prompt_is_refused_before_anything_is_drawn(mixture
 
 def test_a_policy_alone_does_not_say_what_it_was_trained_on(mixture, tmp_path):
     """Nor has one without noise a KL divergence."""
-    DenoisingPolicy(mixture, seed=0, eta=0.0).save(tmp_path)
+    DenoisingPolicy(mixture, seed=0, sampler=DDIM(0.0)).save(tmp_path)
     how = ("--reward", "brightness", "--num-steps", "3", "--unseen")
     with pytest.raises(SystemExit, match="does not say its prompts: give --prompts"):
         evaluated(tmp_path, *how)
@@ -275,7 +279,7 @@ def test_charts_show_more_sets_than_there_are_colours():
 
 
 def test_what_a_run_does_not_say_is_asked_for(run, tmp_path, emoji):
-    DenoisingPolicy(emoji, use_lora=True).save(tmp_path)
+    DenoisingPolicy(emoji, adaptation=LoRA()).save(tmp_path)
     with pytest.raises(SystemExit, match="does not say its reward: give --reward"):
         main([str(tmp_path)])
     with pytest.raises(SystemExit, match="does not say its num_steps: give --num-steps"):

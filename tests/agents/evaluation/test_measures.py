@@ -10,6 +10,7 @@ from agents.experience.seeding import derived_generator
 from diffusion_gym.models import load_model
 from diffusion_gym.prompts import PromptSet
 from diffusion_gym.rewards import CallableReward
+from diffusion_gym.samplers import DDIM
 
 STEPS = 4
 
@@ -29,9 +30,9 @@ def make_env(model, num_envs):
     )
 
 
-def trained(model):
+def trained(model, **options):
     """Return a policy whose weights are not the model's."""
-    policy = DenoisingPolicy(model, seed=0)
+    policy = DenoisingPolicy(model, seed=0, **options)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         for parameter in policy.denoiser.parameters():
@@ -102,8 +103,7 @@ def test_an_untrained_policy_is_the_pretrained_model(mixture):
 
 
 def test_a_policy_that_draws_nothing_has_no_kl(mixture):
-    policy = trained(mixture)
-    policy.eta = 0.0
+    policy = trained(mixture, sampler=DDIM(0.0))
     assert draw(make_env(mixture, 5), policy, reference=policy.reference()).kl is None
 
 

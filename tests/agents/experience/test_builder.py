@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diffusion_gym  # noqa: F401
 from agents import RLOO, RWR, ContextFreeSchedule, DenoisingPolicy, DiffusionNFT, Policy, collect
 from agents.experience.builder import RolloutBuilder, Tape
-from agents.experience.constants import DistinctRows
 from agents.experience.environment import torch_env
 from agents.experience.storage import Storage
 from diffusion_gym.models import load_model
@@ -50,34 +49,6 @@ def test_prompts_outside_of_the_set_keep_their_own_embeddings(emoji, make_env):
     assert rollout.prompt_id.tolist() == [-1, -1, -1, 0]
     found = rollout.constants["prompt_embeds"][torch.arange(4)]
     assert torch.equal(found, emoji.encode_prompts(texts)["prompt_embeds"])
-
-
-def test_constants_are_those_of_each_episode():
-    """Embeddings once per prompt, a negative one once, anything else for each episode: all read the same."""
-    ids = np.array([3, 1, 3, -1]), np.array([1, 0, -1, 3])
-    expected = {"prompt_id": [], "prompt_embeds": [], "negative_prompt_embeds": [], "mask": []}
-    rows = DistinctRows()
-    for batch, prompt_id in enumerate(ids):
-        embeds = torch.from_numpy(prompt_id).float()[:, None] + torch.tensor([0.0, 0.5])
-        embeds[prompt_id < 0] += 100 * (batch + 1)  # two texts outside of the set differ
-        observed = {
-            "prompt_id": torch.from_numpy(prompt_id)[:, None],
-            "prompt_embeds": embeds,
-            "negative_prompt_embeds": torch.full((4, 2), 7.0),
-            "mask": torch.arange(4) + 10 * batch,
-        }
-        rows.add(observed, prompt_id)
-        for key, values in observed.items():
-            expected[key].append(values)
-    built = rows.build()
-    for key, values in expected.items():
-        assert torch.equal(built[key][:], torch.cat(values)), key
-    assert {key: len(value.values) for key, value in built.items()} == {
-        "prompt_id": 8,
-        "prompt_embeds": 5,
-        "negative_prompt_embeds": 1,
-        "mask": 8,
-    }
 
 
 class Walk(Policy):

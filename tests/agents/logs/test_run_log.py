@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy, evaluate
+from agents import DDPOIS, DenoisingPolicy, Log, Rollouts, evaluate
 from agents.logs.images import captioned_grid
 from diffusion_gym.models import load_model
 
@@ -20,7 +20,7 @@ def make(mixture, tmp_path):
     def make(**options):
         env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=2, model=mixture, reward="brightness")
         policy = DenoisingPolicy(mixture, seed=0)
-        sizes = {"samples_per_epoch": 4, "batch_size": 4, "seed": 0}
+        sizes = {"rollouts": Rollouts(samples=4), "batch_size": 4, "seed": 0}
         return DDPOIS(policy, env, **{"tensorboard_log": str(tmp_path / "logs"), **sizes, **options})
 
     return make
@@ -74,7 +74,7 @@ def test_one_writer_writes_a_run_that_goes_on(make, tmp_path):
 
 def test_callbacks_dump_the_log_where_the_run_is_on_its_axis(make):
     seen = []
-    learner = make(log_x_axis="reward_queries")
+    learner = make(log=Log(x_axis="reward_queries"))
     learner.learn(8)
     for output in learner.logger.output_formats:
         output.write = lambda values, excluded, step: seen.append(step)
@@ -96,7 +96,7 @@ def test_images_of_the_log_are_small_and_can_be_left_out(make, monkeypatch):
     assert large.shape[1] < 2 * 320
     pictures = []
     for count in (0, 2):
-        learner = make(log_images=count)
+        learner = make(log=Log(images=count))
         learner.learn(1, log_interval=0)
         for output in learner.logger.output_formats:
             output.write = lambda values, excluded, step: pictures.append("images/samples" in values)

@@ -182,7 +182,7 @@ def test_a_part_that_there_is_not_is_refused_by_its_name(tmp_path, name):
 def test_a_part_of_another_kind_is_refused(tmp_path):
     make().save(tmp_path / "run")
     rewrite(tmp_path / "run", lambda state: state["hyperparameters"].update(optimizer={"part": "Log", "images": 3}))
-    with pytest.raises(TypeError, match=r"optimizer must be a part, such as Optimizer\(…\); got Log\(images=3\)"):
+    with pytest.raises(TypeError, match=r"optimizer must be a part, such as .*\(…\); got Log\(images=3\)"):
         DDPOIS.load(tmp_path / "run", make_env())
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, RLOO, RWR, DenoisingPolicy, DiffusionNFT
+from agents import DDPOIS, RLOO, RWR, DenoisingPolicy, DiffusionNFT, Log, PerPrompt, Rollouts
+from agents.training.algorithm import Algorithm
 from diffusion_gym.models import load_model
 from diffusion_gym.rewards import CallableReward, Normalised
 
@@ -29,14 +30,17 @@ class Broken:
         return images.mean((1, 2, 3))
 
 
-def learner_on(mixture, algorithm=DDPOIS, *, reward="brightness", **options):
+def learner_on(mixture, algorithm=DDPOIS, *, reward="brightness", async_rewards=False, **options):
     env = gym.make_vec(
         "DenoisingMDP-v0", num_envs=4, num_steps=3, model=mixture, reward=reward, autoreset_mode="DISABLED"
     )
-    sizes = {"samples_per_epoch": 8, "batch_size": 8, "group_size": 2, "micro_batch_size": 4, "learning_rate": 1e-2}
+    rollouts = Rollouts(
+        samples=8, group_size=2, same_noise=algorithm is RLOO, async_rewards=async_rewards, micro_batch_size=4
+    )
     if algorithm in (DDPOIS, DiffusionNFT):
-        options |= {"per_prompt_min_count": 2, "per_prompt_buffer_size": 16}
-    return algorithm(DenoisingPolicy(mixture, seed=0), env, seed=0, **sizes, **options)
+        options["advantages"] = PerPrompt(16, 2)
+    shared = {"rollouts": rollouts, "batch_size": 8, "learning_rate": 1e-2, "seed": 0}
+    return algorithm(DenoisingPolicy(mixture, seed=0), env, **{**shared, **options})
 
 
 def weights(learner):
@@ -102,56 +106,51 @@ def test_the_rollout_before_is_let_go_before_the_next_is_collected(mixture):
     assert (len(rollouts), alive) == (3, [[]] * 18)
 
 
+# the schedule, the counts, the doors
 def test_a_linear_schedule_ends_at_zero(mixture):
     """SB3's PPO takes the progress after the rollout, and so do these."""
-    learner = learner_on(mixture)
-    learner._learning_rate, rates = (lambda remaining: remaining), []
-    step = learner.optimizer_step
-    learner.optimizer_step = lambda: rates.append(learner._current_learning_rate()) or step()
+    learner, rates = learner_on(mixture, learning_rate=lambda remaining: remaining), []
+    optimizer = learner.updates.optimizer
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
     learner.learn(4 * 24, log_interval=0)
     assert rates == [0.75, 0.5, 0.25, 0.0]
     learner.learn(30, log_interval=0)  # the last rollout is finished, beyond the total
     assert rates[4:] == [pytest.approx(0.2), 0.0]
 
 
-class ByHand(DDPOIS.__mro__[2]):
+class ByHand(Algorithm):
     """A user's algorithm that steps the optimizer itself."""
-
-    def _advantages(self, rollout):
-        return rollout.returns
-
-    def _accumulate(self, rollout, advantages, lanes, rng):
-        raise NotImplementedError
 
     def train(self, rollout):
         next(iter(self.policy.parameters())).sum().backward()
-        self.optimizer.step()
+        self.updates.optimizer.step()
         return {}
 
 
 def test_an_algorithm_that_steps_the_optimizer_itself_is_told_of_the_door(mixture):
     env = learner_on(mixture).env
-    learner = ByHand(DenoisingPolicy(mixture), env, log_prob_reduction="mean", own={}, n_epochs=1)
-    with pytest.warns(
-        UserWarning, match=r"ByHand\.train stepped the optimizer itself \(1 times\).*self\.optimizer_step"
-    ):
+    learner = ByHand(DenoisingPolicy(mixture), env)
+    message = r"ByHand\.train stepped the optimizer itself \(1 times\).*self\.updates\.apply\(\)"
+    with pytest.warns(UserWarning, match=message):
         learner.learn(1, log_interval=0)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_epochs": 1.5}, "n_epochs must be an integer of at least 1, got 1.5"),
-        ({"seed": -1}, "seed must be .*at least 0, got -1"),
-        ({"samples_per_epoch": 8.0}, "samples_per_epoch must be .*at least 1, got 8.0"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be .*at least 1, got 0"),
-        ({"log_images": -1}, "log_images must be .*at least 0, got -1"),
+        (lambda: {"n_epochs": 1.5}, "n_epochs must be an integer of at least 1, got 1.5"),
+        (lambda: {"seed": -1}, "seed must be .*at least 0, got -1"),
+        (lambda: {"rollouts": Rollouts(samples=8.0)}, "samples must be .*at least 1, got 8.0"),
+        (lambda: {"rollouts": Rollouts(micro_batch_size=0)}, "micro_batch_size must be .*at least 1, got 0"),
+        (lambda: {"log": Log(images=-1)}, "images must be .*at least 0, got -1"),
+        (lambda: {"batch_size": 0}, "batch_size must be .*at least 1, got 0"),
+        (lambda: {"verbose": -1}, "verbose must be .*at least 0, got -1"),
     ],
 )
 def test_numbers_that_are_none_are_said_at_once(mixture, options, message):
     env = learner_on(mixture).env
     with pytest.raises(ValueError, match=message):
-        DDPOIS(DenoisingPolicy(mixture), env, **{"samples_per_epoch": 4, "batch_size": 4, **options})
+        DDPOIS(DenoisingPolicy(mixture), env, **{"rollouts": Rollouts(samples=4), "batch_size": 4, **options()})
 
 
 def test_a_total_that_is_no_number_is_said_at_once(mixture):

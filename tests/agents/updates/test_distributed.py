@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from agents import Processes, Replay
+from agents import Processes
 from tests.launching import launcher
 
 from . import two_processes as work
@@ -147,6 +147,7 @@ def test_the_main_process_alone_writes_files(alone, together):
         assert [path for path in ours if path.startswith(name)] == [path for path in reference if path.startswith(name)]
 
 
+# without a second process
 def test_updates_have_as_many_episodes_of_each_batch_of_lanes():
     learner = work.make("ddpo-is")
     rng = np.random.default_rng(0)
@@ -158,21 +159,6 @@ def test_updates_have_as_many_episodes_of_each_batch_of_lanes():
     order = learner.shuffled(some, rng)
     assert sorted(order) == some.tolist()
     assert sorted(order[:3] // work.LANES) == [0, 1, 3]
-
-
-def test_shares_of_a_replay_are_the_whole():
-    numbers = torch.arange(7.0)
-    replay = Replay(numbers[:, None, None, None], {"number": numbers}, numbers, numbers.long().numpy())
-    rows = np.array([6, 0, 3, 2])
-    found = {}
-    for part in (range(0, 3), range(3, 7)):
-        share = replay.share(part)
-        assert len(share) == 7
-        mine = rows[share.is_here(rows)]
-        latents, constants = share.inputs(torch.from_numpy(mine))
-        assert torch.equal(latents.flatten(), constants["number"])
-        found |= dict(zip(mine.tolist(), latents.flatten().tolist(), strict=True))
-    assert found == {row: float(row) for row in rows}
 
 
 def test_processes_that_accelerate_does_not_see_are_named(monkeypatch):
