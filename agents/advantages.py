@@ -211,7 +211,7 @@ class Advantages(Part, ABC):
 
     @final
     def of(self, rewards: Rewards, memory: PerPromptStats | None = None) -> Tensor:
-        """Return the advantage of each episode, [B]: 0 where there is no valid reward, which count for no other's."""
+        """Return the advantage of each episode, [B]: 0 where there is no valid reward; the others' are without it."""
         if rewards.valid.all() or self.compares_groups:
             return self.estimate(rewards, memory)
         rows = np.flatnonzero(rewards.valid)

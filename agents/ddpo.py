@@ -29,12 +29,14 @@ class DDPOSF(PolicyGradient):
     `batch_size` below the rollout's the later updates are off-policy, which this estimator does not correct.
 
     Source: Black et al., 2023, eq. 4, https://arxiv.org/abs/2305.13301. No published code has it as its own loss.
+
+    Args:
+        rollouts: Paper: 256 samples.
+        advantages: ddpo-pytorch's statistics of the last rewards of each prompt.
     """
 
     rollouts: Rollouts = Rollouts(samples=256)
-    """Paper: 256 samples."""
     advantages: Advantages = PerPrompt(16)
-    """ddpo-pytorch's statistics of the last rewards of each prompt."""
 
     def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Surrogate:
         """Return −A·log π of each action."""
@@ -47,18 +49,20 @@ class DDPOIS(PolicyGradient):
     """DDPO with the importance-sampled estimator: several updates per rollout, with PPO's clipped ratio.
 
     Source: Black et al., 2023, eq. 5 and appendix D, https://arxiv.org/abs/2305.13301; ddpo-pytorch train.py.
+
+    Args:
+        batch_size: Images per optimizer step (paper: 64 of 256, so 4 updates per rollout).
+        rollouts: Paper: 256 samples.
+        advantages: ddpo-pytorch's statistics of the last rewards of each prompt.
+        clip_range: Of the ratio of *mean* log-probs over the D dimensions: the true ratio is clipped at exp(±
+            D·clip_range). The published 1e-4 is for D = 16,384 (Stable Diffusion's latents); for the same with the
+            emoji's 1,024 take 1.6e-3, since with 1e-4 nearly all of a rollout's second update is clipped.
     """
 
     batch_size: int | None = 64
-    """Images per optimizer step (paper: 64 of 256, so 4 updates per rollout)."""
     rollouts: Rollouts = Rollouts(samples=256)
-    """Paper: 256 samples."""
     advantages: Advantages = PerPrompt(16)
-    """ddpo-pytorch's statistics of the last rewards of each prompt."""
     clip_range: float = 1e-4
-    """Of the ratio of *mean* log-probs over the D dimensions: the true ratio is clipped at exp(± D·clip_range). The
-    published 1e-4 is for D = 16,384 (Stable Diffusion's latents); for the same with the emoji's 1,024 take 1.6e-3,
-    since with 1e-4 nearly all of a rollout's second update is clipped."""
 
     def __post_init__(self) -> None:
         checked_number("clip_range", self.clip_range, "(0, inf)")

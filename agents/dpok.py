@@ -30,18 +30,20 @@ class DPOK(PolicyGradient):
         squared distance of the predicted noises, which weighs the steps otherwise than the divergence in nats here.
 
     Source: Fan et al., 2023, algorithm 1, https://arxiv.org/abs/2305.16381.
+
+    Args:
+        n_epochs: Passes over a rollout (published: 5).
+        rollouts: Each sample of a group with noise of its own.
+        advantages: Each reward less the mean of the others of its group.
+        kl: β/α of the KL's weight β and the reward's weight α (its code: 0.01/100).
+        clip_range: Of the ratio of mean log-probs, see `DDPOIS`.
     """
 
     n_epochs: int = 5
-    """Passes over a rollout (published: 5)."""
     rollouts: Rollouts = Rollouts(group_size=4)
-    """Each sample of a group with noise of its own."""
     advantages: Advantages = Groups()
-    """Each reward less the mean of the others of its group."""
     kl: KL | None = KL(0.01 / 100)
-    """β/α of the KL's weight β and the reward's weight α (its code: 0.01/100)."""
     clip_range: float = 1e-4
-    """Of the ratio of mean log-probs, see `DDPOIS`."""
 
     def __post_init__(self) -> None:
         checked_number("clip_range", self.clip_range, "(0, inf)")

@@ -36,16 +36,18 @@ class GRPO(PolicyGradient):
         is 0, and the last step.
 
     Source: Liu et al., 2025, https://arxiv.org/abs/2505.05470; yifan123/flow_grpo.
+
+    Args:
+        learning_rate: For LoRA (Flow-GRPO: 3e-4; a whole UNet: 1e-5).
+        rollouts: Each sample of a group with noise of its own.
+        advantages: Each reward less its group's mean, over the standard deviation of all rewards.
+        clip_range: Of the ratio of mean log-probs, see `DDPOIS`.
     """
 
     learning_rate: LearningRate = 1e-4
-    """For LoRA (Flow-GRPO: 3e-4; a whole UNet: 1e-5)."""
     rollouts: Rollouts = Rollouts(group_size=4)
-    """Each sample of a group with noise of its own."""
     advantages: Advantages = Groups("group_mean", scale="global", clip=5.0)
-    """Each reward less its group's mean, over the standard deviation of all rewards."""
     clip_range: float = 1e-4
-    """Of the ratio of mean log-probs, see `DDPOIS`."""
 
     def __post_init__(self) -> None:
         checked_number("clip_range", self.clip_range, "(0, inf)")

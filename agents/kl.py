@@ -114,11 +114,12 @@ class KL(Part):
 
         E[ Σ_t ∇log π(a_t|s_t)·(R − β·Σ_{t'>t} KL_{t'}) ] − β·E[ Σ_t ∇KL_t ]
 
-    since an action decides in which states the later divergences are taken. β has one meaning in all places and for
-    both reductions of the log-probs. Steps without a density have no KL.
+    since an action decides in which states the later divergences are taken. Here R stands for the advantage; only with
+    "reward" it is the reward itself. The reduction of the log-probs changes nothing of it. Steps without a density have
+    no KL.
 
     Args:
-        coefficient: β > 0. It stands after what is done to the advantages ("reward": before).
+        coefficient: β > 0, in units of the advantage (with "reward", of the reward).
         place: "exact": all of the gradient, at the price of one more pass of both policies over the rollout. "loss", as
             Flow-GRPO and DPOK do: without the later divergences. "reward", as TPDM does: Σ_t KL_t is taken from the
             return, once, at sampling, and the last term is left out: it misses the pull on the very step that pays.

@@ -76,22 +76,24 @@ class DiffusionNFT(Regression):
         scale it is the guided prediction that is contrasted. It has groups of 24 (here 4, so that a few lanes will do),
         noises each sample as often as the sampler has steps (`Noising(draws=…)`), and evaluates an average of the
         weights (`ema_decay=0.9`).
+
+    Args:
+        learning_rate: As published.
+        rollouts: Published: groups of 24.
+        advantages: How good each sample is beside those of its prompt: as published, or `PerPrompt(…)`, as DDPO's.
+        beta: β: how far the implicit policies are apart.
+        advantage_clip: Advantages beyond ± this count as this.
+        kl_coefficient: The weight of the pull to the untrained policy, `policy.reference()` (published: 1e-4); 0: none.
+        max_decay: The largest η.
     """
 
     learning_rate: LearningRate = 3e-4
-    """As published."""
     rollouts: Rollouts = Rollouts(group_size=4)
-    """Published: groups of 24."""
     advantages: Advantages = PromptMeans()
-    """How good each sample is beside those of its prompt: as published, or `PerPrompt(…)`, as DDPO's."""
     beta: float = 1.0
-    """β: how far the implicit policies are apart."""
     advantage_clip: float = 5.0
-    """Advantages beyond ± this count as this."""
     kl_coefficient: float = 1e-4
-    """The weight of the pull to the untrained policy, `policy.reference()` (published: 1e-4); 0: none."""
     max_decay: float = 0.5
-    """The largest η."""
 
     def __post_init__(self) -> None:
         for name in ("beta", "advantage_clip"):

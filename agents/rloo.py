@@ -39,22 +39,24 @@ class RLOO(PolicyGradient):
     reference.
 
     Source: Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740; Ye et al., 2024, https://arxiv.org/abs/2412.01243.
+
+    Args:
+        learning_rate: For heads and LoRA (a whole UNet: 1e-5, the default of the others).
+        optimizer: Without weight decay, which would pull a head's weights, that begin at 0, back to its first schedule.
+        rollouts: The samples of a group start from the same noise, so that they differ by the policy's draws alone.
+        advantages: Each reward less the mean of the others of its group.
+        ratio: Of a whole "trajectory" or of each "step"; None: "step" where the action is the next latents, else
+            "trajectory". A trajectory of latents is of so many dimensions that after one update its ratio is next to 0
+            or immense: with more than one update of a rollout there is a warning.
+        clip_range: None: 0.2 for trajectories (TPDM), 1e-4 for steps.
     """
 
     learning_rate: LearningRate = 1e-4
-    """For heads and LoRA (a whole UNet: 1e-5, the default of the others)."""
     optimizer: Optimizer = AdamW(weight_decay=0.0)
-    """Without weight decay, which would pull a head's weights, that begin at 0, back to its first schedule."""
     rollouts: Rollouts = Rollouts(group_size=4, same_noise=True)
-    """The samples of a group start from the same noise, so that they differ by the policy's draws alone."""
     advantages: Advantages = Groups()
-    """Each reward less the mean of the others of its group."""
     ratio: Ratio | None = None
-    """Of a whole "trajectory" or of each "step"; None: "step" where the action is the next latents, else "trajectory".
-    A trajectory of latents is of so many dimensions that after one update its ratio is next to 0 or immense: with more
-    than one update of a rollout there is a warning."""
     clip_range: float | None = None
-    """None: 0.2 for trajectories (TPDM), 1e-4 for steps."""
 
     def __post_init__(self) -> None:
         if self.ratio not in (None, *get_args(Ratio)):
@@ -64,11 +66,6 @@ class RLOO(PolicyGradient):
         super().__post_init__()
         if self.ratio_of == "step":
             return
-        if not self.steps.are_alike:
-            raise ValueError(
-                'Steps(fraction=…, weights=…) go with ratio="step": the ratio of a trajectory is that of all its '
-                f"steps; got {self.steps.fraction} and {self.steps.weights!r}"
-            )
         num_updates = self.n_epochs * self.sizes.samples // self.sizes.batch
         if self.base_env.action_is_next_latents and num_updates > 1:
             warnings.warn(

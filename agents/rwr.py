@@ -148,12 +148,14 @@ class RWR(Regression):
     (Paper: a learning rate of 1e-5, 10,240 samples per rollout, batches of 128.)
 
     Source: Black et al., 2023, section 4.2, https://arxiv.org/abs/2305.13301; jannerm/ddpo.
+
+    Args:
+        n_epochs: Passes over a rollout, each with fresh noise (paper: 5; sparse 50).
+        weights: What each sample counts: `Softmax(…)` or `Best(…)`.
     """
 
     n_epochs: int = 5
-    """Passes over a rollout, each with fresh noise (paper: 5; sparse 50)."""
     weights: Weights = Softmax()
-    """What each sample counts: `Softmax(…)` or `Best(…)`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, Weights):

@@ -136,10 +136,10 @@ class Steps(Part):
             )
 
     def choose(self, scored: np.ndarray, lanes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return (steps, lanes) of the transitions to learn from, [M] each, in the order of time.
+        """Return (steps, lanes) of the transitions to learn from, [M] each.
 
-        With a `fraction`, each episode gives the first of its own random order of those times at which there is a
-        density, as in ddpo-pytorch.
+        With a `fraction` below 1 each episode gives a random part of the steps that have a density, drawn for it alone,
+        as in ddpo-pytorch; else they come in the order of time.
 
         Args:
             scored: [T, B] where there is a density.

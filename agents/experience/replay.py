@@ -47,6 +47,11 @@ class Replay:
         constants = {key: Constants.of(value) for key, value in self.constants.items()}
         object.__setattr__(self, "constants", constants)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the latents of all samples are here: nobody has shared them out among processes."""
+        return len(self.latents) == len(self)
+
     def __len__(self) -> int:
         return len(self.rewards)
 

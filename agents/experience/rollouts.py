@@ -29,8 +29,9 @@ class Rollouts(Part):
     """
 
     samples: int | None = None
-    """Images per rollout, of all processes together: a multiple of `env.num_envs` times their number; None: just that,
-    or what the algorithm's paper has. (ddpo-pytorch: `sample.batch_size` × `sample.num_batches_per_epoch`.)"""
+    """Images per rollout, of all processes together: a multiple of `env.num_envs` times their number; None: just that.
+    Rollouts that an algorithm is given take the place of all its defaults, of `samples` too. (ddpo-pytorch:
+    `sample.batch_size` × `sample.num_batches_per_epoch`.)"""
 
     group_size: int = 1
     """Images of one prompt that are drawn side by side, a divisor of `env.num_envs`; 1: the prompt of each image is

@@ -39,6 +39,7 @@ from ..runs.saving import load_run, save_run
 from ..updates.distributed import Processes, gathered
 from ..updates.optimizers import AdamW, Optimizer
 from ..updates.updates import Updates
+from .documentation import with_inherited_arguments
 from .sb3_callbacks import MaybeCallback, as_callback
 from .sizes import Sizes
 
@@ -46,7 +47,7 @@ LearningRate = float | Callable[[float], float]
 Self = TypeVar("Self", bound="Algorithm")
 
 _POLICY_STREAM, _UPDATE_STREAM = 1, 2
-_NOT_DESCRIBED = ("policy", "env", "learning_rate", "tensorboard_log", "verbose", "seed")
+_SAVED_APART = ("policy", "env", "learning_rate", "tensorboard_log", "verbose", "seed")
 
 
 @dataclass(eq=False, repr=False)
@@ -59,8 +60,8 @@ class Algorithm(ABC):
     A subclass is a dataclass too, `@dataclass(kw_only=True, eq=False, repr=False)`: its fields are its keywords, with
     their defaults, and `save` writes them. It gives `train`, which calls `self.updates.backward(loss)` and
     `self.updates.apply()` in the place of torch's: so gradients are scaled, checked, clipped and summed over processes,
-    and updates are counted and averaged. What else it makes in its constructor, it makes in `__post_init__`, after
-    `super().__post_init__()`.
+    and updates are counted and averaged. Its `__post_init__` checks its own fields, then calls
+    `super().__post_init__()`, then makes what else it needs.
 
     In an environment with on_invalid_reward="nan", episodes whose reward is NaN or infinite are left out of advantages,
     losses and statistics, and counted as `rollout/invalid_rewards`; else such a reward raises.
@@ -68,6 +69,20 @@ class Algorithm(ABC):
     Launched by accelerate, many processes train one policy, each with an environment of its own (see
     `agents.updates.distributed`). Callbacks run in all of them; when one ends the training, all stop after the rollout.
     Logs and saved folders are written by the main process.
+
+    Args:
+        policy: What is trained.
+        env: A torch vector environment; where episodes differ in length, with autoreset_mode "DISABLED".
+        learning_rate: The optimizer's, or a function of the remaining progress (1 … 0).
+        batch_size: Images per optimizer step, of all processes together, a divisor of the rollout's; None: all of the
+            rollout. (ddpo-pytorch: `train.batch_size` × `train.gradient_accumulation_steps`.)
+        n_epochs: Passes over a rollout.
+        optimizer: `AdamW(…)` or `Muon(…)`, with what belongs to its steps: warm-up, clipping, averaging.
+        rollouts: How many images are drawn before each round of updates, from which prompts, and how they are kept.
+        log: What is logged beside scalars, and over which x-axis.
+        tensorboard_log: The folder for TensorBoard; None: no such log.
+        verbose: 1 prints the log's table.
+        seed: Of everything that is drawn in training; None: one is drawn.
 
     Attributes:
         sizes: How many episodes a rollout, an update, a pass and a group have.
@@ -87,29 +102,21 @@ class Algorithm(ABC):
     """
 
     policy: Policy
-    """What is trained."""
     env: VectorEnv
-    """A torch vector environment; where episodes differ in length, with autoreset_mode "DISABLED"."""
     _: KW_ONLY
     learning_rate: LearningRate = 1e-5
-    """The optimizer's, or a function of the remaining progress (1 … 0)."""
     batch_size: int | None = None
-    """Images per optimizer step, of all processes together, a divisor of the rollout's; None: all of the rollout.
-    (ddpo-pytorch: `train.batch_size` × `train.gradient_accumulation_steps`.)"""
     n_epochs: int = 1
-    """Passes over a rollout."""
     optimizer: Optimizer = AdamW()
-    """`AdamW(…)` or `Muon(…)`, with what belongs to its steps: warm-up, clipping, averaging."""
     rollouts: Rollouts = Rollouts()
-    """How many images are drawn before each round of updates, from which prompts, and how they are kept."""
     log: Log = Log()
-    """What is logged beside scalars, and over which x-axis."""
     tensorboard_log: str | None = None
-    """The folder for TensorBoard; None: no such log."""
     verbose: int = 0
-    """1 prints the log's table."""
     seed: int | None = None
-    """Of everything that is drawn in training; None: one is drawn."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__doc__ = with_inherited_arguments(cls.__doc__ or f"{cls.__name__}.", cls.__mro__[1].__doc__ or "")
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -130,6 +137,7 @@ class Algorithm(ABC):
         self.num_timesteps = self.iteration = self.reward_queries = self.evaluation_queries = 0
         self.callback_states: dict[str, Any] = {}
         self.mark_boundary()
+        self._check_prompt_weights()
         self._check_reward()
         self._progress_remaining = 1.0
         self._has_own_logger = False
@@ -171,7 +179,7 @@ class Algorithm(ABC):
         drawn = derived_seed(time.time_ns()) if self.seed is None else checked_integer("seed", self.seed, at_least=0)
         self.seed = self.run_seed = self.processes.from_main(drawn)
 
-    def _check_reward(self) -> None:
+    def _check_prompt_weights(self) -> None:
         weights = self.base_env.prompts.weights or ()
         if self.rollouts.prompt_sampling == "round_robin" and len(set(weights)) > 1:
             warnings.warn(
@@ -179,6 +187,8 @@ class Algorithm(ABC):
                 'are not looked at; "random" does so',
                 stacklevel=4,
             )
+
+    def _check_reward(self) -> None:
         if self.processes.count > 1 and self.reward_at_boundary:
             raise ValueError(
                 f"each process would have its own statistics of the reward {self.base_env.reward.name!r}: "
@@ -210,7 +220,10 @@ class Algorithm(ABC):
         return self.updates.num_updates
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside weights, optimizer and counts, as JSON can hold it."""
+        """Return a copy of what a resumed run needs beside weights, optimizer and counts, as JSON can hold it.
+
+        An iteration that is interrupted is taken back by it too. A subclass adds to what `super().state()` returns.
+        """
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -223,9 +236,7 @@ class Algorithm(ABC):
     def hyperparameters(self) -> dict[str, Any]:
         """Return the keywords that a saved run keeps, as JSON can hold them; `load` gives them to the constructor."""
         written = [field for field in dataclasses.fields(self) if field.init and is_written(field.metadata)]
-        return {
-            field.name: described(getattr(self, field.name)) for field in written if field.name not in _NOT_DESCRIBED
-        }
+        return {field.name: described(getattr(self, field.name)) for field in written if field.name not in _SAVED_APART}
 
     @property
     def device(self) -> torch.device:
@@ -258,8 +269,8 @@ class Algorithm(ABC):
         A run goes on to the total that it was planned for, with a schedule's learning rates too, by
         `learn(total - run.num_timesteps, reset_num_timesteps=False)`; see `Checkpoints`.
 
-        An iteration, a rollout with its updates, that an error, Ctrl-C or a callback ends has not been: what it counted
-        and learnt of rewards is forgotten, and half a gradient too. Only the updates that it has made stay made.
+        Where an error, Ctrl-C or a callback interrupts an iteration, a rollout with its updates, the counts, what the
+        reward learnt and half a gradient are taken back; the updates that were made stay.
 
         Args:
             total_timesteps: Steps of all episodes together; the last rollout is finished.
@@ -273,7 +284,7 @@ class Algorithm(ABC):
             progress_bar: Show one.
 
         Raises:
-            ValueError: a number is none.
+            ValueError: `total_timesteps` or `log_interval` is no whole number.
         """
         total_timesteps = checked_integer("total_timesteps", total_timesteps)
         log_interval = checked_integer("log_interval", log_interval or 0, at_least=0)
@@ -456,9 +467,10 @@ class Algorithm(ABC):
         return np.random.default_rng(derived_seed(self.run_seed, _UPDATE_STREAM, self.iteration, *key))
 
     def shuffled(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return episodes in a random order that deals them out evenly over the updates of a pass.
+        """Return episodes in a random order of which each update of a pass has its share from all over the rollout.
 
-        Each update has one of every few episodes side by side, so that it has as many of each process as of any other.
+        The rollout is cut into blocks of as many neighbours as a pass has updates, and each update gets one of every
+        block: so it has as many episodes of each process as of any other, and few of one group.
         """
         order = rng.permutation(rows)
         blocks = order // (self.sizes.samples // self.sizes.batch)

@@ -27,7 +27,8 @@ from ..steps import Steps, inverse_sensitivities
 from .algorithm import Algorithm
 
 Ratio = Literal["step", "trajectory"]
-Part = tuple[Tensor, Tensor]
+MicroBatch = tuple[Tensor, Tensor]
+"""Steps and lanes of transitions, [M] each."""
 
 _REFERENCE_FOLDER = "reference"
 
@@ -39,22 +40,24 @@ class PolicyGradient(Algorithm):
     A subclass gives `surrogate`, and `advantages` or `advantages_of`; see `examples/my_algorithm.py`. Each rollout is
     learnt from in `n_epochs` passes, with one update per `batch_size` episodes; memory is that of `micro_batch_size`
     transitions, however long an episode is.
+
+    Args:
+        advantages: How good each episode is beside others: `PerPrompt(…)`, `Batch(…)`, `Groups(…)`, `PromptMeans(…)`.
+        steps: Which steps are stochastic and learnt from, and how much each counts.
+        kl: A pull to a reference policy; None: none.
+        stop_kl: Before an update whose `train/approx_kl` (k3, of the log-probs as they are reduced) to the policy that
+            sampled is above this, drop it and the rest of the rollout's; `train/early_stopped` counts them. (SB3's PPO:
+            1.5·`target_kl`.) Waits for the device once an update.
+        log_prob_reduction: How log-probs are reduced over an action's dimensions. None: "mean" for single steps of
+            latents, as the published codes do ("sum", as the papers write, diverges at once at 16,384 dimensions,
+            DDPO's authors report); "sum" for whole trajectories and for times, which are one number.
     """
 
     advantages: Advantages = Batch()
-    """How good each episode is beside others: `PerPrompt(…)`, `Batch(…)`, `Groups(…)`, `PromptMeans(…)`."""
     steps: Steps = Steps()
-    """Which steps are stochastic and learnt from, and how much each counts."""
     kl: KL | None = None
-    """A pull to a reference policy; None: none."""
     stop_kl: float | None = None
-    """Before an update whose `train/approx_kl` (k3, of the log-probs as they are reduced) to the policy that sampled is
-    above this, drop it and the rest of the rollout's; `train/early_stopped` counts them. (SB3's PPO: 1.5·`target_kl`.)
-    Waits for the device once an update."""
     log_prob_reduction: Reduction | None = None
-    """How log-probs are reduced over an action's dimensions. None: "mean" for single steps of latents, as the published
-    codes do ("sum", as the papers write, diverges at once at 16,384 dimensions, DDPO's authors report); "sum" for whole
-    trajectories and for times, which are one number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +73,11 @@ class PolicyGradient(Algorithm):
                 'KL(place="exact") asks for the gradient of one objective, in which all steps count the same: give '
                 f'place="loss" or "reward" with weights={self.steps.weights!r}'
             )
+        if self.ratio_of == "trajectory" and not self.steps.are_alike:
+            raise ValueError(
+                'Steps(fraction=…, weights=…) go with ratio="step": the ratio of a trajectory is that of all its '
+                f"steps; got {self.steps.fraction} and {self.steps.weights!r}"
+            )
         self.penalty = None if self.kl is None else KLPenalty(self.policy, self.kl)
         if self.penalty is not None:
             check_fit(self.env, self.penalty.reference)
@@ -79,16 +87,24 @@ class PolicyGradient(Algorithm):
 
     @abstractmethod
     def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Surrogate:
-        """Return the loss of M actions, all [M] and without gradients.
+        """Return the gradient of the loss of M actions, as its coefficient ∂loss/∂log π of each, and the loss to log.
+
+        Only the coefficient trains. The gradient is averaged over an update's actions, or with `ratio_of` "trajectory"
+        over its episodes. It has to treat each action for itself: M is that of a micro-batch, and may be 0; the names
+        of its metrics are always the same.
 
         Args:
-            log_prob: log π(a|s); with `ratio_of` "trajectory" Σ_t log π_t − log π_old,t of the action's whole episode.
-            old_log_prob: log π_old(a|s) of the policy that sampled; 0 for whole episodes.
-            advantages: A.
+            log_prob: [M] log π(a|s), without gradients. With `ratio_of` "trajectory" log π − log π_old, summed over the
+                action's whole episode: what both have in common is log_prob − old_log_prob.
+            old_log_prob: [M] log π_old(a|s) of the policy that sampled; 0 for whole episodes.
+            advantages: [M] A, with the weights of steps and the KL divergences to come in it.
         """
 
     def advantages_of(self, rollout: Rollout) -> Tensor:
-        """Return the advantage of each episode, [B], 0 where it has no valid reward."""
+        """Return the advantage of each episode, [B], 0 where it has no valid reward; asked once for each rollout.
+
+        A subclass that overrides it makes no use of the field `advantages`.
+        """
         rewards = Rewards(
             rollout.returns, rollout.valid, rollout.prompt_id, self.base_env.prompts.texts, self.sizes.group
         )
@@ -118,34 +134,33 @@ class PolicyGradient(Algorithm):
     def train(self, rollout: Rollout) -> Metrics:
         """Update the policy from one rollout; return means over its updates."""
         advantages, kl = self._advantages_of_actions(rollout)
-        updates, num_updates = self._updates(rollout, advantages)
+        updates, num_dropped = self._updates(rollout, advantages)
         metrics = {**mean_of(updates)}
         if kl is not None:
             metrics["kl"] = kl
-        elif "kl" in metrics:
+        elif "kl" in metrics:  # a mean over steps, here made a sum over an episode's: the unit of KL(target=…)
             metrics["kl"] = metrics["kl"] * float(rollout.scored.sum() / rollout.valid.sum())
         if self.stop_kl is not None:
-            planned = self.n_epochs * rollout.num_episodes // self.sizes.batch
-            metrics["early_stopped"] = advantages.new_tensor(planned - num_updates)
+            metrics["early_stopped"] = advantages.new_tensor(num_dropped)
         if self.penalty is not None and self.penalty.part.target is not None:
             metrics["kl_coefficient"] = advantages.new_tensor(self.penalty.coefficient)
             self.penalty.adapt(transfer.to_host(metrics["kl"]).item())
         return metrics
 
     def _updates(self, rollout: Rollout, advantages: Tensor) -> tuple[list[Metrics], int]:
-        """Make a rollout's updates; return what each measured, and how many there were."""
+        """Make a rollout's updates; return the metrics of each, and how many were dropped."""
         rng = self.update_generator()
         updates: list[Metrics] = []
-        for drawn in self._batches(rollout.num_episodes, rng):
+        for number, drawn in enumerate(self._batches(rollout.num_episodes, rng)):
             lanes = drawn[rollout.valid[drawn]]
             if not len(lanes):
                 continue
             metrics = self._accumulate(rollout, advantages, lanes, rng)
             if self.stop_kl is not None and transfer.to_host(metrics["approx_kl"]).item() > self.stop_kl:
                 self.updates.clear()
-                return [*updates, metrics], len(updates)
+                return [*updates, metrics], self.n_epochs * rollout.num_episodes // self.sizes.batch - number
             updates.append(metrics | {"grad_norm": self.updates.apply()})
-        return updates, len(updates)
+        return updates, 0
 
     def _batches(self, num_episodes: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
         for _ in range(self.n_epochs):
@@ -163,20 +178,20 @@ class PolicyGradient(Algorithm):
             rng: This iteration's generator.
         """
         steps, columns = self.steps.choose(rollout.scored, lanes, rng)
-        parts = list(rollout.micro_batches(steps, columns, self.sizes.micro_batch))
+        micro_batches = list(rollout.micro_batches(steps, columns, self.sizes.micro_batch))
         none = rollout.log_probs.new_zeros(0)  # so that a process that has none of these episodes names the same sums
         totals = _Totals()
         totals.add(self.surrogate(none, none, none), none, none)
         has_kl = self.penalty is not None and self.penalty.is_in_the_loss
         if has_kl:
             totals.sums["kl"] = none.sum()
-        of_episodes = self._log_ratios_of_episodes(rollout, parts) if self.ratio_of == "trajectory" else None
+        of_episodes = self._log_ratios_of_episodes(rollout, micro_batches) if self.ratio_of == "trajectory" else None
         num_terms = len(steps)
         if of_episodes is not None:
             num_terms = len(lanes)
             totals.add(*self._terms_of_episodes(rollout, advantages, lanes[rollout.is_here(lanes)], of_episodes))
         self._unlearnt = None  # the update that follows changes the weights
-        for step, lane in parts:
+        for step, lane in micro_batches:
             observation = rollout.observation(step, lane)
             distribution = self.policy.distribution(observation)
             log_prob = distribution.log_prob(rollout.action(step, lane), self.reduction)
@@ -202,10 +217,12 @@ class PolicyGradient(Algorithm):
         return means | ratio_metrics([self.processes.concatenate(torch.cat(totals.log_ratios))])
 
     @torch.no_grad()
-    def _log_ratios_of_episodes(self, rollout: Rollout, parts: Sequence[Part]) -> Tensor:
+    def _log_ratios_of_episodes(self, rollout: Rollout, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Return Σ_t (log π − log π_old) of each episode, [B]: one pass, which a new rollout does not need."""
+        if rollout is self._unlearnt:
+            return torch.zeros_like(rollout.log_probs[0])
         log_ratios = torch.zeros_like(rollout.log_probs)  # differences are summed: subtracted sums lose their digits
-        for step, lane in parts if self._unlearnt is not rollout else ():
+        for step, lane in micro_batches:
             log_prob = self.policy.log_prob(rollout.observation(step, lane), rollout.action(step, lane), self.reduction)
             log_ratios[step, lane] = log_prob - rollout.log_probs[step, lane]
         return log_ratios.sum(0)

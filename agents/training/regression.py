@@ -84,13 +84,17 @@ class Noised:
 class Regression(Algorithm):
     """An algorithm that trains a denoiser on finished images: a subclass gives `weights_of` and `losses_of`.
 
-    An update learns from `batch_size` samples, each at a time and with a noise of its own.
+    An update learns from `batch_size` samples, each noised to a time t of its own with an ε of its own, unless
+    `noising` says otherwise; its gradient is the mean over them and their noises. What `losses_of` returns beside the
+    loss has to be named in `logged`; `rows_of` may leave samples out, `metrics_of` log something of the weights.
+
+    Args:
+        policy: The denoiser that is trained.
+        noising: At which times, and with how many noises, each image counts.
     """
 
     policy: DenoisingPolicy = field(kw_only=False)
-    """The denoiser that is trained."""
     noising: Noising = Noising()
-    """At which times, and with how many noises, each image counts."""
 
     def check_fit(self) -> None:
         """Raise TypeError if the policy is no denoiser, ValueError if the action is not the next latents."""
@@ -146,7 +150,7 @@ class Regression(Algorithm):
             TypeError, ValueError: it is no replay, or one of another model, or a reward is not finite.
         """
         self._check_replay(replay)
-        if len(replay.latents) == len(replay):
+        if replay.is_whole:
             replay = replay.share(self.processes.share(len(replay)))
         rng = self.update_generator(self.num_updates)  # a folder may be learnt from again and again
         weights = self.weights_of(replay)

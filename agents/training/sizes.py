@@ -1,4 +1,4 @@
-"""How many episodes a rollout, an update, a pass and a group have."""
+"""The sizes of a run: episodes of a rollout, an update and a group, transitions of a micro-batch."""
 
 import warnings
 from dataclasses import dataclass
