@@ -179,11 +179,18 @@ def test_a_part_that_there_is_not_is_refused_by_its_name(tmp_path, name):
         DDPOIS.load(tmp_path / "run", make_env())
 
 
-def test_a_part_of_another_kind_is_refused(tmp_path):
-    make().save(tmp_path / "run")
-    rewrite(tmp_path / "run", lambda state: state["hyperparameters"].update(optimizer={"part": "Log", "images": 3}))
-    with pytest.raises(TypeError, match=r"optimizer must be a part, such as .*\(…\); got Log\(images=3\)"):
-        DDPOIS.load(tmp_path / "run", make_env())
+@pytest.mark.parametrize(
+    ("algorithm", "names"),
+    [(DDPOIS, ["optimizer", "rollouts", "advantages", "steps", "kl"]), (RWR, ["weights", "noising", "log"])],
+)
+def test_a_part_of_another_kind_is_refused(tmp_path, algorithm, names):
+    make(algorithm).save(tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / STATE_FILE).read_text())["hyperparameters"]
+    for name in names:
+        wrong = {**saved, name: {"part": "Window", "size": 2, "within": None}}
+        rewrite(tmp_path / "run", lambda state, wrong=wrong: state.update(hyperparameters=wrong))
+        with pytest.raises(TypeError, match=rf"{name} must be .*got Window\(size=2\)"):
+            algorithm.load(tmp_path / "run", make_env())
 
 
 def test_what_is_given_to_load_takes_the_place_of_what_was_saved(tmp_path):
