@@ -63,6 +63,10 @@ class PolicyGradient(Algorithm):
         super().__post_init__()
         if not isinstance(self.advantages, Advantages):
             raise TypeError(f"advantages must be a part, such as PerPrompt(16) or Groups(); got {self.advantages!r}")
+        if not isinstance(self.steps, Steps):
+            raise TypeError(f"steps must be a part, such as Steps(…); got {self.steps!r}")
+        if not isinstance(self.kl, KL | None):
+            raise TypeError(f"kl must be None or a part, such as KL(0.1); got {self.kl!r}")
         self.advantages.check(self.sizes.group)
         self._memory = self.advantages.memory()
         self.steps.check(self.policy, self.base_env)

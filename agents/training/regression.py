@@ -96,6 +96,11 @@ class Regression(Algorithm):
     policy: DenoisingPolicy = field(kw_only=False)
     noising: Noising = Noising()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.noising, Noising):
+            raise TypeError(f"noising must be a part, such as Noising(…); got {self.noising!r}")
+        super().__post_init__()
+
     def check_fit(self) -> None:
         """Raise TypeError if the policy is no denoiser, ValueError if the action is not the next latents."""
         name, kind = type(self).__name__, type(self.policy).__name__
