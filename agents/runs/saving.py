@@ -139,6 +139,11 @@ def load_run(
     if reference is not None:
         if saved.get("kl") is None:
             raise ValueError(f"the run of {folder} has no KL divergence: reference= has no effect")
+        if not state["extra"]["kl"]["reference_given"]:
+            raise ValueError(
+                f"the KL divergence of the run of {folder} is to its untrained policy: another reference= would pull it "
+                "elsewhere; leave it out"
+            )
         saved["kl"] = dataclasses.replace(saved["kl"], reference=reference)
     keywords = {"learning_rate": state["learning_rate"], "seed": state["seed"], **saved, **changed}
     run = cls(policy, env, tensorboard_log=tensorboard_log, verbose=verbose, **keywords)
