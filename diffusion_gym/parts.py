@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from inspect import isabstract
 from typing import Any, TypeVar
 
 from .naming import unknown_name
@@ -61,7 +62,7 @@ def made(description: Any, kind: type[AnyPart]) -> AnyPart:
     Raises:
         ValueError: it is no such part, or of a class that this process has not imported.
     """
-    classes = {part.__name__: part for part in _subclasses(kind)}
+    classes = {part.__name__: part for part in _subclasses(kind) if is_dataclass(part) and not isabstract(part)}
     if not isinstance(description, Mapping) or description.get(_NAME) not in classes:
         name = description.get(_NAME) if isinstance(description, Mapping) else description
         raise ValueError(unknown_name(kind.__name__, str(name), sorted(classes)))

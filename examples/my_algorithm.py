@@ -32,6 +32,8 @@ from agents import (
 )
 from agents.losses import bounded_ratio
 
+NUM_STEPS = 10
+
 
 @final
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -66,7 +68,7 @@ class Args:
 
 
 def make(name: str, env: gym.vector.VectorEnv, args: Args) -> Algorithm:
-    """Return one of the algorithms; both have the same rollouts, steps and optimizer."""
+    """Return one of the algorithms; they differ in the surrogate alone."""
     policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=args.seed)
     rollouts = Rollouts(samples=args.num_envs, group_size=8, prompt_sampling="round_robin")
     steps = Steps(weights="inverse_sensitivity", window=Window(4, within=(0, 4)))
@@ -78,6 +80,7 @@ def make(name: str, env: gym.vector.VectorEnv, args: Args) -> Algorithm:
         batch_size=args.num_envs // 2,
         optimizer=Muon(warmup_updates=4),
         rollouts=rollouts,
+        advantages=Groups("group_mean", scale="group"),
         steps=steps,
         seed=args.seed,
         **clip,
@@ -86,11 +89,11 @@ def make(name: str, env: gym.vector.VectorEnv, args: Args) -> Algorithm:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    env = gym.make_vec("DenoisingMDP-v0", num_envs=args.num_envs, num_steps=10)
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=args.num_envs, num_steps=NUM_STEPS)
     for name in args.algorithms:
         algorithm = make(name, env, args)
         before = evaluate(env, algorithm.policy, seeds=range(args.num_eval))
-        algorithm.learn(args.reward_queries * 10, progress_bar=True)
+        algorithm.learn(args.reward_queries * NUM_STEPS, progress_bar=True)
         gain, error = evaluate(env, algorithm.policy, seeds=range(args.num_eval)).gain_over(before)
         print(f"{name}: {before.mean:.3f} kB {gain:+.3f} ± {error:.3f} after {algorithm.reward_queries} queries")
 
