@@ -141,8 +141,8 @@ def load_run(
             raise ValueError(f"the run of {folder} has no KL divergence: reference= has no effect")
         if not state["extra"]["kl"]["reference_given"]:
             raise ValueError(
-                f"the KL divergence of the run of {folder} is to its untrained policy, and another reference= would pull "
-                "it elsewhere: leave it out"
+                f"the KL divergence of the run of {folder} is to its untrained policy, and another reference= would "
+                "pull it elsewhere: leave it out"
             )
         saved["kl"] = dataclasses.replace(saved["kl"], reference=reference)
     keywords = {"learning_rate": state["learning_rate"], "seed": state["seed"], **saved, **changed}

@@ -22,6 +22,18 @@ Observation = dict[str, Tensor]
 class TorchVectorEnv(Protocol):
     """A vector environment whose observations, actions, rewards and flags are torch tensors on one device.
 
+    B is the number of lanes. What `agents` looks at beside the members:
+
+    | where | key | |
+    |---|---|---|
+    | observation | `latents`, `timestep`, `next_timestep` | what a `DenoisingPolicy` looks at |
+    | options of `reset` | `prompt`, `prompt_id`, `reset_mask` | the prompts of the lanes; which lanes are reset |
+    | every info | `ended` | [B] bool, numpy: the lane's episode is over; with "DISABLED" until its reset |
+    | | `prompt_id`, `nfe` and the times | [B] numpy: index of the prompt (−1: none), actions taken |
+    | info at the end of an episode | `images` | [B, 3, H, W] of the lanes that ended |
+    | | `reward/<name>`, `reward_invalid` | [B] each reward by its name; whether it is NaN or infinite |
+    | with "SAME_STEP" | `final_obs`, `final_info` | the last observation and info of the lanes that ended |
+
     `diffusion_gym.testing.check_vector_env` checks that an environment is one. `envs.core.DiffusionVectorEnv` has all
     of it: a subclass states only what it changes.
     """
@@ -113,7 +125,7 @@ class TorchVectorEnv(Protocol):
 
         Args:
             seed: Lane i is seeded with seed + i, or with the i-th of a sequence; None goes on with the streams.
-            options: At least `reset_mask`, [B] bool: only these lanes are reset.
+            options: See above; an unknown key raises.
         """
         ...
 
@@ -121,8 +133,7 @@ class TorchVectorEnv(Protocol):
         """Take one action in every lane, [B, ...] of `dtype` on `device`.
 
         Returns:
-            The observation, the reward [B] float32, terminated and truncated [B] bool, and an info dict whose `ended`
-            [B] is a numpy array of bool.
+            The observation, the reward [B] float32, terminated and truncated [B] bool, and an info dict (see above).
         """
         ...
 
