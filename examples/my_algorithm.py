@@ -10,7 +10,7 @@ Source: MiniMax, 2025 (MiniMax-M1), section 3.1, https://arxiv.org/abs/2506.1358
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import gymnasium as gym
 import tyro
@@ -63,13 +63,15 @@ class Args:
     """Images drawn together, half of them for each update."""
     num_eval: int = 128
     """Held-out images before and after; a multiple of num_envs."""
+    precision: Literal["bf16", "fp16"] | None = "bf16"
+    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights."""
     seed: int = 0
     """Of the trainings."""
 
 
 def make(name: str, env: gym.vector.VectorEnv, args: Args) -> Algorithm:
     """Return one of the algorithms; they differ in the surrogate alone."""
-    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=args.seed)
+    policy = DenoisingPolicy(env.unwrapped.model, precision=args.precision, seed=args.seed)
     rollouts = Rollouts(samples=args.num_envs, group_size=8, prompt_sampling="round_robin")
     steps = Steps(weights="inverse_sensitivity", window=Window(4, within=(0, 4)))
     kind, clip = (CISPO, {"clip_high": 1.6e-3}) if name == "CISPO" else (DDPOIS, {"clip_range": 1.6e-3})
