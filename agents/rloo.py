@@ -45,7 +45,7 @@ class RLOO(PolicyGradient):
         optimizer: Without weight decay, which would pull a head's weights, that begin at 0, back to its first schedule.
         rollouts: The samples of a group start from the same noise, so that they differ by the policy's draws alone.
         advantages: Each reward less the mean of the others of its group.
-        ratio: Of a whole "trajectory" or of each "step"; None: "step" where the action is the next latents, else
+        ratio: Of a whole "trajectory" or of each "step"; None: "step" where the policy moves latents, else
             "trajectory". A trajectory of latents is of so many dimensions that after one update its ratio is next to 0
             or immense: with more than one update of a rollout there is a warning.
         clip_range: None: 0.2 for trajectories (TPDM), 1e-4 for steps.
@@ -67,7 +67,7 @@ class RLOO(PolicyGradient):
         if self.ratio_of == "step":
             return
         num_updates = self.n_epochs * self.sizes.samples // self.sizes.batch
-        if self.base_env.action_is_next_latents and num_updates > 1:
+        if self.policy.moves_latents and num_updates > 1:
             warnings.warn(
                 f"the ratio of a whole trajectory of latents is next to 0 or immense after one update, and there are "
                 f'{num_updates} from each rollout: ratios are bounded at e^±20, but give ratio="step", or n_epochs=1 '
@@ -78,7 +78,7 @@ class RLOO(PolicyGradient):
     @property
     def ratio_of(self) -> Ratio:
         """Whether ratios are of single steps or of whole trajectories."""
-        return self.ratio or ("step" if self.base_env.action_is_next_latents else "trajectory")
+        return self.ratio or ("step" if self.policy.moves_latents else "trajectory")
 
     def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Surrogate:
         """Return PPO's clipped loss of each action."""

@@ -129,7 +129,7 @@ class Steps(Part):
         """Raise ValueError if the policy or the environment has no such steps."""
         if self.window is not None:
             self.window.check(policy, env)
-        if self.weights != "equal" and not (policy.moves_latents and env.action_is_next_latents):
+        if self.weights != "equal" and not policy.moves_latents:
             raise ValueError(
                 f"weights={self.weights!r} needs a policy that moves latents, such as DenoisingPolicy in "
                 f"DenoisingMDP-v0; got {type(policy).__name__}"

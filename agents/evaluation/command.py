@@ -23,6 +23,7 @@ from .study import Comparison, findings
 
 _UNSEEN = ("unseen_animals", "unseen_objects", "unseen_activities")
 _UNSEEN_EMOJI = ("emoji_animals", "emoji_objects", "emoji_backgrounds")
+_ENVIRONMENT = "DenoisingMDP-v0"
 _FEATURES = {
     "emoji_scorer": "the image embedding of the scorer emoji_alignment",
     "latents": "the direction of the latents x₀",
@@ -183,7 +184,7 @@ class Setup:
         """Return the comparison of the pretrained model's and the policy's images of a set of prompts."""
         policy = self.policy
         env = gym.make_vec(
-            "DenoisingMDP-v0",
+            _ENVIRONMENT,
             num_envs=min(self.num_envs, len(prompts) * self.samples_per_prompt),
             num_steps=self.num_steps,
             model=policy.model,
@@ -232,6 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = policy_folder(args.run)
         state = training_state(folder)
         saved = state.get("environment", {})
+        if saved.get("id", _ENVIRONMENT) != _ENVIRONMENT:
+            raise ValueError(
+                f"{folder} was trained in {saved['id']}, and this command compares in {_ENVIRONMENT} alone"
+            )
         setup = Setup.parse(args, load_denoiser(folder, args.device), saved)
         model = setup.policy.model
         sets = _prompt_sets(args, saved, model)

@@ -121,7 +121,8 @@ class RolloutBuilder:
             self._scored = np.concatenate([self._scored, np.zeros_like(self._scored)])
         self._scored[self._step, self._lanes] = scored
         if self._keep == "ends":
-            self._last_action = action
+            active = to_device(self.active, action.device).reshape(-1, *[1] * (action.ndim - 1))
+            self._last_action = action if self.active.all() else torch.where(active, action, self._last_action)
         else:
             self._write_observation(observation)
             self._write_action(self._first_row + self._step, action)
@@ -180,10 +181,19 @@ class RolloutBuilder:
             valid=self._valid,
             prompt_id=self._prompt_id,
             extras=self._extras,
-            ends=self._storage.read(actions[-1], self._returns.device),
+            ends=self._storage.read(self._ends(actions), self._returns.device),
             images=self._images,
             storage=self._storage,
         )
+
+    def _ends(self, actions: Tensor) -> Tensor:
+        """Return the last action of each episode, [B, …]: a view where all episodes are of one length."""
+        if self._keep == "ends" or (self._lengths == len(actions)).all():
+            return actions[-1]
+        steps, lanes = (
+            to_device(index, actions.device) for index in (self._lengths - 1, np.arange(len(self._lengths)))
+        )
+        return actions[steps, lanes]
 
     def _write_observation(self, observation: Observation) -> None:
         """Write what changes within an episode, unless it is latents that are stored as the last step's action."""

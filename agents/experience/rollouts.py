@@ -116,8 +116,7 @@ class Rollout:
             on_invalid_reward="nan".
         prompt_id: [B] int64 on the host.
         extras: [B] each: rewards by name, as `info["reward/<name>"]` reports them.
-        ends: [B, …] the actions of the last of the T steps. Where the action is the next latents, x_0; where it is not,
-            they say nothing of lanes whose episodes had ended before.
+        ends: [B, …] each episode's last action: x_0, where the action is the next latents.
         images: [k, 3, H, W] of the first k episodes.
         first_episode: The index of the first episode whose observations and actions are here.
         storage: How the large values among observations, and actions that are latents, are kept.

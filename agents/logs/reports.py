@@ -90,7 +90,7 @@ def record_hyperparameters(
 
 
 def environment_settings(env: TorchVectorEnv) -> dict[str, bool | int | float | str | None]:
-    """Return the scalars that an environment was made with: its number of lanes, its reward and its options.
+    """Return the scalars that an environment was made with: its id, number of lanes, reward and options.
 
     A reward or prompts that were given otherwise than by a name or a file's are None: no name could make them anew.
     Both are None for an environment that Gymnasium did not make, whose arguments are unknown.
@@ -98,6 +98,7 @@ def environment_settings(env: TorchVectorEnv) -> dict[str, bool | int | float | 
     keywords = {"prompts": None, "reward": None} if env.spec is None else env.spec.kwargs
     unknown = {name: None for name in ("prompts", "reward") if name in keywords}
     return {
+        **({} if env.spec is None else {"id": env.spec.id}),
         "reward": env.reward.name,
         **unknown,
         **_scalars(keywords),

@@ -125,7 +125,7 @@ class PolicyGradient(Algorithm):
         """How log-probs are reduced over an action's dimensions."""
         if self.log_prob_reduction is not None:
             return self.log_prob_reduction
-        return "mean" if self.base_env.action_is_next_latents and self.ratio_of == "step" else "sum"
+        return "mean" if self.policy.moves_latents and self.ratio_of == "step" else "sum"
 
     @property
     def behaviour(self) -> Policy:

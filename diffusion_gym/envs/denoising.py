@@ -51,10 +51,11 @@ class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
         **options: Unpack[VectorEnvOptions],
     ) -> None:
         EzPickle.__init__(self, num_envs, num_steps=num_steps, **options)
-        self.num_steps: int = checked_integer("num_steps", num_steps, at_least=1)
+        self._length = checked_integer("num_steps", num_steps, at_least=1)
+        self.num_steps = self._length
         super().__init__(num_envs, **options)
         self.single_action_space = Box(-np.inf, np.inf, self.model.latent_shape, np.float32)
-        self._grid = self.model.schedule.timesteps(self.num_steps).float().numpy()
+        self._grid = self.model.schedule.timesteps(self._length).float().numpy()
 
     def _time_spaces(self) -> dict[str, Space]:
         schedule = self.model.schedule
@@ -63,7 +64,7 @@ class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
 
     def _observe_time(self) -> dict[str, np.ndarray]:
         step = self._lanes.step
-        following = np.minimum(step + 1, self.num_steps)
+        following = np.minimum(step + 1, self._length)
         return {"timestep": self._grid[step, None], "next_timestep": self._grid[following, None]}
 
     def _advance(self, actions: Tensor, active: np.ndarray) -> None:
@@ -72,7 +73,7 @@ class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
         self._lanes.step[active] += 1
 
     def _finished(self) -> np.ndarray:
-        return self._lanes.step == self.num_steps
+        return self._lanes.step == self._length
 
 
 class DenoisingEnv(DiffusionEnv, EzPickle, lane_of=DenoisingVectorEnv):
@@ -142,4 +143,4 @@ class DenoisingEnv(DiffusionEnv, EzPickle, lane_of=DenoisingVectorEnv):
         EzPickle.__init__(self, num_steps=num_steps, **options)
         refuse_vector_options(options)
         lane = DenoisingVectorEnv(1, num_steps=num_steps, autoreset_mode=AutoresetMode.DISABLED, **options)
-        super().__init__(lane, max_steps=lane.num_steps)
+        super().__init__(lane, max_steps=lane._length)

@@ -19,6 +19,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
 
+import agents
 import diffusion_gym  # noqa: F401
 from agents import (
     DDPOIS,
@@ -29,6 +30,7 @@ from agents import (
     RLOO,
     RWR,
     AdamW,
+    Algorithm,
     Batch,
     Best,
     ContextFreeSchedule,
@@ -290,6 +292,15 @@ def keywords_of(kind):
     """Return the keywords of a class."""
     parameters = inspect.signature(kind).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def test_the_table_has_every_algorithm():
+    assert set(KEYWORDS) == {kind for kind in vars(agents).values() if is_algorithm(kind)}
+
+
+def is_algorithm(kind):
+    """Return whether it is an algorithm that can be made."""
+    return isinstance(kind, type) and issubclass(kind, Algorithm) and not inspect.isabstract(kind)
 
 
 @pytest.mark.parametrize("kind", KEYWORDS)

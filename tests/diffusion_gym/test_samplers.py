@@ -231,7 +231,7 @@ def test_samples_at_their_own_times_equal_samples_alone(sampler, dtype):
         assert torch.equal(together.std[part], alone.std)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS[:7], ids=repr)
+@pytest.mark.parametrize("sampler", FAMILY, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_window_has_the_samplers_bits_inside_and_the_deterministic_steps_outside(sampler, dtype):
     grid = EMOJI.timesteps(10).to(dtype)

@@ -238,3 +238,23 @@ def test_only_what_the_environment_calls_constant_is_kept_once(mixture):
     rollout = collect(env, DenoisingPolicy(mixture, seed=0), seeds=[0])
     assert set(rollout.constants) == {"prompt_id"}
     assert rollout.changing["prompt_embeds"].shape[:2] == (2, 2)
+
+
+@pytest.mark.parametrize("keep", ["steps", "ends"])
+def test_ends_are_each_episodes_own_last_actions(mixture, keep):
+    env = gym.make_vec(
+        "TimePredictionMDP-v0",
+        num_envs=4,
+        model=mixture,
+        max_steps=9,
+        reward="brightness",
+        autoreset_mode=AutoresetMode.DISABLED,
+    )
+    policy = ContextFreeSchedule([0.5] * 9, initial_concentration=4.0, seed=0)
+    whole, kept = (
+        collect(env, policy, seeds=[3], generators=torch.Generator().manual_seed(0), keep=kind)
+        for kind in ("steps", keep)
+    )
+    assert len(set(whole.lengths.tolist())) > 1
+    last = torch.from_numpy(whole.lengths - 1)
+    assert torch.equal(kept.ends, whole.actions[last, torch.arange(4)])
