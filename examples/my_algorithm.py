@@ -32,8 +32,6 @@ from agents import (
 )
 from agents.losses import bounded_ratio
 
-NUM_STEPS = 10
-
 
 @final
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -61,6 +59,8 @@ class Args:
     """Images that each may have judged."""
     num_envs: int = 64
     """Images drawn together, half of them for each update."""
+    num_steps: int = 10
+    """Denoising steps per image; the first four are stochastic in training and learnt from."""
     num_eval: int = 128
     """Held-out images before and after; a multiple of num_envs."""
     precision: Literal["bf16", "fp16"] | None = "bf16"
@@ -91,11 +91,11 @@ def make(name: str, env: gym.vector.VectorEnv, args: Args) -> Algorithm:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    env = gym.make_vec("DenoisingMDP-v0", num_envs=args.num_envs, num_steps=NUM_STEPS)
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=args.num_envs, num_steps=args.num_steps)
     for name in args.algorithms:
         algorithm = make(name, env, args)
         before = evaluate(env, algorithm.policy, seeds=range(args.num_eval))
-        algorithm.learn(args.reward_queries * NUM_STEPS, progress_bar=True)
+        algorithm.learn(args.reward_queries * args.num_steps, progress_bar=True)
         gain, error = evaluate(env, algorithm.policy, seeds=range(args.num_eval)).gain_over(before)
         print(f"{name}: {before.mean:.3f} kB {gain:+.3f} ± {error:.3f} after {algorithm.reward_queries} queries")
 

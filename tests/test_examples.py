@@ -27,7 +27,9 @@ SMALL_STABLE_DIFFUSION = [
 SHORT = {
     "kl_optimum.py": ["--updates", "3", "--num-envs", "64", "--num-steps", "5", "--batches", "4"],
     "mixture.py": ["--updates", "2", "--num-envs", "64", "--num-steps", "5", "--output", "OUTPUT"],
-    "my_algorithm.py": ["--reward-queries", "8", "--num-envs", "8", "--num-eval", "8"],
+    "my_algorithm.py": [
+        "--reward-queries", "8", "--num-envs", "8", "--num-steps", "4", "--num-eval", "8", "--precision", "None",
+    ],
     "random_policy.py": ["--num-steps", "5"],
     "rloo_tpm.py": [
         "--timesteps", "1", "--context-free-timesteps", "1", "--num-envs", "4", "--samples-per-epoch", "4",
