@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
@@ -101,6 +101,9 @@ class Args:
     """Denoising steps per image."""
     noisy_steps: int = 4
     """The first of them, which policy gradients make stochastic in training and learn from."""
+    precision: Literal["bf16", "fp16"] | None = "bf16"
+    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
+    instructions for bf16."""
     quick: bool = False
     """RLOO and RWR with one seed and 640 images."""
     output: Path = Path("runs/compare_algorithms")
@@ -109,7 +112,7 @@ class Args:
 
 def make_algorithm(name: str, env: VectorEnv, seed: int, args: Args) -> Algorithm:
     """Return an untrained run of one of the algorithms."""
-    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=seed)
+    policy = DenoisingPolicy(env.unwrapped.model, precision=args.precision, seed=seed)
     algorithm, settings = _ALGORITHMS[name]
     rollouts = Rollouts(
         samples=args.num_envs,

@@ -69,7 +69,8 @@ class Training:
     learning_rate: float = 3e-4
     """AdamW's."""
     precision: Literal["bf16", "fp16"] | None = "bf16"
-    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights."""
+    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
+    instructions for bf16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: half the speed, much less memory."""
     device: str = "cuda"

@@ -80,7 +80,8 @@ class Args:
     use_lora: bool = False
     """Train LoRA layers instead of the whole denoiser."""
     precision: Literal["bf16", "fp16"] | None = "bf16"
-    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights."""
+    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
+    instructions for bf16."""
     device: str = "cpu"
     """A torch device; of many processes each has the one that accelerate gives it."""
     num_eval: int = 128

@@ -64,7 +64,8 @@ class Args:
     num_eval: int = 128
     """Held-out images before and after; a multiple of num_envs."""
     precision: Literal["bf16", "fp16"] | None = "bf16"
-    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights."""
+    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
+    instructions for bf16."""
     seed: int = 0
     """Of the trainings."""
 

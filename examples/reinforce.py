@@ -7,6 +7,7 @@ use, the brightness of the images rises from 0.635 to 0.908.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import gymnasium as gym
 import torch
@@ -28,6 +29,9 @@ class Args:
     """Denoising steps per episode."""
     learning_rate: float = 1e-4
     """Adam's."""
+    precision: Literal["bf16", "fp16"] | None = "bf16"
+    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
+    instructions for bf16."""
     num_eval: int = 96
     """Episodes before and after, of the training's prompts and other seeds; a multiple of num_envs."""
 
@@ -52,7 +56,7 @@ def train(env: gym.vector.VectorEnv, policy: DenoisingPolicy, args: Args) -> Non
 def main() -> None:
     args = tyro.cli(Args)
     env = gym.make_vec("DenoisingMDP-v0", num_envs=args.num_envs, num_steps=args.num_steps, reward="brightness")
-    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=0)
+    policy = DenoisingPolicy(env.unwrapped.model, precision=args.precision, seed=0)
     before = evaluate(env, policy, seeds=range(args.num_eval))
     train(env, policy, args)
     after = evaluate(env, policy, seeds=range(args.num_eval))

@@ -14,6 +14,7 @@ more), and writes `runs/rloo_denoising/model/`: the trained `unet/` in diffusers
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import tyro
@@ -42,6 +43,9 @@ class Args:
     """Muon's, after a warm-up over four updates."""
     num_eval: int = 128
     """Images before and after, of the training's prompts; a multiple of num_envs."""
+    precision: Literal["bf16", "fp16"] | None = "bf16"
+    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
+    instructions for bf16."""
     seed: int = 0
     """Of the training; the evaluations' seeds are 0, 1, 2 …, which no training uses."""
     output: Path = Path("runs/rloo_denoising")
@@ -58,7 +62,7 @@ def main() -> None:
         reward=args.reward,
         autoreset_mode="DISABLED",
     )
-    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=args.seed)
+    policy = DenoisingPolicy(env.unwrapped.model, precision=args.precision, seed=args.seed)
     algorithm = RLOO(
         policy,
         env,

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 SMALL_STABLE_DIFFUSION = [
     "--model", "emoji", "--device", "cpu", "--prompts", "simple_animals", "--num-envs", "8", "--samples-per-epoch", "8",
-    "--batch-size", "4", "--reward-queries", "8", "--num-steps", "2", "--num-eval", "8", "--output", "OUTPUT",
+    "--batch-size", "4", "--reward-queries", "8", "--num-steps", "2", "--num-eval", "8", "--precision", "None",
+    "--output", "OUTPUT",
 ]  # fmt: skip
 SHORT = {
     "kl_optimum.py": ["--updates", "3", "--num-envs", "64", "--num-steps", "5", "--batches", "4"],
@@ -36,10 +37,12 @@ SHORT = {
         "--group-size", "2", "--num-starts", "1", "--num-eval", "4", "--paces", "1.0", "--grid-steps", "5", "20",
         "--output", "OUTPUT",
     ],
-    "reinforce.py": ["--iterations", "1", "--num-envs", "4", "--num-steps", "2", "--num-eval", "4"],
+    "reinforce.py": [
+        "--iterations", "1", "--num-envs", "4", "--num-steps", "2", "--num-eval", "4", "--precision", "None",
+    ],
     "ddpo_incompressibility.py": [
         "--reward-queries", "8", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--noisy-steps", "1",
-        "--num-eval", "24", "--output", "OUTPUT",
+        "--num-eval", "24", "--precision", "None", "--output", "OUTPUT",
     ],
     "ddpo_alignment.py": [
         *SMALL_STABLE_DIFFUSION, "--llava", "llava", "--bert-score", "bert", "--num-layers", "2",
@@ -48,11 +51,12 @@ SHORT = {
     "ddpo_aesthetic.py": [*SMALL_STABLE_DIFFUSION, "--clip", "clip", "--head", "head.safetensors"],
     "rloo_denoising.py": [
         "--updates", "1", "--num-envs", "4", "--group-size", "2", "--num-steps", "2", "--noisy-steps", "1",
-        "--num-eval", "4", "--output", "OUTPUT",
+        "--num-eval", "4", "--precision", "None", "--output", "OUTPUT",
     ],
     "compare_algorithms.py": [
         "--reward-queries", "8", "--num-envs", "4", "--group-size", "4", "--num-steps", "2", "--noisy-steps", "1",
-        "--num-eval", "4", "--eval-every", "4", "--seeds", "0", "--output", "OUTPUT",
+        "--num-eval", "4", "--eval-every", "4", "--seeds", "0", "--precision", "None",
+        "--output", "OUTPUT",
     ],
 }  # fmt: skip
 
