@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_gym import transfer
 from diffusion_gym.checks import checked_integer, checked_number
 from diffusion_gym.parts import Part
-from diffusion_gym.transfer import to_host
 
 GroupBaseline = Literal["leave_one_out", "group_mean"]
 AdvantageScale = Literal["none", "rollout", "global", "group"]
@@ -272,7 +272,7 @@ class PerPrompt(Advantages):
     def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
         """Return the advantages, [B]; the memory then knows these rewards too."""
         assert memory is not None
-        advantages = memory.update(rewards.prompts(), to_host(rewards.values).tolist())
+        advantages = memory.update(rewards.prompts(), transfer.to_host(rewards.values).tolist())
         if self.center:
             advantages -= advantages.mean()
         return clip_advantages(torch.from_numpy(advantages).to(rewards.values.device), self.clip)

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from agents import DenoisingPolicy
+from agents import DenoisingPolicy, LoRA
 from diffusion_gym.models import load_model
 from diffusion_gym.models.lora import _from_diffusers
 from tests.tiny import make_tiny_stable_diffusion
@@ -37,7 +37,7 @@ def as_if_trained(policy):
 @pytest.fixture
 def trained(tiny, tmp_path):
     """Return a policy as if trained, and where it is saved."""
-    policy = as_if_trained(DenoisingPolicy(tiny, use_lora=True, lora_alpha=6, seed=0))
+    policy = as_if_trained(DenoisingPolicy(tiny, adaptation=LoRA(alpha=6), seed=0))
     policy.save(tmp_path)
     return policy, tmp_path
 
@@ -58,7 +58,7 @@ def pipeline_with(tiny, folder):
 
 @pytest.mark.parametrize("targets", SETS)
 def test_a_lora_file_is_whole_in_diffusers_whatever_its_targets(tiny, tmp_path, targets):
-    policy = as_if_trained(DenoisingPolicy(tiny, use_lora=True, lora_alpha=6, lora_targets=targets, seed=0))
+    policy = as_if_trained(DenoisingPolicy(tiny, adaptation=LoRA(alpha=6, targets=targets), seed=0))
     policy.save(tmp_path)
     theirs = pipeline_with(tiny, tmp_path).unet
     ours, others, plain = outputs(tiny, policy.denoiser, theirs, tiny.denoiser)
@@ -71,9 +71,7 @@ def test_a_lora_file_is_whole_in_diffusers_whatever_its_targets(tiny, tmp_path, 
 
 def test_programs_that_read_names_and_alphas_alone_get_the_same(tiny, tmp_path):
     """W + alpha/rank·up·down of each layer, by the name with underscores: what kohya-ss, A1111 and ComfyUI do."""
-    policy = as_if_trained(
-        DenoisingPolicy(tiny, use_lora=True, lora_alpha=16, lora_targets=("to_k", "proj_in", "conv1"))
-    )
+    policy = as_if_trained(DenoisingPolicy(tiny, adaptation=LoRA(alpha=16, targets=("to_k", "proj_in", "conv1"))))
     policy.save(tmp_path)
     tensors = load_file(tmp_path / FILE)
     merged = type(tiny.denoiser).from_pretrained(tiny.path, subfolder="unet")
@@ -91,7 +89,7 @@ def test_programs_that_read_names_and_alphas_alone_get_the_same(tiny, tmp_path):
 
 def test_a_file_of_peft_names_is_written_where_diffusers_would_misread_the_others(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusion_gym.models.lora._from_diffusers", lambda layers: {"conv.in.lora_A.weight": None})
-    policy = as_if_trained(DenoisingPolicy(tiny, use_lora=True, lora_alpha=6, lora_targets=("to_k", "proj_in"), seed=0))
+    policy = as_if_trained(DenoisingPolicy(tiny, adaptation=LoRA(alpha=6, targets=("to_k", "proj_in")), seed=0))
     policy.save(tmp_path)
     monkeypatch.undo()
     assert not any(name.endswith(".alpha") for name in load_file(tmp_path / FILE))
@@ -176,7 +174,7 @@ def test_a_lora_of_another_model_is_named(trained, tmp_path, emoji):
 
 def test_a_mixtures_lora_file_is_checked_too(tmp_path):
     mixture = load_model("mixture")
-    as_if_trained(DenoisingPolicy(mixture, use_lora=True, seed=0)).save(tmp_path)
+    as_if_trained(DenoisingPolicy(mixture, adaptation=LoRA(), seed=0)).save(tmp_path)
     save_file(half(load_file(tmp_path / FILE)), tmp_path / FILE)
     with pytest.raises(ValueError, match=rf"{FILE}.*3 are missing"):
         DenoisingPolicy.load(tmp_path, mixture)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, DenoisingPolicy, TimePredictor, collect, evaluate
+from agents import DDPOIS, DenoisingPolicy, Full, LoRA, Rollouts, TimePredictor, collect, evaluate
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import write_mixture
 
@@ -119,11 +119,11 @@ def test_it_can_be_pickled_saved_and_adapted(mixture, tmp_path):
     again = pickle.loads(pickle.dumps(mixture))
     assert torch.equal(again.denoiser.centres, mixture.denoiser.centres)
     env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=3, model=mixture, reward="brightness")
-    for use_lora in (False, True):
-        policy = DenoisingPolicy(mixture, use_lora=use_lora, seed=0)
-        algorithm = DDPOIS(policy, env, samples_per_epoch=4, batch_size=4, learning_rate=0.1, seed=0)
+    for adaptation in (Full(), LoRA()):
+        policy = DenoisingPolicy(mixture, adaptation=adaptation, seed=0)
+        algorithm = DDPOIS(policy, env, rollouts=Rollouts(4), batch_size=4, learning_rate=0.1, seed=0)
         algorithm.learn(12)
-        folder = tmp_path / str(use_lora)
+        folder = tmp_path / type(adaptation).__name__
         algorithm.save(folder)
         loaded = DDPOIS.load(folder, env)
         observation, _ = env.reset(seed=0)
@@ -148,7 +148,7 @@ def test_half_precision_arithmetic_stays_near(mixture):
     """Only the trained part is computed in half precision."""
     env = gym.make_vec("DenoisingMDP-v0", num_envs=8, num_steps=3, model=mixture, reward="brightness")
     observation, _ = env.reset(seed=0)
-    exact, half = (DenoisingPolicy(mixture, mixed_precision=p).distribution(observation).mean for p in ("no", "bf16"))
+    exact, half = (DenoisingPolicy(mixture, precision=p).distribution(observation).mean for p in (None, "bf16"))
     torch.testing.assert_close(exact, half, rtol=1e-5, atol=1e-5)
 
 

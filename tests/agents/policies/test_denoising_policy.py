@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from agents import DDPOSF, DenoisingPolicy, Full, LoRA, Only, collect
+from agents import DDPOSF, Batch, DenoisingPolicy, Full, LoRA, Only, Rollouts, collect
 from diffusion_gym.models import load_model
 from diffusion_gym.samplers import CPS, DDIM, Consistency, FlowSDE, Windowed
 from diffusion_gym.transitions import transition
@@ -333,25 +333,25 @@ def test_trained_weights_open_in_a_plain_pipeline_and_draw_the_policys_images(em
 
 
 def test_only_the_weights_that_are_named_are_trained_and_saved_with_the_rest(emoji, make_env, tmp_path):
-    parts = ("bias", "time_emb")
-    policy = DenoisingPolicy(emoji, adaptation=Only(*parts), seed=0)
+    named = ("bias", "time_emb")
+    policy = DenoisingPolicy(emoji, adaptation=Only(*named), seed=0)
     names = {name: parameter.requires_grad for name, parameter in policy.denoiser.named_parameters()}
-    assert {any(part in name for part in parts) is trained for name, trained in names.items()} == {True}
+    assert {any(part in name for part in named) is trained for name, trained in names.items()} == {True}
     assert 0 < sum(names.values()) < len(names)
     before = {name: parameter.detach().clone() for name, parameter in policy.denoiser.named_parameters()}
-    sizes = {"samples_per_epoch": 4, "batch_size": 4, "per_prompt_buffer_size": None}
-    DDPOSF(policy, make_env(), learning_rate=1e-3, seed=0, **sizes).learn(12, log_interval=0)
+    parts = {"rollouts": Rollouts(4), "advantages": Batch()}
+    DDPOSF(policy, make_env(), learning_rate=1e-3, seed=0, **parts).learn(12, log_interval=0)
     moved = {name: not torch.equal(before[name], p) for name, p in policy.denoiser.named_parameters()}
     assert moved == names
     policy.save(tmp_path)
     again = DenoisingPolicy.load(tmp_path, emoji)
-    assert again.adaptation == Only(*parts)
+    assert again.adaptation == Only(*named)
     assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), again.parameters(), strict=True))
 
 
 def test_names_that_no_weight_has_leave_nothing_to_train(emoji, make_env):
     with pytest.raises(ValueError, match="nothing to train"):
-        DDPOSF(DenoisingPolicy(emoji, adaptation=Only("attention_of_another_model")), make_env(), samples_per_epoch=4)
+        DDPOSF(DenoisingPolicy(emoji, adaptation=Only("attention_of_another_model")), make_env())
 
 
 # Arguments.

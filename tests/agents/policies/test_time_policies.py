@@ -8,7 +8,7 @@ from gymnasium.spaces import Box, Dict
 from scipy import stats
 
 import diffusion_gym  # noqa: F401
-from agents import RLOO, ContextFreeSchedule, DenoisingPolicy, FixedSchedule, TimePredictor, collect
+from agents import KL, RLOO, ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Rollouts, TimePredictor, collect
 from agents.policies import BetaDistribution, load_policy
 from diffusion_gym.grids import MAX_RATIO, MIN_RATIO, karras_grid, step_ratios, uniform_grid
 from diffusion_gym.models import load_model
@@ -239,7 +239,7 @@ def test_references_of_other_environments_are_refused():
     env = make_mixture_env("DenoisingMDP")
     policy = DenoisingPolicy(env.unwrapped.model)
     with pytest.raises(ValueError, match="ContextFreeSchedule does not fit the environment"):
-        RLOO(policy, env, group_size=2, kl_coefficient=0.1, reference=ContextFreeSchedule([0.5] * 28))
+        RLOO(policy, env, rollouts=Rollouts(group_size=2), kl=KL(0.1, reference=ContextFreeSchedule([0.5] * 28)))
 
 
 def test_time_policies_answer_for_themselves(env):
