@@ -33,3 +33,8 @@ def to_host(tensor: Tensor) -> np.ndarray:
     """
     host = tensor.detach().cpu()
     return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+
+
+def is_same_device(device: torch.device, other: torch.device) -> bool:
+    """Return whether two devices are one: "cuda" is "cuda:0"."""
+    return device.type == other.type and (device.index or 0) == (other.index or 0)

@@ -2,8 +2,8 @@
 
 from gymnasium.vector import VectorEnv
 
+from diffusion_gym import transfer
 from diffusion_gym.envs.contract import TorchVectorEnv
-from diffusion_gym.models.base import to_device
 
 from ..policies.base import Policy
 
@@ -35,7 +35,7 @@ def check_fit(env: VectorEnv, policy: Policy) -> None:
         )
     policy.check_fit(env.single_observation_space, env.single_action_space)
     policy.check_prompts(env.single_observation_space, below.prompts.texts, below.negative_prompt)
-    if to_device(policy.device) != to_device(below.device):
+    if not transfer.is_same_device(policy.device, below.device):
         raise ValueError(
             f"the policy is on {policy.device}, the environment on {below.device}: make both with the same device"
         )

@@ -21,6 +21,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
+from diffusion_gym import transfer
+
 from ..experience.rollouts import Rollout
 
 _BUCKET = 2**24
@@ -156,7 +158,7 @@ class Processes:
         if self.device is None or not parameters:
             return
         policy_device = parameters[0].device
-        if policy_device.type != self.device.type or (policy_device.index or 0) != (self.device.index or 0):
+        if not transfer.is_same_device(policy_device, self.device):
             raise ValueError(
                 f"process {self.rank} is to compute on {self.device}, but its policy is on {policy_device}: make the "
                 "environment with device=Processes().device"

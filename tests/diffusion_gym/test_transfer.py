@@ -48,3 +48,13 @@ def test_nothing_else_reads_a_tensor_from_the_device(path):
     assert "to_host" not in {
         name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names
     }
+
+
+@pytest.mark.parametrize(("one", "other"), [("cuda", "cuda:0"), ("cpu", "cpu"), ("cuda:1", "cuda:1")])
+def test_a_device_is_itself_with_and_without_its_index(one, other):
+    assert transfer.is_same_device(torch.device(one), torch.device(other))
+
+
+def test_devices_of_another_number_or_kind_are_others():
+    assert not transfer.is_same_device(torch.device("cuda:1"), torch.device("cuda"))
+    assert not transfer.is_same_device(torch.device("cpu"), torch.device("cuda"))

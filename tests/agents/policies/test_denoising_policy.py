@@ -290,9 +290,7 @@ def test_saved_policy_comes_back_the_same(emoji, make_env, tmp_path, adaptation)
 def test_weights_of_another_adaptation_are_refused(emoji, tmp_path):
     DenoisingPolicy(emoji, adaptation=LoRA(alpha=16)).save(tmp_path)
     for other in (LoRA(alpha=4), LoRA(alpha=16, targets=["to_q"]), LoRA(rank=2, alpha=16), Full(), Only("bias")):
-        with pytest.raises(
-            ValueError, match=r"was saved with adaptation=LoRA\(rank=4, alpha=16\.0, .* this policy has "
-        ):
+        with pytest.raises(ValueError, match=r"was saved with adaptation=LoRA\(alpha=16\.0, .* this policy has "):
             DenoisingPolicy(emoji, adaptation=other).load_weights(tmp_path)
     DenoisingPolicy(emoji, adaptation=LoRA(4, 16, emoji.lora_targets)).load_weights(tmp_path)
     DenoisingPolicy(emoji).save(tmp_path)
