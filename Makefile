@@ -12,7 +12,7 @@ MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_
 
 # The tests that compare what the formulas give, and their gradients, within a bound.
 NUMERICS := $(addprefix tests/diffusion_gym/test_,transitions.py samplers.py schedules.py predictions.py grids.py mixture.py) \
-	$(addprefix tests/agents/test_,advantages.py losses.py steps.py rloo.py) tests/agents/logs/test_diagnostics.py
+	$(addprefix tests/agents/test_,advantages.py losses.py steps.py) tests/agents/logs/test_diagnostics.py
 # As on a processor without AVX-512, and one that is not of the maker of MKL.
 OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
 # `make test-lowest` needs the oldest Python that pyproject.toml allows.
