@@ -1,6 +1,9 @@
 """An algorithm of one's own, CISPO, against DDPO-IS at as many reward queries.
 
-    python examples/my_algorithm.py        # … minutes on 2 CPU cores
+    python examples/my_algorithm.py --reward-queries 384 --num-eval 64 --precision None
+
+15 minutes on one core, in float32. So few queries are for the code and not for the comparison: CISPO gained 0.023 ±
+0.037 kB.
 
 CISPO clips the weight of the importance sampling and not the update, so that no action's gradient is lost:
 
