@@ -171,7 +171,6 @@ def inverse_sensitivities(policy: Policy, rollout: Rollout) -> Tensor:
     times = (rollout.changing[key].squeeze(-1) for key in ("timestep", "next_timestep"))
     sensitivity = policy.sensitivity(*times)
     assert sensitivity is not None
-    here = slice(rollout.first_episode, rollout.first_episode + rollout.actions.shape[1])
     weights = torch.zeros_like(rollout.log_probs)
-    weights[: len(rollout.actions), here] = (1 / sensitivity).to(weights)
+    weights[: len(rollout.actions), rollout.lanes_here] = (1 / sensitivity).to(weights)
     return weights

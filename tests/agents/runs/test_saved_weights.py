@@ -4,11 +4,11 @@ import gymnasium as gym
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import diffusion_gym  # noqa: F401
 from agents import ContextFreeSchedule, DenoisingPolicy, FixedSchedule, Full, LoRA, TimePredictor
 from diffusion_gym.models import load_model
+from tests.agents.policies_of_others import WithCritic
 from tests.tiny import make_tiny_stable_diffusion
 
 
@@ -81,18 +81,6 @@ def test_another_model_of_the_same_shape_is_said(tmp_path, adaptation):
 
 
 # what subclasses add
-class WithCritic(DenoisingPolicy):
-    """A policy with one more network, and one more argument."""
-
-    def __init__(self, model, *, width=4, **options):
-        super().__init__(model, **options)
-        self.width = width
-        self.critic = nn.Linear(2, width)
-
-    def saved_arguments(self):
-        return {"width": self.width}
-
-
 class Forgetful(DenoisingPolicy):
     def __init__(self, model, *, temperature=1.0, **options):
         super().__init__(model, **options)

@@ -10,7 +10,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import diffusion_gym  # noqa: F401
 from agents import (
@@ -47,6 +46,7 @@ from agents.runs.manifest import MANIFEST_FILE, write_manifest
 from agents.runs.saving import STATE_FILE
 from diffusion_gym.models import load_model
 from diffusion_gym.samplers import CPS, DDIM
+from tests.agents.policies_of_others import WithCritic
 from tests.tiny import make_tiny_stable_diffusion
 
 LANES, STEPS = 4, 4
@@ -273,18 +273,6 @@ def test_a_copy_that_is_the_reference_is_part_of_the_checkpoint(mixture, tmp_pat
 
 
 # what subclasses add
-class WithCritic(DenoisingPolicy):
-    """A policy with one more network, and one more argument."""
-
-    def __init__(self, model, *, width=4, **options):
-        super().__init__(model, **options)
-        self.width = width
-        self.critic = nn.Linear(2, width)
-
-    def saved_arguments(self):
-        return {"width": self.width}
-
-
 def test_a_run_with_a_subclass_as_policy_goes_on_exactly(tmp_path):
     env = make_env()
     run = learn(DDPOIS(WithCritic(env.unwrapped.model), env, seed=0, **FOUR), 1)
