@@ -51,7 +51,7 @@ def main() -> None:
     runs = {}
     for name, (is_guided, weights) in arms.items():
         runs[name] = RWR(
-            DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=0),
+            DenoisingPolicy(env.unwrapped.model, precision="auto", seed=0),
             env,
             learning_rate=3e-4,
             n_epochs=1,

@@ -101,9 +101,9 @@ class Args:
     """Denoising steps per image."""
     noisy_steps: int = 4
     """The first of them, which policy gradients make stochastic in training and learn from."""
-    precision: Literal["bf16", "fp16"] | None = "bf16"
-    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
-    instructions for bf16."""
+    precision: Literal["auto", "bf16", "fp16"] | None = "auto"
+    """Of the denoiser's arithmetic: "auto" is "bf16" where the device has instructions for it; None that of its
+    weights."""
     quick: bool = False
     """RLOO and RWR with one seed and 640 images."""
     output: Path = Path("runs/compare_algorithms")

@@ -68,9 +68,9 @@ class Training:
     """Train LoRA layers; without it the whole denoiser (then the paper's learning rate is 1e-5)."""
     learning_rate: float = 3e-4
     """AdamW's."""
-    precision: Literal["bf16", "fp16"] | None = "bf16"
-    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
-    instructions for bf16."""
+    precision: Literal["auto", "bf16", "fp16"] | None = "auto"
+    """Of the denoiser's arithmetic: "auto" is "bf16" where the device has instructions for it; None that of its
+    weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: half the speed, much less memory."""
     device: str = "cuda"

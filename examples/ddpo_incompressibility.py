@@ -79,9 +79,9 @@ class Args:
     """Of the ratio of mean log-probs: the published 1e-4 times 16, for latents of a sixteenth of the size."""
     use_lora: bool = False
     """Train LoRA layers instead of the whole denoiser."""
-    precision: Literal["bf16", "fp16"] | None = "bf16"
-    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
-    instructions for bf16."""
+    precision: Literal["auto", "bf16", "fp16"] | None = "auto"
+    """Of the denoiser's arithmetic: "auto" is "bf16" where the device has instructions for it; None that of its
+    weights."""
     device: str = "cpu"
     """A torch device; of many processes each has the one that accelerate gives it."""
     num_eval: int = 128

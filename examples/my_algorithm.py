@@ -66,9 +66,9 @@ class Args:
     """Denoising steps per image; the first four are stochastic in training and learnt from."""
     num_eval: int = 128
     """Held-out images before and after; a multiple of num_envs."""
-    precision: Literal["bf16", "fp16"] | None = "bf16"
-    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
-    instructions for bf16."""
+    precision: Literal["auto", "bf16", "fp16"] | None = "auto"
+    """Of the denoiser's arithmetic: "auto" is "bf16" where the device has instructions for it; None that of its
+    weights."""
     seed: int = 0
     """Of the trainings."""
 

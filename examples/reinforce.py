@@ -29,9 +29,9 @@ class Args:
     """Denoising steps per episode."""
     learning_rate: float = 1e-4
     """Adam's."""
-    precision: Literal["bf16", "fp16"] | None = "bf16"
-    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
-    instructions for bf16."""
+    precision: Literal["auto", "bf16", "fp16"] | None = "auto"
+    """Of the denoiser's arithmetic: "auto" is "bf16" where the device has instructions for it; None that of its
+    weights."""
     num_eval: int = 96
     """Episodes before and after, of the training's prompts and other seeds; a multiple of num_envs."""
 

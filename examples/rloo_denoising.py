@@ -43,9 +43,9 @@ class Args:
     """Muon's, after a warm-up over four updates."""
     num_eval: int = 128
     """Images before and after, of the training's prompts; a multiple of num_envs."""
-    precision: Literal["bf16", "fp16"] | None = "bf16"
-    """Of the denoiser's arithmetic: "bf16", "fp16", or None, that of its weights: faster where a processor has no
-    instructions for bf16."""
+    precision: Literal["auto", "bf16", "fp16"] | None = "auto"
+    """Of the denoiser's arithmetic: "auto" is "bf16" where the device has instructions for it; None that of its
+    weights."""
     seed: int = 0
     """Of the training; the evaluations' seeds are 0, 1, 2 …, which no training uses."""
     output: Path = Path("runs/rloo_denoising")

@@ -50,6 +50,7 @@ from agents.evaluation import standard_error
 from diffusion_gym.envs.reference import ReferenceDistance
 from diffusion_gym.grids import karras_grid, power_grid, shifted_grid, step_ratios, uniform_grid
 from diffusion_gym.models import DiffusionModel, load_model
+from diffusion_gym.precision import has_fast_bf16
 from diffusion_gym.prompts import make_prompts
 from diffusion_gym.rewards import make_reward
 
@@ -359,7 +360,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     started = time.monotonic()
     args.output.mkdir(parents=True, exist_ok=True)
-    model = load_model("emoji", dtype="bfloat16")
+    model = load_model("emoji", dtype="bfloat16" if has_fast_bf16() else "float32")
 
     reward = ReferenceDistance(guidance_scale=args.guidance_scale, root=True)
     train_prompts, held_out = split_prompts()

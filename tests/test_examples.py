@@ -113,7 +113,6 @@ def test_reinforce(tmp_path):
     assert re.search(r"brightness 0\.\d+ -> 0\.\d+: [+-]0\.\d+ ± 0\.\d+", run("reinforce.py", tmp_path / "out"))
 
 
-@pytest.mark.timeout(1800)  # minutes on a slow processor
 def test_my_algorithm(tmp_path):
     text = run("my_algorithm.py", tmp_path / "out")
     found = re.findall(r"^(\S+): \d\.\d+ kB [+-]\d\.\d+ ± \d\.\d+ after 8 queries", text, re.MULTILINE)
@@ -161,14 +160,12 @@ def test_ddpo_aesthetic(tmp_path):
     assert (output / "model" / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.timeout(1800)  # minutes on a slow processor
 def test_rloo_denoising(tmp_path):
     output = tmp_path / "out"
     assert re.search(r"paired difference: [+-]\d\.\d+ ± \d\.\d+ kB", run("rloo_denoising.py", output))
     UNet2DConditionModel.from_pretrained(output / "model" / "unet")
 
 
-@pytest.mark.timeout(1800)  # minutes on a slow processor
 def test_compare_algorithms(tmp_path):
     """All of them run to their end; what was there before is not run again, and a run that was cut off goes on."""
     output = tmp_path / "out"
@@ -192,7 +189,6 @@ def test_compare_algorithms(tmp_path):
             assert picture.size[0] > 400
 
 
-@pytest.mark.timeout(1800)  # minutes on a slow processor
 def test_rloo_tpm(tmp_path):
     output = tmp_path / "out"
     text = run("rloo_tpm.py", output)

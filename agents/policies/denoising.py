@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, checked_guidance_scale, load_model
 from diffusion_gym.models.weights import is_same_sample, sample_weights
 from diffusion_gym.parts import described, made
+from diffusion_gym.precision import has_fast_bf16
 from diffusion_gym.predictions import broadcast_to, to_x0_and_epsilon
 from diffusion_gym.samplers import DDIM, Sampler, Windowed
 from diffusion_gym.transitions import GaussianTransition, transition
@@ -42,7 +43,8 @@ class DenoisingPolicy(Policy):
             log-probs, so only regression (RWR, NFT) trains with it.
         adaptation: What is trained of the denoiser: `Full()`, `Only(…)` or `LoRA(…)`.
         guidance_scale: Classifier-free guidance; None: the model's default (5; emoji 4).
-        precision: Precision of the denoiser's arithmetic, by autocast: "fp16" or "bf16"; None: that of its weights.
+        precision: Precision of the denoiser's arithmetic, by autocast: "fp16" or "bf16"; None: that of its weights;
+            "auto": "bf16" for float32 weights where the device has instructions for it, and otherwise None.
             Trained weights, distributions and log-probs are float32 in any case. With "fp16" the algorithms scale the
             loss, or small gradients would vanish; "bf16" has no such limit.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -65,7 +67,7 @@ class DenoisingPolicy(Policy):
         sampler: Sampler = DDIM(eta=1.0),
         adaptation: Adaptation = Full(),
         guidance_scale: float | None = None,
-        precision: Precision | None = None,
+        precision: Precision | Literal["auto"] | None = None,
         gradient_checkpointing: bool = False,
         prompts: Sequence[str] = (),
         negative_prompt: str = "",
@@ -84,7 +86,7 @@ class DenoisingPolicy(Policy):
             raise ValueError(
                 f"negative_prompt={negative_prompt!r} has no effect: it needs prompts, to be looked up with"
             )
-        _check_precision(precision, model)
+        precision = _resolved_precision(precision, model)
         sampler.scales(model.schedule, *torch.zeros(2, 0))  # says whether it is one of this process
         self.model = model
         self.sampler = sampler
@@ -92,7 +94,7 @@ class DenoisingPolicy(Policy):
         self.guidance_scale = checked_guidance_scale(
             model.default_guidance_scale if guidance_scale is None else guidance_scale
         )
-        self.precision: Precision | None = precision
+        self.precision = precision
         self.gradient_checkpointing = gradient_checkpointing
         self.prompts = tuple(prompts)
         self.negative_prompt = negative_prompt
@@ -291,14 +293,17 @@ class DenoisingPolicy(Policy):
         return policy
 
 
-def _check_precision(precision: Precision | None, model: DiffusionModel) -> None:
-    """Raise ValueError for a precision that is none, or that does not go with the model's weights."""
+def _resolved_precision(precision: Precision | Literal["auto"] | None, model: DiffusionModel) -> Precision | None:
+    """Return what "auto" stands for; raise ValueError for what is no precision or not one for the model's weights."""
     if precision is None:
-        return
+        return None
+    if precision == "auto":
+        return "bf16" if model.dtype == torch.float32 and has_fast_bf16(model.device) else None
     if precision not in get_args(Precision):
-        raise ValueError(f"precision must be None or one of {get_args(Precision)}, got {precision!r}")
+        raise ValueError(f"precision must be None, 'auto' or one of {get_args(Precision)}, got {precision!r}")
     if model.dtype not in (torch.float32, _DTYPE[precision]):
         raise ValueError(
             f"precision={precision!r} does not go with a model in {model.dtype}: load the model with "
             f'dtype="float32" or in {_DTYPE[precision]}, or give precision=None'
         )
+    return precision

@@ -28,7 +28,7 @@ from diffusion_gym.models import load_model
 def test_brightness_rises_on_held_out_seeds(emoji):
     """128 images: the first two of five steps learnt from, with Muon."""
     env = gym.make_vec("diffusion_gym:DenoisingMDP-v0", num_envs=32, num_steps=5, model=emoji, reward="brightness")
-    policy = DenoisingPolicy(emoji, precision="bf16", seed=0)
+    policy = DenoisingPolicy(emoji, precision="auto", seed=0)
     learner = DDPOIS(
         policy,
         env,

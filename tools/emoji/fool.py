@@ -90,7 +90,7 @@ def follow_gradient(
 def train_policy(judge: Judge, model: DiffusionModel, folder: Path, *, queries: int) -> None:
     """Print and draw what DDPO-IS makes of the model when it is rewarded with the score."""
     env = gym.make_vec("DenoisingMDP-v0", num_envs=45, num_steps=10, model=model, reward=judge.reward)
-    policy = DenoisingPolicy(env.unwrapped.model, precision="bf16", seed=0)
+    policy = DenoisingPolicy(env.unwrapped.model, precision="auto", seed=0)
     algorithm = DDPOIS(
         policy,
         env,

@@ -12,6 +12,8 @@ from diffusion_gym.rewards import to_uint8
 from diffusion_gym.sampling import sample_latents
 from diffusion_gym.transitions import draw_noise
 
+from .training import autocast
+
 GUIDANCE_SCALE = 4.0
 CHUNK = 64
 
@@ -25,7 +27,7 @@ def draw_samples(
     num_steps: int = 20,
     guidance_scale: float = GUIDANCE_SCALE,
 ) -> Tensor:
-    """Return images [B, 3, 64, 64] in [0, 1]: deterministic DDIM from each seed's noise, in bfloat16 autocast."""
+    """Return images [B, 3, 64, 64] in [0, 1]: deterministic DDIM from each seed's noise, by `autocast`."""
     texts = sorted(set(prompts))
     row = {text: index for index, text in enumerate(texts)}
     encoded = model.encode_prompts(texts)
@@ -37,7 +39,7 @@ def draw_samples(
         conditioning = {key: value[index] for key, value in encoded.items()}
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         noise = draw_noise(torch.empty(len(index), *model.latent_shape), generators)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = sample_latents(model, noise, conditioning, times, guidance_scale=guidance_scale)
         images.append(model.decode(latents))
     return torch.cat(images)

@@ -25,7 +25,7 @@ from .dataset import BACKGROUNDS, IconData, composite
 from .distort import distort
 from .icons import ANIMALS, PEOPLE, Icon
 from .sources import WORK
-from .training import TrainingRun
+from .training import TrainingRun, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def main(args: Args) -> None:
             rows_of[names[k]][int(u * len(rows_of[names[k]]))] for k, u in zip(classes.tolist(), uniform, strict=True)
         ]
         images = distort(data.rgba[rows], generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = network(prepare(images)).logits.float()
         value = F.cross_entropy(logits, classes, label_smoothing=0.1)
         return value, {"loss": value, "accuracy": (logits.argmax(-1) == classes).float().mean()}

@@ -30,7 +30,7 @@ from .distort import distort
 from .samples import draw_samples
 from .sources import WORK
 from .train_classifier import plain, resnet_config
-from .training import TrainingRun
+from .training import TrainingRun, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class SpoiltPictures:
             low, high = NOISE_LEVELS
             level = torch.rand(64, 1, 1, 1, generator=generator) * (high - low) + low
             latents = model.encode(batch.images)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 noised = latents + level * torch.randn(latents.shape, generator=generator)
                 parts.append(model.decode(noised).float())
             names.extend(batch.names)
@@ -217,7 +217,7 @@ def main(args: Args) -> None:
     def loss(run: TrainingRun) -> tuple[Tensor, dict[str, Tensor]]:
         num_spoilt = run.batch_size // 6
         images, captions, wrong, same = pairs.draw(run.batch_size - num_spoilt, num_spoilt, run.generator(args.seed))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             image_embeds = scorer.embed_images(images).float()
             text_embeds = scorer.embed_texts([*captions, *wrong]).float()
         texts, others = text_embeds[: len(captions)], text_embeds[len(captions) :]

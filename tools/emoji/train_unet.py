@@ -27,7 +27,7 @@ from .dataset import IconData, NameSampler, draw_captions
 from .samples import draw_grid
 from .sources import WORK
 from .tokenizer import CONTEXT
-from .training import TrainingRun, join_processes, process_rank
+from .training import TrainingRun, autocast, join_processes, process_rank
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def encode_pool(vae: AutoencoderKL, data: IconData, size: int, *, seed: int) -> 
     latents, names, colours = [], [], []
     for start in range(0, size, 128):
         batch = data.batch(sampler.draw(min(128, size - start), generator), generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             mode = vae.encode(batch.images * 2 - 1).latent_dist.mode()
         latents.append((mode.float() * vae.config.scaling_factor).half())
         names.extend(batch.names)
@@ -217,7 +217,7 @@ def main(args: Args) -> None:
             truncation=True,
             return_tensors="pt",
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return epsilon_loss(
                 partial(network, token_ids=tokens.input_ids), pool.latents[rows].float(), alphas_cumprod, generator
             )

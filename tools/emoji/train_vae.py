@@ -20,7 +20,7 @@ from torch import Tensor
 from .dataset import Batch, IconData, NameSampler
 from .samples import lay_out
 from .sources import WORK
-from .training import TrainingRun
+from .training import TrainingRun, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def main(args: Args) -> None:
     def loss(run: TrainingRun) -> tuple[Tensor, dict[str, Tensor]]:
         generator = run.generator(args.seed)
         target = draw(run.batch_size, generator).images * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(target).latent_dist
             latents = posterior.mode() if args.decoder_only else posterior.sample(generator)
             decoded = vae.decode(latents).sample.float()

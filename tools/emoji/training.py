@@ -17,8 +17,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.runs.files import existing_folder, load_optimizer, replaced_folder, save_optimizer
+from diffusion_gym.precision import has_fast_bf16
 
 logger = logging.getLogger(__name__)
+
+
+def autocast() -> torch.autocast:
+    """Return the arithmetic of all training and drawing here: bfloat16, or float32 where the processor emulates it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16())
 
 
 class TrainingRun:

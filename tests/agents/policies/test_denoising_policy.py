@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from agents import DDPOSF, Batch, DenoisingPolicy, Full, LoRA, Only, Rollouts, collect
+from agents.policies import denoising
 from diffusion_gym.models import load_model
 from diffusion_gym.samplers import CPS, DDIM, Consistency, FlowSDE, Windowed
 from diffusion_gym.transitions import transition
@@ -363,7 +364,7 @@ def test_names_that_no_weight_has_leave_nothing_to_train(emoji, make_env):
         ({"sampler": FlowSDE()}, ValueError, "FlowSDE is a sampler of rectified flows, got a DiscreteVPSchedule"),
         ({"adaptation": "lora"}, TypeError, r"adaptation must be an Adaptation, such as LoRA\(rank=4\); got 'lora'"),
         ({"adaptation": LoRA}, TypeError, "adaptation must be an Adaptation"),
-        ({"precision": "fp8"}, ValueError, r"precision must be None or one of \('fp16', 'bf16'\), got 'fp8'"),
+        ({"precision": "fp8"}, ValueError, r"precision must be None, 'auto' or one of \('fp16', 'bf16'\), got 'fp8'"),
         ({"prompts": "a cat"}, TypeError, "prompts must be a sequence of texts"),
         ({"negative_prompt": "a cat"}, ValueError, "has no effect: it needs prompts"),
         ({"guidance_scale": float("inf")}, ValueError, "guidance_scale must be a finite number"),
@@ -384,6 +385,14 @@ def test_precisions_that_do_not_mix_are_said_at_once():
     model = load_model("emoji", dtype="float16")
     with pytest.raises(ValueError, match=r"precision='bf16' does not go with a model in torch\.float16"):
         DenoisingPolicy(model, precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("fast", "dtype", "precision"), [(True, "float32", "bf16"), (True, "float16", None), (False, "float32", None)]
+)
+def test_auto_is_bf16_where_the_device_has_it(monkeypatch, fast, dtype, precision):
+    monkeypatch.setattr(denoising, "has_fast_bf16", lambda device: fast)
+    assert DenoisingPolicy(load_model("mixture", dtype=dtype), precision="auto").precision == precision
 
 
 def test_an_observation_of_a_single_environment_is_named(emoji):
