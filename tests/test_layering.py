@@ -15,6 +15,7 @@ BELOW = {
     "loading": set(),
     "checks": set(),
     "transfer": set(),
+    "precision": set(),
     "parts": {"naming"},
     "samplers": {"schedules", "parts", "checks", "transfer"},
     "schedules": set(),
@@ -33,7 +34,19 @@ BELOW = {
     "__init__": set(),
 }
 OF_DIFFUSION_GYM = {
-    *("naming", "checks", "parts", "transfer", "lines", "schedules", "grids", "predictions", "samplers", "transitions"),
+    *(
+        "naming",
+        "checks",
+        "parts",
+        "precision",
+        "transfer",
+        "lines",
+        "schedules",
+        "grids",
+        "predictions",
+        "samplers",
+        "transitions",
+    ),
     *("models", "envs.contract"),
 }
 ROOMS_ABOVE = {"evaluation", "callbacks", "benchmark"}  # they judge: they may take rewards and prompts too
