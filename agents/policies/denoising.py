@@ -12,12 +12,12 @@ import torch
 from gymnasium.spaces import Dict, Space
 from torch import Tensor
 
-from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, checked_guidance_scale, load_model
+from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, load_model
 from diffusion_gym.models.weights import is_same_sample, sample_weights
 from diffusion_gym.parts import described, made
 from diffusion_gym.precision import has_fast_bf16
 from diffusion_gym.predictions import broadcast_to, to_x0_and_epsilon
-from diffusion_gym.samplers import DDIM, Sampler, Windowed
+from diffusion_gym.samplers import Sampler, Windowed
 from diffusion_gym.transitions import GaussianTransition, transition
 
 from .adaptation import Adaptation, Full
@@ -39,8 +39,8 @@ class DenoisingPolicy(Policy):
 
     Args:
         model: The diffusion model, usually `env.unwrapped.model`; its frozen weights are never changed.
-        sampler: How the next latents are drawn from a prediction; a deterministic one, such as `DDIM(eta=0)`, has no
-            log-probs, so only regression (RWR, NFT) trains with it.
+        sampler: How the next latents are drawn from a prediction; None: the model's default, usually `DDIM(eta=1)`. A
+            deterministic one, such as `DDIM(eta=0)`, has no log-probs, so only regression (RWR, NFT) trains with it.
         adaptation: What is trained of the denoiser: `Full()`, `Only(…)` or `LoRA(…)`.
         guidance_scale: Classifier-free guidance; None: the model's default (5; emoji 4).
         precision: Precision of the denoiser's arithmetic, by autocast: "fp16" or "bf16"; None: that of its weights;
@@ -64,7 +64,7 @@ class DenoisingPolicy(Policy):
         self,
         model: DiffusionModel,
         *,
-        sampler: Sampler = DDIM(eta=1.0),
+        sampler: Sampler | None = None,
         adaptation: Adaptation = Full(),
         guidance_scale: float | None = None,
         precision: Precision | Literal["auto"] | None = None,
@@ -76,6 +76,7 @@ class DenoisingPolicy(Policy):
         super().__init__(seed=seed)
         if not isinstance(model, DiffusionModel):
             raise TypeError(f"model must be a DiffusionModel, such as env.unwrapped.model; got {type(model).__name__}")
+        sampler = model.default_sampler if sampler is None else sampler
         if not isinstance(sampler, Sampler):
             raise TypeError(f"sampler must be a Sampler, such as DDIM(eta=1.0); got {sampler!r}")
         if not isinstance(adaptation, Adaptation):
@@ -91,9 +92,7 @@ class DenoisingPolicy(Policy):
         self.model = model
         self.sampler = sampler
         self.adaptation = adaptation.resolved(model)
-        self.guidance_scale = checked_guidance_scale(
-            model.default_guidance_scale if guidance_scale is None else guidance_scale
-        )
+        self.guidance_scale = model.guidance_scale_of(guidance_scale)
         self.precision = precision
         self.gradient_checkpointing = gradient_checkpointing
         self.prompts = tuple(prompts)
@@ -242,7 +241,7 @@ class DenoisingPolicy(Policy):
             model={
                 "source": self.model.source,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
-                "image_size": self.model.image_shape[1],
+                "image_size": list(self.model.image_size),
                 "revision": self.model.revision,
                 "variant": self.model.variant,
                 "sample": sample_weights(self.model.denoiser),

@@ -186,7 +186,7 @@ def _identity_of(env: TorchVectorEnv) -> dict[str, Any]:
         "number of prompts": len(texts),
         "SHA-256 of the prompts": digest,
         "dtype": str(env.dtype).removeprefix("torch."),
-        "image_size": env.model.image_shape[1],
+        "image_size": list(env.model.image_size),
     }
 
 

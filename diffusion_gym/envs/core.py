@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import transfer
 from ..checks import checked_integer
+from ..models.base import ImageSize
 from ..naming import unexpected_argument
 from ..prompts import make_prompts
 from ..rewards import make_reward, to_uint8
@@ -91,7 +92,7 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
         prompts: PromptSource = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         variant: str | None = None,
         negative_prompt: str = "",
         observe_embeds: bool | None = None,

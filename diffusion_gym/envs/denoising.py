@@ -128,7 +128,7 @@ class DenoisingEnv(DiffusionEnv, EzPickle, lane_of=DenoisingVectorEnv):
     | `num_steps` | `20` | actions per episode |
     | `device` | `"cpu"` | where the model runs |
     | `dtype` | `"float32"` | precision of latents and frozen denoiser |
-    | `image_size` | the model's | height and width in pixels |
+    | `image_size` | the model's | height and width in pixels, or one number for both |
     | `variant` | none | which of the files of weights to read, such as "fp16" |
     | `negative_prompt` | `""` | what guidance moves away from |
     | `observe_embeds` | below 1 MB a lane | whether embeddings are part of the observation |

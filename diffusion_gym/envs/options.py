@@ -11,7 +11,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 
-from ..models.base import DiffusionModel, load_model, to_device, to_dtype
+from ..models.base import DiffusionModel, ImageSize, as_image_size, load_model, to_device, to_dtype
 from ..prompts import PromptSet
 from ..rewards import Reward
 
@@ -38,7 +38,7 @@ def resolve_model(
     *,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
-    image_size: int | None,
+    image_size: ImageSize | None,
     variant: str | None,
 ) -> DiffusionModel:
     """Return the loaded model; one that is loaded already is checked against the other arguments.
@@ -53,7 +53,7 @@ def resolve_model(
     requests = {
         "device": (None if device is None else to_device(device), model.device),
         "dtype": (None if dtype is None else to_dtype(dtype), model.dtype),
-        "image_size": (image_size, model.image_shape[1]),
+        "image_size": (None if image_size is None else as_image_size(image_size), model.image_size),
         "variant": (variant, model.variant),
     }
     for name, (requested, loaded) in requests.items():
@@ -131,7 +131,7 @@ class EnvOptions(TypedDict, total=False):
     prompts: PromptSource
     device: str | torch.device | None
     dtype: str | torch.dtype | None
-    image_size: int | None
+    image_size: ImageSize | None
     variant: str | None
     negative_prompt: str
     observe_embeds: bool | None

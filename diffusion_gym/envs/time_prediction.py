@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from .. import transfer
 from ..checks import checked_integer, checked_number
 from ..grids import MAX_RATIO, MIN_RATIO
-from ..models.base import DiffusionModel, Prediction, checked_guidance_scale
+from ..models.base import DiffusionModel, Prediction
 from ..rewards.names import REFERENCE_DISTANCE
 from ..samplers import DDIM
 from ..transitions import transition
@@ -151,9 +151,7 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
                 f"(ReferenceDistance itself takes num_steps); got the reward {reward!r}"
             )
         super().__init__(num_envs, **options)
-        self.guidance_scale = checked_guidance_scale(
-            self.model.default_guidance_scale if guidance_scale is None else guidance_scale
-        )
+        self.guidance_scale = self.model.guidance_scale_of(guidance_scale)
         if self.negative_prompt and self.guidance_scale <= 1:
             raise ValueError(
                 f"negative_prompt={self.negative_prompt!r} needs guidance, guidance_scale above 1; "
@@ -370,7 +368,7 @@ class TimePredictionEnv(DiffusionEnv, EzPickle, lane_of=TimePredictionVectorEnv)
     | `reference_steps` | `80` | network calls of `"reference_distance"`'s reference |
     | `device` | `"cpu"` | where the model runs |
     | `dtype` | `"float32"` | the denoiser's precision; latents and actions are float32 |
-    | `image_size` | the model's | height and width in pixels |
+    | `image_size` | the model's | height and width in pixels, or one number for both |
     | `variant` | none | which of the files of weights to read, such as "fp16" |
     | `negative_prompt` | `""` | what guidance moves away from |
     | `observe_embeds` | below 1 MB a lane | whether embeddings are part of the observation |

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from ..naming import did_you_mean
 from ..predictions import PredictionType, to_x0_and_epsilon
+from ..samplers import DDIM, Sampler
 from ..schedules import NoiseSchedule, as_float
 from .folders import read_config
 
 Conditioning = Mapping[str, Tensor]
+ImageSize = int | tuple[int, int]
 
 _NEGATIVE = "negative_"
 _DECODED_PIXELS_PER_CHUNK = 8 * 512 * 512
@@ -100,7 +102,9 @@ class DiffusionModel(ABC):
         denoiser_folder: The denoiser's subfolder in the diffusers layout.
         lora_targets: Names of the layers that LoRA adapts unless told otherwise.
         guidance: The way in which a prompt is given weight. "classifier_free": by two passes, one of them with the
-            negative prompt. "embedded": the network is told the scale, and there is no negative prompt.
+            negative prompt. "embedded": the network is told the scale, and there is no negative prompt. "none": it was
+            distilled for one scale and is told none.
+        default_sampler: The sampler of policies that are given none.
         default_prompts: The prompts of environments that are given none: a prompt set's name, or texts.
     """
 
@@ -115,7 +119,8 @@ class DiffusionModel(ABC):
     default_guidance_scale: float
     denoiser_folder: str
     lora_targets: tuple[str, ...]
-    guidance: Literal["classifier_free", "embedded"] = "classifier_free"
+    guidance: Literal["classifier_free", "embedded", "none"] = "classifier_free"
+    default_sampler: Sampler = DDIM(eta=1.0)
     default_prompts: str | tuple[str, ...] = "simple_animals"
 
     def __init__(
@@ -129,6 +134,11 @@ class DiffusionModel(ABC):
         self._rows: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._rows_lock = threading.Lock()
         self._states: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return self.image_shape[1], self.image_shape[2]
 
     @property
     @abstractmethod
@@ -184,6 +194,22 @@ class DiffusionModel(ABC):
             ValueError: the file is damaged, or not just the denoiser's layers are in it, all of them finite.
         """
 
+    def guidance_scale_of(self, value: float | None) -> float:
+        """Return the guidance scale that an argument asks for: None for the model's default.
+
+        Raises:
+            ValueError: it is not finite, negative, or would have no effect.
+        """
+        if value is None:
+            return self.default_guidance_scale
+        scale = checked_guidance_scale(value)
+        if scale > 1 and self.guidance == "none":
+            raise ValueError(
+                f"guidance_scale={value!r} has no effect: {self.source!r} was distilled for one scale, and is told "
+                "none; leave it out"
+            )
+        return scale
+
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
         """Return the conditioning of prompts, for classifier-free guidance with the negative prompt beside it.
 
@@ -200,7 +226,7 @@ class DiffusionModel(ABC):
 
         Raises:
             TypeError: the prompts are not texts.
-            ValueError: there is a negative prompt, but the model's guidance is embedded.
+            ValueError: there is a negative prompt, but the model's guidance is not classifier-free.
         """
         texts = [*prompts, negative_prompt]
         if isinstance(prompts, str) or not all(isinstance(text, str) for text in texts):
@@ -208,19 +234,19 @@ class DiffusionModel(ABC):
                 "prompts must be a sequence of texts, and negative_prompt a text; "
                 f"got {prompts!r:.200} and {negative_prompt!r:.200}"
             )
-        is_embedded = self.guidance == "embedded"
-        if negative_prompt and is_embedded:
+        has_negatives = self.guidance == "classifier_free"
+        if negative_prompt and not has_negatives:
             raise ValueError(
-                f"negative_prompt={negative_prompt!r} has no effect: the guidance of {self.source!r} is embedded in "
-                "its denoiser, which is told the scale alone; leave it out"
+                f"negative_prompt={negative_prompt!r} has no effect: {self.source!r} is not guided by a second pass; "
+                "leave it out"
             )
         with self._rows_lock, outside_inference_mode():
-            rows = self._rows_of(list(dict.fromkeys(prompts if is_embedded and prompts else texts)))
+            rows = self._rows_of(list(dict.fromkeys(texts if has_negatives or not prompts else prompts)))
             conditioning = {}
             for key, row in next(iter(rows.values())).items():
                 positive = [rows[prompt][key] for prompt in prompts]
                 conditioning[key] = torch.stack(positive) if positive else row.new_empty(0, *row.shape)
-                if not is_embedded:
+                if has_negatives:
                     conditioning[_NEGATIVE + key] = rows[negative_prompt][key].expand_as(conditioning[key])
         return conditioning
 
@@ -324,7 +350,7 @@ class DiffusionModel(ABC):
             "path": str(self.path),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "image_size": self.image_shape[1],
+            "image_size": self.image_size,
             "revision": self.revision,
             "variant": self.variant,
         }
@@ -349,6 +375,18 @@ def checked_guidance_scale(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(f"guidance_scale must be a finite number of at least 0 (up to 1: no guidance), got {value!r}")
     return float(value)
+
+
+def as_image_size(value: ImageSize) -> tuple[int, int]:
+    """Return the height and width that `image_size` stands for.
+
+    Raises:
+        ValueError: it is neither a whole number above 0 nor two of them.
+    """
+    size = value if isinstance(value, Sequence) else (value, value)
+    if len(size) != 2 or any(isinstance(side, bool) or not isinstance(side, Integral) or side < 1 for side in size):
+        raise ValueError(f"image_size must be a whole number above 0, or (height, width), got {value!r}")
+    return int(size[0]), int(size[1])
 
 
 def to_device(device: str | torch.device) -> torch.device:
@@ -413,7 +451,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     revision: str | None = None,
     variant: str | None = None,
 ) -> DiffusionModel:
@@ -427,7 +465,7 @@ def load_model(
             "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from `model_index.json`.
         device: A torch device.
         dtype: The frozen denoiser's precision.
-        image_size: Height and width in pixels; None: what the model was trained on.
+        image_size: Height and width in pixels, or one number for both; None: what the model was trained on.
         revision: The Hub's branch, tag or commit.
         variant: The variant of the files of weights, such as "fp16" for `model.fp16.safetensors`;
             a network that has no such file is read from its plain one.
@@ -461,7 +499,7 @@ def _open(
     *,
     device: str | torch.device,
     dtype: str | torch.dtype,
-    image_size: int | None,
+    image_size: ImageSize | None,
     revision: str | None,
     variant: str | None,
 ) -> DiffusionModel:

@@ -20,7 +20,7 @@ from typing_extensions import override
 from ..naming import unknown_name
 from ..schedules import as_float
 from ..transitions import draw_noise
-from .base import Conditioning, DiffusionModel, outside_inference_mode
+from .base import Conditioning, DiffusionModel, ImageSize, outside_inference_mode
 from .folders import check_weights, empty_network, find_weights, read_config
 from .lora import load_lora, save_lora
 from .schedulers import discrete_schedule
@@ -146,7 +146,7 @@ class MixtureModel(DiffusionModel):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        image_size: int | None,
+        image_size: ImageSize | None,
         default_guidance_scale: float,
         variant: str | None,
     ) -> None:
@@ -173,7 +173,7 @@ class MixtureModel(DiffusionModel):
         self.feature_shape = (2 * config["width"], 1, 1)
         self.time_embedding_size = 2 * _FREQUENCIES
         self.default_prompts = (ANYTHING, *self.names)
-        if image_size not in (None, self.image_shape[1]):
+        if image_size not in (None, self.image_shape[1], self.image_size):
             raise ValueError(f"a mixture's images are 1 pixel high, got image_size={image_size}")
         self.schedule, self.prediction_type = discrete_schedule(path / "scheduler")
         if self.prediction_type != "epsilon":

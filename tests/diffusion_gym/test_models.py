@@ -218,8 +218,9 @@ def test_image_size_and_precision(tiny):
     assert next(larger.denoiser.parameters()).dtype == torch.bfloat16
     assert larger.decode(torch.randn(1, 4, 16, 16)).shape == (1, 3, 32, 32)
     assert load_model(tiny.path, image_size=np.int64(32)).latent_shape == (4, 16, 16)
-    for wrong in (33, -8, 0, (64, 128), 32.0, "32", True):
-        allowed = "multiple of 2 above 0" if type(wrong) is int else "whole number"
+    assert load_model(tiny.path, image_size=(64, 32)).image_shape == (3, 64, 32)
+    for wrong in (33, (32, 33), -8, 0, (64, 128, 64), (64, 0), 32.0, "32", True):
+        allowed = "multiple of 2 above 0" if wrong in (33, (32, 33)) else "whole number"
         message = rf"image_size must be a {allowed}.*got {re.escape(repr(wrong))}"
         with pytest.raises(ValueError, match=message):
             load_model(tiny.path, image_size=wrong)

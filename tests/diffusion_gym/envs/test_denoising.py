@@ -249,7 +249,7 @@ def test_a_loaded_model_is_shared_and_must_fit_the_other_arguments(emoji):
     assert env.unwrapped.model is emoji
     with pytest.raises(ValueError, match=r"dtype=torch.bfloat16 differs from the loaded model's torch.float32"):
         make_vec(model=emoji, dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"image_size=128 differs from the loaded model's 64"):
+    with pytest.raises(ValueError, match=r"image_size=\(128, 128\) differs from the loaded model's \(64, 64\)"):
         make_vec(model=emoji, image_size=128)
 
 

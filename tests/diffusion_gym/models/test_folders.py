@@ -178,7 +178,7 @@ def test_old_folders_are_corrected_as_the_pipeline_corrects_them(folder):
         ("unet", {"time_cond_proj_dim": 8}, "time_cond_proj_dim must be None"),
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type must be None"),
         ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type must be None"),
-        ("unet", {"sample_size": [8, 16]}, r"sample_size must be .* got \[8, 16\]: give .* image_size"),
+        ("unet", {"sample_size": [8, 16, 8]}, r"sample_size must be .* got \[8, 16, 8\]: give .* image_size"),
         ("unet", {"sample_size": None}, "sample_size must be .* got None: give .* image_size"),
         ("unet", {"sample_size": ...}, "sample_size must be .* got None: give .* image_size"),
         ("unet", {"freq_shift": "1"}, "freq_shift must be .*int.*, got .1."),
@@ -197,10 +197,10 @@ def test_networks_that_are_not_understood_are_refused(folder, file, values, mess
         load_model(folder)
 
 
-@pytest.mark.parametrize("size", [[8, 8], 8])
-def test_square_sample_sizes_are_understood(folder, size):
+@pytest.mark.parametrize(("size", "shape"), [([8, 8], (4, 8, 8)), (8, (4, 8, 8)), ([8, 16], (4, 8, 16))])
+def test_sample_sizes_are_understood(folder, size, shape):
     change(folder / "unet" / "config.json", sample_size=size)
-    assert load_model(folder).latent_shape == (4, 8, 8)
+    assert load_model(folder).latent_shape == shape
 
 
 @pytest.mark.parametrize("size", [[8, 16], None, "8"])
@@ -221,7 +221,7 @@ def rewrite(folder: Path, part: str, **values):
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [
-        ("unet", {"in_channels": 9}, "in_channels is 9, .* latents have 4 .*: not a text-to-image UNet"),
+        ("unet", {"in_channels": 9}, "in_channels is 9, .* latents have 4 .*: not a text-to-image denoiser"),
         ("unet", {"out_channels": 8}, "out_channels is 8, the autoencoder's latents have 4"),
         ("vae", {"latent_channels": 16}, "in_channels is 4, the autoencoder's latents have 16"),
         ("unet", {"cross_attention_dim": 64}, "hidden_size is 128, but the UNet's cross_attention_dim 64"),

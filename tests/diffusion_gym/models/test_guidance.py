@@ -6,6 +6,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import diffusion_gym  # noqa: F401
+from agents import DenoisingPolicy
 from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import MixtureModel
 from tests.tiny import make_tiny_stable_diffusion
@@ -76,7 +77,7 @@ def test_classifier_free_guidance_doubles_the_batch_above_one(monkeypatch, scale
 
 def test_a_negative_prompt_without_effect_is_named():
     with pytest.raises(
-        ValueError, match="negative_prompt='south' has no effect: the guidance of 'mixture' is embedded"
+        ValueError, match="negative_prompt='south' has no effect: 'mixture' is not guided by a second pass"
     ):
         Embedded().encode_prompts(["north"], "south")
     with pytest.raises(ValueError, match="negative_prompt='south' has no effect"):
@@ -105,3 +106,18 @@ def test_training_in_bf16_on_a_cpu_takes_plain_attention(tmp_path):
         assert {type(processor) for processor in model.denoiser.attn_processors.values()} == {kind}
     mixture = load_model("mixture")
     mixture.use_training_attention(mixture.denoiser, bf16=True)
+
+
+def test_a_scale_without_effect_is_named(monkeypatch):
+    model = load_model("mixture")
+    monkeypatch.setattr(model, "guidance", "none")
+    assert model.guidance_scale_of(1.0) == 1.0
+    assert model.guidance_scale_of(None) == model.default_guidance_scale
+    for make in (
+        lambda: DenoisingPolicy(model, guidance_scale=3.0),
+        lambda: gym.make_vec("TimePredictionMDP-v0", model=model, guidance_scale=3.0),
+    ):
+        with pytest.raises(
+            ValueError, match=r"guidance_scale=3\.0 has no effect: 'mixture' was distilled for one scale"
+        ):
+            make()
