@@ -14,12 +14,10 @@ from diffusion_gym.envs.contract import TorchVectorEnv
 from diffusion_gym.parts import Part
 
 from .experience.rollouts import Rollout
-from .experience.seeding import derived_seed
+from .experience.seeding import Stream, derived_seed
 from .policies import Policy
 
 StepWeights = Literal["equal", "inverse_sensitivity"]
-
-_WINDOW_STREAM = 3
 
 
 @final
@@ -87,7 +85,7 @@ class Window(Part):
         assert policy.model is not None
         assert env.num_steps is not None
         low, high = self.bounds(env.num_steps)
-        start = low + derived_seed(seed, _WINDOW_STREAM, iteration) % (high - low - self.size + 1)
+        start = low + derived_seed(seed, Stream.WINDOW, iteration) % (high - low - self.size + 1)
         times = policy.model.schedule.timesteps(env.num_steps).float()
         return policy.windowed(float(times[start]), float(times[start + self.size]))
 

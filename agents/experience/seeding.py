@@ -1,9 +1,21 @@
 """Independent random streams, each a function of a few integers: a resumed run needs no generator states."""
 
+from enum import IntEnum
+
 import numpy as np
 import torch
 
 _FIRST_TRAINING_SEED = 2**32
+
+
+class Stream(IntEnum):
+    """What a run draws, each the second integer of its key, after the run's seed."""
+
+    STARTS = 0
+    POLICY = 1
+    UPDATES = 2
+    WINDOW = 3
+    PROMPTS = 4
 
 
 def derived_seed(*key: int) -> int:

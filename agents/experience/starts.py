@@ -7,9 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from .rollouts import Rollouts
-from .seeding import derived_generator, derived_seed, round_robin, training_seed
-
-_SEED_STREAM, _PROMPT_STREAM = 0, 4
+from .seeding import Stream, derived_generator, derived_seed, round_robin, training_seed
 
 
 class Prompts(Protocol):
@@ -59,10 +57,10 @@ class Starts:
         return [seed for group_seed in group_seeds for seed in self._lane_seeds(group_seed)], options
 
     def _group_seed(self, iteration: int, group: int) -> int:
-        key = (self.seed, _SEED_STREAM, iteration, group)
+        key = (self.seed, Stream.STARTS, iteration, group)
         if self.rollouts.num_starts is None:
             return training_seed(*key)
-        return training_seed(self.seed, _SEED_STREAM, derived_seed(*key) % self.rollouts.num_starts)
+        return training_seed(self.seed, Stream.STARTS, derived_seed(*key) % self.rollouts.num_starts)
 
     @property
     def _lanes_share_their_seed(self) -> bool:
@@ -78,7 +76,7 @@ class Starts:
         """Return the prompt of each group; None: the environment draws them from the seeds that lanes are given."""
         if self.rollouts.prompt_sampling == "round_robin":
             before = iteration * (self.num_episodes // self.rollouts.group_size)
-            return [round_robin(len(self.prompts), before + group, self.seed, _PROMPT_STREAM) for group in groups]
+            return [round_robin(len(self.prompts), before + group, self.seed, Stream.PROMPTS) for group in groups]
         if self._lanes_share_their_seed:
             return None
         if self.prompts.weights:

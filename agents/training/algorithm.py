@@ -29,7 +29,7 @@ from diffusion_gym.transitions import Reduction
 from ..experience.collection import collect
 from ..experience.environment import check_fit, torch_env
 from ..experience.rollouts import Keep, Rollout, Rollouts
-from ..experience.seeding import derived_generator, derived_seed
+from ..experience.seeding import Stream, derived_generator, derived_seed
 from ..experience.starts import Starts
 from ..logs.diagnostics import Metrics
 from ..logs.reports import Stopwatch, record_hyperparameters, report
@@ -46,7 +46,6 @@ from .sizes import Sizes
 LearningRate = float | Callable[[float], float]
 Self = TypeVar("Self", bound="Algorithm")
 
-_POLICY_STREAM, _UPDATE_STREAM = 1, 2
 _SAVED_APART = ("policy", "env", "learning_rate", "tensorboard_log", "verbose", "seed")
 
 
@@ -460,11 +459,11 @@ class Algorithm(ABC):
 
     def _policy_generator(self, episode: int) -> torch.Generator:
         """Return the generator of the policy's draws in an episode of this iteration."""
-        return derived_generator(self.run_seed, _POLICY_STREAM, self.iteration, episode)
+        return derived_generator(self.run_seed, Stream.POLICY, self.iteration, episode)
 
     def update_generator(self, *key: int) -> np.random.Generator:
         """Return the generator of this iteration's shuffles, or of a part of it."""
-        return np.random.default_rng(derived_seed(self.run_seed, _UPDATE_STREAM, self.iteration, *key))
+        return np.random.default_rng(derived_seed(self.run_seed, Stream.UPDATES, self.iteration, *key))
 
     def shuffled(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return episodes in a random order of which each update of a pass has its share from all over the rollout.
