@@ -1,5 +1,6 @@
 """The optimizers that algorithms can be given: AdamW, its 8-bit form, and Muon with AdamW."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -7,9 +8,11 @@ from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffusion_gym.checks import checked_integer, checked_number
 from diffusion_gym.parts import Part
+from diffusion_gym.precision import has_fast_bf16
 
 OnNonfinite = Literal["raise", "skip"]
 
@@ -125,12 +128,20 @@ class Muon(Optimizer):
         )
 
 
+class _InFloat32(TorchFunctionMode):
+    """The context in which a copy to bfloat16 is one in float32."""
+
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].to(torch.float32, copy=True) if func is Tensor.bfloat16 else func(*args, **(kwargs or {}))
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for matrices and convolution kernels (as matrices [out, in·h·w]), AdamW for all other parameters.
 
     Muon orthogonalises the momentum, so that a step is as long in every direction of a weight matrix. A policy gradient
     is nearly all noise, and most of it lies in few directions, the inputs' mean above all; AdamW follows them further.
-    Both are torch's own; Muon's steps are scaled to an RMS of 0.2·lr ("match_rms_adamw"), about that of AdamW's.
+    Both are torch's own; Muon's steps are scaled to an RMS of 0.2·lr ("match_rms_adamw"), about that of AdamW's. torch
+    orthogonalises in bfloat16; where a processor has no instructions for it, it is done in float32 here.
 
     Source: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon; Liu et al., 2025,
     https://arxiv.org/abs/2502.16982 (the scale).
@@ -172,9 +183,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for parameter, matrix in self._matrices.items():
             matrix.copy_(parameter.flatten(1))
             matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
-        for part, _ in self._parts:
-            part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-            part.step()
+        device = self.param_groups[0]["params"][0].device
+        with contextlib.nullcontext() if has_fast_bf16(device) else _InFloat32():
+            for part, _ in self._parts:
+                part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+                part.step()
         for parameter, matrix in self._matrices.items():
             parameter.copy_(matrix.view_as(parameter))
             matrix.grad = None

@@ -7,16 +7,9 @@ import torch
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, AdamW, Batch, DenoisingPolicy, LoRA, PerPrompt, Rollouts, collect
-from diffusion_gym.models import load_model
 from tests.gradients import applied_gradients, assert_gradients_close
-from tests.tiny import make_tiny_stable_diffusion
 
 ALGORITHMS = [DDPOSF, DDPOIS]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
 
 
 def make(algorithm, model, *, micro_batch_size=None, samples=4, **arguments):

@@ -6,12 +6,6 @@ import torch
 
 import diffusion_gym  # noqa: F401
 from agents import DPOK, GRPO, KL, DenoisingPolicy, Groups
-from diffusion_gym.models import load_model
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make(algorithm, model, **arguments):

@@ -6,12 +6,6 @@ import torch
 
 import diffusion_gym  # noqa: F401
 from agents import GRPO, KL, RLOO, AdamW, DenoisingPolicy, Groups, Rollouts, Steps, Window, collect
-from diffusion_gym.models import load_model
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make_env(model):

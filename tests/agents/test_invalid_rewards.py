@@ -9,12 +9,6 @@ from stable_baselines3.common.logger import KVWriter, Logger
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, DPOK, GRPO, RLOO, RWR, AdamW, Batch, DenoisingPolicy, DiffusionNFT, Replay, Rollouts
 from agents.advantages import group_advantages
-from diffusion_gym.models import load_model
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 class Lines(KVWriter):

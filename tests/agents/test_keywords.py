@@ -52,21 +52,9 @@ from agents import (
     TimePredictor,
     Window,
 )
-from diffusion_gym.models import load_model
 from diffusion_gym.parts import Part
 from diffusion_gym.samplers import CPS, DDIM, FlowSDE, Windowed
 from diffusion_gym.schedules import FlowSchedule
-from tests.tiny import make_tiny_stable_diffusion
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
 
 
 @dataclass

@@ -49,16 +49,6 @@ class Raw(Advantages):
         return rewards.values
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
-
-
 def latents_env(model, num_envs=8, num_steps=4, **arguments):
     arguments = {"reward": lambda images, prompts, metadata: model.positions(images)[:, 0], **arguments}
     return gym.make_vec(

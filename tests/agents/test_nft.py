@@ -27,11 +27,6 @@ from diffusion_gym.samplers import DDIM
 from tests.tiny import make_tiny_stable_diffusion
 
 
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
-
-
 def make_env(model, num_envs=8, **arguments):
     arguments = {"num_steps": 3, "reward": "brightness", "prompts": ["anything", "north"], **arguments}
     return gym.make_vec("DenoisingMDP-v0", num_envs=num_envs, model=model, **arguments)

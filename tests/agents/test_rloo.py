@@ -17,15 +17,8 @@ from agents import (
     TimePredictor,
     collect,
 )
-from diffusion_gym.models import load_model
 from tests.agents.learners import MAX_STEPS, latent_env, learner_on, pairs, predictor_for, time_env, trained
 from tests.gradients import applied_gradients, assert_gradients_close
-from tests.tiny import make_tiny_stable_diffusion
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 1000])

@@ -9,21 +9,7 @@ import diffusion_gym  # noqa: F401
 from agents import RWR, AdamW, Best, DenoisingPolicy, Noising, Replay, Rollouts, Softmax, collect, evaluate
 from agents.logs.diagnostics import effective_sample_size
 from agents.rwr import best_weights, softmax_weights
-from diffusion_gym.models import load_model
-from diffusion_gym.models.mixture import write_mixture
 from tests.gradients import applied_gradients, assert_gradients_close
-from tests.tiny import make_tiny_stable_diffusion
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
-
-
-@pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("line")
-    return load_model(write_mixture(folder, [[-1.0], [1.0]], stds=[0.3, 0.3], names=["left", "right"]))
 
 
 def make_env(model, num_envs=8, **arguments):

@@ -27,11 +27,6 @@ from diffusion_gym.models import load_model
 from diffusion_gym.samplers import DDIM
 
 
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
-
-
 class Ask(BaseCallback):
     """Asks the policy the same at every step of a training."""
 

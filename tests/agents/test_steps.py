@@ -26,17 +26,11 @@ from agents import (
     Window,
     collect,
 )
-from diffusion_gym.models import load_model
 from diffusion_gym.samplers import DDIM
 from tests.gradients import applied_gradients, assert_gradients_close
 
 NUM_STEPS = 5
 WEIGHTED = Steps(weights="inverse_sensitivity")
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make_env(model, num_envs=8, kind="DenoisingMDP-v0", **arguments):

@@ -9,7 +9,6 @@ from torch import nn
 from agents import DenoisingPolicy, LoRA
 from diffusion_gym.models import load_model
 from diffusion_gym.models.lora import _from_diffusers
-from tests.tiny import make_tiny_stable_diffusion
 
 FILE = "pytorch_lora_weights.safetensors"
 SETS = [
@@ -18,11 +17,6 @@ SETS = [
     ("to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2", "conv_in", "conv_out", "conv"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
 
 
 def as_if_trained(policy):

@@ -14,11 +14,6 @@ from diffusion_gym.models.mixture import write_mixture
 
 
 @pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
-
-
-@pytest.fixture(scope="module")
 def line(tmp_path_factory):
     """Two components of different weights and widths on a line."""
     folder = tmp_path_factory.mktemp("line")

@@ -21,11 +21,6 @@ from tests.tiny import EMOJI, make_tiny_stable_diffusion
 PROMPTS = ["a cat", "an ant on a pink background"]
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("models") / "tiny"))
-
-
 def open_pipeline(path):
     pipeline = StableDiffusionPipeline.from_pretrained(path)
     pipeline.set_progress_bar_config(disable=True)

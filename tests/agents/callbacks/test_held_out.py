@@ -12,7 +12,6 @@ from agents.evaluation.curves import read_curves
 from agents.evaluation.measures import Samples
 from agents.runs.manifest import MANIFEST_FILE, write_manifest
 from agents.updates.distributed import Processes
-from diffusion_gym.models import load_model
 from diffusion_gym.rewards import CallableReward
 from diffusion_gym.rewards.normalised import Normalised
 from diffusion_gym.samplers import DDIM
@@ -26,11 +25,6 @@ class Recorder(KVWriter):
 
     def write(self, key_values, key_excluded, step=0):
         self.entries.append({"step": step, **key_values})
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make_env(model, *, reward=lambda east: east, prompts=None):

@@ -25,7 +25,6 @@ from agents.evaluation.study import Comparison, findings
 from agents.logs.reports import environment_settings
 from agents.runs.saving import STATE_FILE
 from diffusion_gym.envs.denoising import DenoisingVectorEnv
-from diffusion_gym.models import load_model
 from diffusion_gym.rewards import CallableReward, make_reward
 from diffusion_gym.samplers import DDIM
 
@@ -166,11 +165,6 @@ def test_a_run_says_how_its_environment_was_made(run, emoji):
 def test_a_run_says_its_reward_only_if_the_name_makes_it_anew(emoji, reward, said):
     env = gym.make_vec("DenoisingMDP-v0", num_envs=2, model=emoji, reward=reward)
     assert environment_settings(env.unwrapped)["reward"] == said
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def save_run(folder, model, *, prompts, reward="brightness", policy=None, **arguments):

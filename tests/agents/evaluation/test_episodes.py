@@ -9,7 +9,6 @@ import diffusion_gym  # noqa: F401
 from agents import ContextFreeSchedule, DenoisingPolicy, Evaluation, evaluate
 from agents.evaluation import standard_error
 from agents.experience.seeding import derived_generator
-from diffusion_gym.models import load_model
 from diffusion_gym.samplers import DDIM
 
 
@@ -87,11 +86,6 @@ def test_evaluation_noise_is_not_the_initial_noise(emoji, make_env):
     noise = torch.randn(1, 4, 16, 16, generator=derived_generator(10)).flatten()
     for shift in range(-3, 4):
         assert abs(float(torch.corrcoef(torch.stack([start, noise.roll(shift)]))[0, 1])) < 0.15
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def test_the_first_images_are_kept_and_all_rewards_and_lengths(mixture):

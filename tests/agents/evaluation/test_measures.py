@@ -7,17 +7,11 @@ import diffusion_gym  # noqa: F401
 from agents import DenoisingPolicy, FixedSchedule, evaluate
 from agents.evaluation.measures import draw_samples, latent_features, make_features
 from agents.experience.seeding import derived_generator
-from diffusion_gym.models import load_model
 from diffusion_gym.prompts import PromptSet
 from diffusion_gym.rewards import CallableReward
 from diffusion_gym.samplers import DDIM
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make_env(model, num_envs):

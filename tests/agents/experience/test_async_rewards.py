@@ -7,13 +7,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import TransformReward
 
 from agents import DDPOIS, DenoisingPolicy, Rollouts, TimePredictor, collect
-from diffusion_gym.models import load_model
 from diffusion_gym.rewards import Normalised
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))

@@ -19,13 +19,7 @@ from agents import RLOO, RWR, ContextFreeSchedule, DenoisingPolicy, DiffusionNFT
 from agents.experience.builder import RolloutBuilder, Tape
 from agents.experience.environment import torch_env
 from agents.experience.storage import Storage
-from diffusion_gym.models import load_model
 from diffusion_gym.transitions import GaussianTransition
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 # what is constant is kept once

@@ -8,12 +8,6 @@ from gymnasium.wrappers.vector import TransformReward
 import diffusion_gym  # noqa: F401
 from agents import ContextFreeSchedule, DenoisingPolicy, FixedSchedule
 from agents.experience.environment import check_fit, torch_env
-from diffusion_gym.models import load_model
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,6 @@ import torch
 import diffusion_gym  # noqa: F401
 from agents import Rollouts
 from agents.experience.starts import Starts
-from diffusion_gym.models import load_model
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make_env(model, num_envs=4):

@@ -8,14 +8,8 @@ import torch
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DenoisingPolicy, Rollouts, collect
 from agents.experience.starts import Starts
-from diffusion_gym.models import load_model
 
 PROMPTS = ["anything", "east", "west", "north", "south"]
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make(model, *, prompts=PROMPTS, num_envs=4):

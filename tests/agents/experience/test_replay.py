@@ -14,26 +14,7 @@ import diffusion_gym  # noqa: F401
 from agents import RWR, DenoisingPolicy, Replay, Rollout, collect
 from agents.experience.constants import Constants
 from agents.experience.storage import Storage
-from diffusion_gym.models import load_model
-from diffusion_gym.models.mixture import write_mixture
 from diffusion_gym.rewards import to_uint8
-from tests.tiny import make_tiny_stable_diffusion
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
-
-
-@pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("line")
-    return load_model(write_mixture(folder, [[-1.0], [1.0]], stds=[0.3, 0.3], names=["left", "right"]))
 
 
 @pytest.fixture

@@ -11,14 +11,8 @@ import diffusion_gym  # noqa: F401
 from agents import DDPOIS, RLOO, RWR, DenoisingPolicy, Rollouts, Steps, Window
 from agents.training.sizes import Sizes
 from agents.updates.distributed import Processes
-from diffusion_gym.models import load_model
 
 ROLLOUTS = Rollouts()
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def learner_on(mixture, algorithm, num_envs, *, rollouts=ROLLOUTS, **options):

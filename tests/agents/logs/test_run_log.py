@@ -7,12 +7,6 @@ import torch
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DenoisingPolicy, Log, Rollouts, evaluate
 from agents.logs.images import captioned_grid
-from diffusion_gym.models import load_model
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 @pytest.fixture

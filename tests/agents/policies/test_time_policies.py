@@ -13,12 +13,6 @@ from agents.policies import BetaDistribution, load_policy
 from diffusion_gym.grids import MAX_RATIO, MIN_RATIO, karras_grid, step_ratios, uniform_grid
 from diffusion_gym.models import load_model
 from diffusion_gym.samplers import DDIM
-from tests.tiny import make_tiny_stable_diffusion
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
 
 
 @pytest.fixture

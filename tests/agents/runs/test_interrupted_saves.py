@@ -7,12 +7,6 @@ import pytest
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, Checkpoints, DenoisingPolicy, Rollouts
-from diffusion_gym.models import load_model
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make_env(model):

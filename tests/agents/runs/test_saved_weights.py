@@ -12,11 +12,6 @@ from tests.agents.policies_of_others import WithCritic
 from tests.tiny import make_tiny_stable_diffusion
 
 
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
-
-
 def half(tensors):
     return dict(list(tensors.items())[: len(tensors) // 2])
 

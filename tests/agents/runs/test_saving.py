@@ -44,7 +44,6 @@ from agents import (
 )
 from agents.runs.manifest import MANIFEST_FILE, write_manifest
 from agents.runs.saving import STATE_FILE
-from diffusion_gym.models import load_model
 from diffusion_gym.samplers import CPS, DDIM
 from tests.agents.policies_of_others import WithCritic
 from tests.tiny import make_tiny_stable_diffusion
@@ -63,11 +62,6 @@ def make_env(**arguments):
         **arguments,
     }
     return gym.make_vec("DenoisingMDP-v0", num_envs=LANES, **arguments)
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make(algorithm=DDPOIS, *, seed=3, policy=None, **arguments):

@@ -42,16 +42,10 @@ from agents import (
     Window,
 )
 from agents.losses import Surrogate, score_function_surrogate
-from diffusion_gym.models import load_model
 
 ALGORITHMS = [DDPOSF, DDPOIS, GRPO, RLOO, DPOK, RWR, DiffusionNFT]
 MAX_STEPS = 12
 FULL = Full()
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make_env(model, num_envs=4, num_steps=3, **arguments):

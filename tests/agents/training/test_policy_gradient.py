@@ -30,19 +30,8 @@ from diffusion_gym.models import load_model
 from diffusion_gym.models.mixture import write_mixture
 from tests.agents.learners import learner_on, pairs, trained
 from tests.gradients import applied_gradients, assert_gradients_close
-from tests.tiny import make_tiny_stable_diffusion
 
 UNCLIPPED = AdamW(weight_decay=0.0, max_grad_norm=None)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 def make(algorithm, model, *, num_envs=8, num_steps=4, **arguments):

@@ -9,13 +9,7 @@ import torch
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, RLOO, RWR, DenoisingPolicy, DiffusionNFT, Log, PerPrompt, Rollouts
 from agents.training.algorithm import Algorithm
-from diffusion_gym.models import load_model
 from diffusion_gym.rewards import CallableReward, Normalised
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 class Broken:

@@ -5,15 +5,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, AdamW, DenoisingPolicy, Full, LoRA, Rollouts
-from diffusion_gym.models import load_model
 
 FULL = Full()
 DECAY, UPDATES = 0.4, 12  # the decay is reached after 6 updates
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 @pytest.fixture

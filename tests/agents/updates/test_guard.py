@@ -7,14 +7,8 @@ from stable_baselines3.common.logger import configure
 
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, DDPOSF, RLOO, RWR, AdamW, DenoisingPolicy, DiffusionNFT, Replay, collect
-from diffusion_gym.models import load_model
 
 KINDS = [DDPOIS, DDPOSF, RLOO, RWR, DiffusionNFT]
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
 
 
 @pytest.fixture

@@ -7,9 +7,12 @@ import gymnasium as gym
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from agents import DDPOSF, AdamW, DenoisingPolicy, Muon, Rollouts
 from agents.runs.files import load_optimizer, save_optimizer
+from agents.updates import optimizers
 from agents.updates.optimizers import MuonWithAdamW, Optimizer
 from diffusion_gym.models import load_model
 from diffusion_gym.parts import described, made
@@ -89,7 +92,6 @@ def test_state_survives_a_file(network, tmp_path):
 
 
 def test_a_loaded_run_with_muon_goes_on_exactly_where_it_was(make_env, tmp_path):
-    # a small one: Muon's matrix products are in bfloat16, which some processors have no instructions for
     model = load_model(make_tiny_stable_diffusion(tmp_path / "model"))
     options = {"optimizer": Muon(), "rollouts": Rollouts(samples=4), "learning_rate": 1e-4, "seed": 3}
     first = DDPOSF(DenoisingPolicy(model, seed=0), make_env(model=model), **options)
@@ -105,6 +107,32 @@ def test_a_loaded_run_with_muon_goes_on_exactly_where_it_was(make_env, tmp_path)
     for old, new, again in zip(before, first.policy.parameters(), resumed.policy.parameters(), strict=True):
         assert torch.equal(new, again)
         assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_no_processor_has_to_emulate_bf16(monkeypatch, has_bf16):
+    """It orthogonalises in float32 where there are no instructions for bfloat16: the same steps but for rounding."""
+    monkeypatch.setattr(optimizers, "has_fast_bf16", lambda device: has_bf16)
+    weight = nn.Parameter(torch.zeros(8, 12))
+    weight.grad = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    optimizer = MuonWithAdamW([weight], **{**OPTIONS, "lr": 1.0})
+    seen = set()
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            seen.update(leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+            return result
+
+    with Dtypes():
+        optimizer.step()
+    assert (torch.bfloat16 in seen) == has_bf16
+    left, values, right = torch.linalg.svd(weight.grad, full_matrices=False)
+    step = -weight.detach() / (0.2 * math.sqrt(12))
+    singular = torch.linalg.svdvals(step)
+    assert 0.6 < singular.min() < singular.max() < 1.3  # a quintic's five iterations leave them there
+    assert ((left.mT @ step @ right.mT).diagonal() > 0.6).all()
+    assert values.max() / values.min() > 3
 
 
 def test_an_optimizer_that_is_no_part_is_refused():

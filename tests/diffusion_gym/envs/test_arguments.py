@@ -23,11 +23,6 @@ CLASSES = {"DenoisingMDP-v0": DenoisingVectorEnv, "TimePredictionMDP-v0": TimePr
 NEEDED = {"gamma": {"step_cost": "discount"}, "step_cost_weight": {"step_cost": "linear"}}
 
 
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
-
-
 def make(env_id, model, num_envs=2, **arguments):
     return gym.make_vec(env_id, num_envs=num_envs, model=model, **{"reward": "brightness", **arguments})
 

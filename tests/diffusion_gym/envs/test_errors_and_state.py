@@ -19,11 +19,6 @@ IDS = {"DenoisingMDP-v0": {"num_steps": 2}, "TimePredictionMDP-v0": {"max_steps"
 ONE_LANE = {"reset_mask": np.array([True, False, False])}
 
 
-@pytest.fixture(scope="module")
-def mixture():
-    return load_model("mixture")
-
-
 def make(env_id, model, reward="brightness", **arguments):
     return gym.make_vec(env_id, num_envs=3, model=model, reward=reward, **IDS[env_id], **arguments)
 

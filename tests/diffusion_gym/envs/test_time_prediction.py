@@ -15,11 +15,6 @@ from diffusion_gym.rewards import Reward, RewardOutput
 from tests.tiny import make_tiny_stable_diffusion
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_stable_diffusion(tmp_path_factory.mktemp("tiny") / "model"))
-
-
 def make_vec(model, num_envs=3, **arguments):
     arguments = {"reward": "brightness", "autoreset_mode": "DISABLED", **arguments}
     return gym.make_vec("TimePredictionMDP-v0", num_envs=num_envs, model=model, **arguments)
