@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from . import evaluate, export, tokenizer, train_classifier, train_scorer, train_unet, train_vae
+from . import evaluate, export, tokenizer, train_classifier, train_flow, train_scorer, train_unet, train_vae
 from .icons import build
 from .sources import ICONS, NAMES, REGISTRY, WORK, IconSource
 
@@ -24,6 +24,7 @@ class Sizes:
 
     vae: int
     unet: int
+    flow: int
     pool: int
     classifier: int
     scorer: int
@@ -31,7 +32,7 @@ class Sizes:
     batch_size: int
 
 
-QUICK = Sizes(vae=960, unet=960, pool=512, classifier=1_920, scorer=960, spoilt=160, batch_size=32)
+QUICK = Sizes(vae=960, unet=960, flow=320, pool=512, classifier=1_920, scorer=960, spoilt=160, batch_size=32)
 
 
 @dataclass
@@ -52,6 +53,7 @@ def train(work: Path) -> None:
     """Train all networks, for as long as their own commands do."""
     train_vae.main(train_vae.Args(work))
     train_unet.main(train_unet.Args(work))
+    train_flow.main(train_flow.Args(work, emoji=work / "unet" / "pipeline"))
     train_classifier.main(train_classifier.Args(work))
     train_scorer.main(train_scorer.Args(work, work / "unet" / "pipeline"))
 
@@ -63,6 +65,7 @@ def train_quickly(work: Path, sizes: Sizes) -> None:
     train_unet.main(train_unet.Args(work, images=sizes.unet, pool=sizes.pool, per_prompt=1, **batch))
     train_classifier.main(train_classifier.Args(work, images=sizes.classifier, **batch))
     pipeline = work / "unet" / "pipeline"
+    train_flow.main(train_flow.Args(work, emoji=pipeline, images=sizes.flow, pool=sizes.pool, per_prompt=1, **batch))
     train_scorer.main(train_scorer.Args(work, pipeline, images=sizes.scorer, spoilt=sizes.spoilt, **batch))
 
 

@@ -2,10 +2,10 @@
 
     python -m tools.emoji.export
 
-UNet and autoencoder in float16, the text encoder in float32 (transformers 5 would open a float16 one in float16, beside
-a float32 UNet) with the `text_model.` prefix that transformers 4 needs, the tokenizer with the `vocab.json` and
-`merges.txt` that transformers 5 no longer writes; the scorer's encoders and the classifier in float16. The model card
-stays as it is.
+UNet, transformer and autoencoder in float16, the text encoders in float32 (transformers 5 would open a float16 one in
+float16, beside a float32 UNet) with the `text_model.` prefix that transformers 4 needs, the tokenizers with the
+`vocab.json` and `merges.txt` that transformers 5 no longer writes; the scorer's encoders and the classifier in float16.
+The model cards stay as they are.
 """
 
 import json
@@ -25,14 +25,19 @@ from .sources import WORK
 
 PACKAGE = Path(__file__).parents[2] / "diffusion_gym"
 CLASSIFIER = Path(__file__).parent / "classifier"
+TEXT_ENCODER = ("config.json", "model.safetensors")
+TOKENIZER = ("merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json")
+NETWORK = ("config.json", "diffusion_pytorch_model.safetensors")
 PARTS = {
     "scheduler": ("scheduler_config.json",),
-    "text_encoder": ("config.json", "model.safetensors"),
-    "tokenizer": ("merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
-    "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
-    "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "text_encoder": TEXT_ENCODER,
+    "text_encoder_2": TEXT_ENCODER,
+    "tokenizer": TOKENIZER,
+    "tokenizer_2": TOKENIZER,
+    "transformer": NETWORK,
+    "unet": NETWORK,
+    "vae": NETWORK,
 }
-HALF = ("unet", "vae")
 
 
 def write_vocabulary(tokenizer: Path) -> None:
@@ -74,14 +79,16 @@ def export_pipeline(pipeline: Path, target: Path) -> None:
     """Replace a packaged pipeline by a trained one; its README.md stays."""
     with replaced_folder(target) as folder:
         for part, names in PARTS.items():
+            if not (pipeline / part).is_dir():
+                continue
             shutil.copytree(pipeline / part, folder / part)
-            if part == "tokenizer":
+            if names == TOKENIZER:
                 write_vocabulary(folder / part)
             for extra in {path.name for path in (folder / part).iterdir()} - set(names):
                 (folder / part / extra).unlink()
             for file in (folder / part).glob("*.safetensors"):
-                is_text = part == "text_encoder"
-                dtype = torch.float16 if part in HALF else torch.float32
+                is_text = names == TEXT_ENCODER
+                dtype = torch.float32 if is_text else torch.float16
                 rewrite_weights(file, dtype=dtype, prefix="text_model." if is_text else "")
             if "config.json" in names:
                 drop_origin(folder / part / "config.json")
@@ -132,6 +139,7 @@ class Args:
 def main(args: Args) -> None:
     for trained, target, export in (
         (args.work / "unet" / "pipeline", args.package / "models" / "emoji", export_pipeline),
+        (args.work / "flow" / "pipeline", args.package / "models" / "emoji_flow", export_pipeline),
         (args.work / "scorer" / "scorer", args.package / "rewards" / "emoji_scorer", export_scorer),
         (args.work / "classifier" / "classifier", args.classifier, export_classifier),
     ):

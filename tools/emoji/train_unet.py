@@ -120,6 +120,22 @@ def encode_pool(vae: AutoencoderKL, data: IconData, size: int, *, seed: int) -> 
     return LatentPool(torch.cat(latents), names, colours)
 
 
+def draw_pairs(
+    pool: LatentPool, tokenizer: CLIPTokenizer, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return random latents [B, 4, 16, 16] of the pool and the tokens [B, 16] of random captions of theirs."""
+    rows = torch.randint(0, len(pool.latents), (count,), generator=generator)
+    names, colours = [pool.names[row] for row in rows], [pool.colours[row] for row in rows]
+    tokens = tokenizer(
+        draw_captions(names, colours, generator),
+        padding="max_length",
+        max_length=CONTEXT,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return pool.latents[rows].float(), tokens.input_ids
+
+
 def draw_timesteps(count: int, alphas_cumprod: Tensor, generator: torch.Generator) -> Tensor:
     """Return the timesteps [count] whose log SNR is next to draws of N(mean, deviation²) (see `LOG_SNR`)."""
     mean, deviation = LOG_SNR
@@ -208,19 +224,9 @@ def main(args: Args) -> None:
 
     def loss(run: TrainingRun) -> tuple[Tensor, dict[str, Tensor]]:
         generator = run.generator(args.seed)
-        rows = torch.randint(0, len(pool.latents), (run.share,), generator=generator)
-        names, colours = [pool.names[row] for row in rows], [pool.colours[row] for row in rows]
-        tokens = tokenizer(
-            draw_captions(names, colours, generator),
-            padding="max_length",
-            max_length=CONTEXT,
-            truncation=True,
-            return_tensors="pt",
-        )
+        latents, token_ids = draw_pairs(pool, tokenizer, run.share, generator)
         with autocast():
-            return epsilon_loss(
-                partial(network, token_ids=tokens.input_ids), pool.latents[rows].float(), alphas_cumprod, generator
-            )
+            return epsilon_loss(partial(network, token_ids=token_ids), latents, alphas_cumprod, generator)
 
     def save(run: TrainingRun) -> None:
         pipeline = as_pipeline(network, vae, tokenizer)
