@@ -1,15 +1,12 @@
-"""An algorithm of one's own, CISPO, against DDPO-IS at as many reward queries.
+"""An algorithm of one's own, Simple Policy Optimization (SPO), against DDPO-IS at as many reward queries.
 
-    python examples/my_algorithm.py --reward-queries 384 --num-eval 64 --precision None
+    python examples/my_algorithm.py
 
-15 minutes on one core, in float32. So few queries are for the code and not for the comparison: CISPO gained 0.023 ±
-0.037 kB.
+Where PPO's clip stops an action's gradient, SPO pulls the ratio ρ back, so that no action is ever without a gradient:
 
-CISPO clips the weight of the importance sampling and not the update, so that no action's gradient is lost:
+    L = −E[ ρ·A − |A|/(2·clip_range)·(ρ − 1)² ]        ∂L/∂log π = ρ·(|A|/clip_range·(ρ − 1) − A)
 
-    L = −E[ min(ρ, 1 + clip_high)·A·log π ],  the weight held constant
-
-Source: MiniMax, 2025 (MiniMax-M1), section 3.1, https://arxiv.org/abs/2506.13585.
+Source: Xie et al., 2025, https://arxiv.org/abs/2401.16025.
 """
 
 from dataclasses import dataclass
@@ -38,25 +35,30 @@ from agents.losses import bounded_ratio
 
 @final
 @dataclass(kw_only=True, eq=False, repr=False)
-class CISPO(PolicyGradient):
-    """Clipped importance sampling, with GRPO's advantages."""
+class SPO(PolicyGradient):
+    """Simple Policy Optimization, with GRPO's advantages.
+
+    Args:
+        clip_range: How far from 1 the ratio of an action with advantage ±1 is drawn to.
+    """
 
     advantages: Groups = Groups("group_mean", scale="group")
     rollouts: Rollouts = Rollouts(group_size=4)
-    clip_high: float = 1e-3
+    clip_range: float = 1e-4
 
     def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Surrogate:
-        """Return −min(ρ, 1 + clip_high)·A·log π of each action."""
+        """Return |A|/(2·clip_range)·(ρ − 1)² − ρ·A of each action, and its gradient."""
         ratio = bounded_ratio(log_prob, old_log_prob)
-        weight = ratio.clamp(max=1 + self.clip_high)
-        return Surrogate(-weight * advantages * log_prob, -weight * advantages, {"clipped": (weight < ratio).float()})
+        pull = advantages.abs() / self.clip_range * (ratio - 1)
+        loss = pull * (ratio - 1) / 2 - ratio * advantages
+        return Surrogate(loss, ratio * (pull - advantages), {"distance": (ratio - 1).abs()})
 
 
 @dataclass
 class Args:
-    """CISPO against DDPO-IS, or either alone."""
+    """SPO against DDPO-IS, or either alone."""
 
-    algorithms: tuple[str, ...] = ("CISPO", "DDPO-IS")
+    algorithms: tuple[str, ...] = ("SPO", "DDPO-IS")
     """Which."""
     reward_queries: int = 640
     """Images that each may have judged."""
@@ -78,8 +80,7 @@ def make(name: str, env: gym.vector.VectorEnv, args: Args) -> Algorithm:
     policy = DenoisingPolicy(env.unwrapped.model, precision=args.precision, seed=args.seed)
     rollouts = Rollouts(samples=args.num_envs, group_size=8, prompt_sampling="round_robin")
     steps = Steps(weights="inverse_sensitivity", window=Window(4, within=(0, 4)))
-    kind, clip = (CISPO, {"clip_high": 1.6e-3}) if name == "CISPO" else (DDPOIS, {"clip_range": 1.6e-3})
-    return kind(
+    return (SPO if name == "SPO" else DDPOIS)(
         policy,
         env,
         learning_rate=1e-3,
@@ -88,8 +89,8 @@ def make(name: str, env: gym.vector.VectorEnv, args: Args) -> Algorithm:
         rollouts=rollouts,
         advantages=Groups("group_mean", scale="group"),
         steps=steps,
+        clip_range=1.6e-3,
         seed=args.seed,
-        **clip,
     )
 
 
