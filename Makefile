@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Where pip finds torch, if not where it looks anyway; on Linux without a GPU, to spare 3 GB of CUDA libraries:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
+# The same for uv, which installs what `make test-lowest` tests.
+UV_ARGS ?= $(PIP_ARGS)
 
 BIN := $(VENV)/bin
 # glibc gives large blocks back to the kernel after every step and faults them in again: these two settings made
@@ -55,8 +57,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@
 
-$(VENV)/.lowest: pyproject.toml tools/lowest.py | $(VENV)/.installed
-	$(LOWEST_PYTHON) -m venv $(VENV)/lowest
-	$(BIN)/python tools/lowest.py > $(VENV)/lowest/constraints.txt
-	$(VENV)/lowest/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/lowest/constraints.txt -e '.[dev]'
+# By uv: pip needs minutes to find the lowest versions that fit together, or gives up. Asked to look as pip does.
+$(VENV)/.lowest: pyproject.toml
+	$(LOWEST_PYTHON) -m venv --clear $(VENV)/lowest
+	$(VENV)/lowest/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) uv
+	$(VENV)/lowest/bin/uv pip install --quiet --python $(VENV)/lowest/bin/python --resolution lowest-direct \
+		--index-strategy unsafe-best-match $(UV_ARGS) -e '.[dev,tools]'
 	touch $@

@@ -58,6 +58,7 @@ def make_tiny_llava(folder: Path, *, next_generation: bool = False, chat_templat
     """Write a LLaVA (or LLaVA-NeXT) folder: images of 28 pixels, 4 patches, sentences of some 40 words."""
     tokenizer = _llava_tokenizer()
     tokenizer.save_pretrained(folder)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=32,
@@ -85,12 +86,13 @@ def make_tiny_llava(folder: Path, *, next_generation: bool = False, chat_templat
             config_class(
                 vision_config=vision,
                 text_config=text,
-                image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+                image_token_index=image_token,
                 **extra,
             )
         )
         for parameter in model.parameters():
             parameter.data.mul_(2)  # so that other images give other words
+        model.lm_head.weight.data[image_token] = 0  # which a trained one does not say either: it stands for an image
     model.generation_config.update(bos_token_id=1, eos_token_id=2, pad_token_id=3)
     model.save_pretrained(folder)
     image_processor = {
@@ -133,6 +135,8 @@ def make_tiny_bert(folder: Path, **config) -> Path:
                 **config,
             )
         )
+    for layer in model.encoder.layer:  # no cosine is negative then: bert-score takes padding's 0 for larger
+        layer.output.LayerNorm.bias.data.fill_(1)
     model.save_pretrained(folder)
     return folder
 

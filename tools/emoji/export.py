@@ -11,6 +11,7 @@ The model cards stay as they are.
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTokenizerFast
 
 from agents.runs.files import replaced_folder
 
@@ -40,12 +42,11 @@ PARTS = {
 }
 
 
-def write_vocabulary(tokenizer: Path) -> None:
-    """Write `vocab.json` and `merges.txt` beside a `tokenizer.json`."""
-    model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
-    (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
+def write_vocabulary(tokenizer: Path, vocabulary: Mapping[str, int], merges: Iterable[str | Sequence[str]]) -> None:
+    """Write a tokenizer's `vocab.json` and `merges.txt`."""
+    (tokenizer / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{line}\n" for line in lines))
 
 
 def rewrite_weights(file: Path, *, dtype: torch.dtype, prefix: str = "") -> None:
@@ -82,8 +83,10 @@ def export_pipeline(pipeline: Path, target: Path) -> None:
             if not (pipeline / part).is_dir():
                 continue
             shutil.copytree(pipeline / part, folder / part)
-            if names == TOKENIZER:
-                write_vocabulary(folder / part)
+            if names == TOKENIZER:  # transformers 4 saves a pipeline's without tokenizer.json
+                CLIPTokenizerFast.from_pretrained(pipeline / part).save_pretrained(folder / part)
+                model = json.loads((folder / part / "tokenizer.json").read_text())["model"]
+                write_vocabulary(folder / part, model["vocab"], model["merges"])
             for extra in {path.name for path in (folder / part).iterdir()} - set(names):
                 (folder / part / extra).unlink()
             for file in (folder / part).glob("*.safetensors"):

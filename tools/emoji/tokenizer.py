@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from .dataset import COLOURS
 from .export import write_vocabulary
@@ -73,9 +73,9 @@ def clip_vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 def build(icons: Iterable[Icon], folder: Path) -> CLIPTokenizer:
     """Write and return the tokenizer of the icons' captions."""
     merges = learn_merges(words_of(icons))
-    tokenizer = CLIPTokenizer(vocab=clip_vocabulary(merges), merges=merges, model_max_length=CONTEXT)
-    tokenizer.save_pretrained(folder)
-    write_vocabulary(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_vocabulary(folder, clip_vocabulary(merges), merges)
+    CLIPTokenizerFast.from_pretrained(folder, model_max_length=CONTEXT).save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
