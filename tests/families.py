@@ -1,5 +1,6 @@
 """The families of models, each as a small folder of the real classes with random weights: a new one is a line here."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from tests.tiny import make_tiny_stable_diffusion
+from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,18 @@ class Family:
         """Return the images [B, 3, H, W] in [0, 1] that the folder's plain diffusers pipeline draws from noise."""
         pipeline = more.pop("pipeline", None) or open_pipeline(folder)
         height, width = more.pop("image_size")
-        images = pipeline(
-            prompt=prompts,
-            latents=self.packed(latents),
-            num_inference_steps=num_steps,
-            guidance_scale=self.guidance_scale,
-            height=height,
-            width=width,
-            output_type="pt",
-            **{**self.settings, **more},
-        ).images
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # diffusers' own, of NumPy
+            images = pipeline(
+                prompt=prompts,
+                latents=self.packed(latents),
+                num_inference_steps=num_steps,
+                guidance_scale=self.guidance_scale,
+                height=height,
+                width=width,
+                output_type="pt",
+                **{**self.settings, **more},
+            ).images
         return images.float()
 
 
@@ -57,4 +60,7 @@ def open_pipeline(folder: Path) -> DiffusionPipeline:
     return pipeline
 
 
-FAMILIES = (Family("stable-diffusion", partial(make_tiny_stable_diffusion, steps_offset=1)),)
+FAMILIES = (
+    Family("stable-diffusion", partial(make_tiny_stable_diffusion, steps_offset=1)),
+    Family("stable-diffusion-xl", make_tiny_stable_diffusion_xl),
+)

@@ -1,17 +1,22 @@
 """diffusers' scheduler folders as noise schedules."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..predictions import PredictionType
 from ..schedules import DiscreteVPSchedule
 from .folders import read_config
-from .understood import SCHEDULER, check_values, keys_of, scheduler_class, warn_of_other_times
+from .understood import SCHEDULER, Values, check_values, keys_of, scheduler_class, warn_of_other_times
 
 
 def discrete_schedule(
-    folder: Path, *, class_name: object = None, steps_offset: int | None = None
+    folder: Path,
+    *,
+    class_name: object = None,
+    steps_offset: int | None = None,
+    understood: Mapping[str, Values] = SCHEDULER,
 ) -> tuple[DiscreteVPSchedule, PredictionType]:
     """Return the noise process of a diffusers scheduler folder, and the quantity that the denoiser predicts.
 
@@ -23,6 +28,7 @@ def discrete_schedule(
         folder: The folder of `scheduler_config.json`.
         class_name: The scheduler's class; None: the one that the file names.
         steps_offset: The offset that replaces the file's.
+        understood: The values that are understood.
 
     Raises:
         FileNotFoundError, ValueError: the scheduler is not there, or none that is understood.
@@ -38,9 +44,9 @@ def discrete_schedule(
             "pipeline takes, and this package: make them one",
             stacklevel=2,
         )
-    check_values(config, scheduler_type, SCHEDULER, file)
+    check_values(config, scheduler_type, understood, file)
     defaults = keys_of(scheduler_type)
-    ignored_keys = {key for key, understood in SCHEDULER.items() if not understood.is_refused}  # the folder's own walk
+    ignored_keys = {key for key, known in understood.items() if not known.is_refused}  # the folder's own walk
     values: dict[str, Any] = {
         **defaults,
         **{key: value for key, value in config.items() if key in defaults and key not in ignored_keys},
