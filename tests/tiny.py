@@ -53,6 +53,13 @@ def make_tiny_stable_diffusion_xl(folder: Path, **scheduler_config) -> Path:
     return folder
 
 
+def make_tiny_latent_consistency(folder: Path, **scheduler_config) -> Path:
+    """Write a LatentConsistencyModelPipeline folder: as the tiny Stable Diffusion's, with a guidance embedding."""
+    scheduler = {"_class_name": "LCMScheduler", "original_inference_steps": 50, **scheduler_config}
+    unet = {"time_cond_proj_dim": 16}
+    return _write_unet_pipeline(folder, "LatentConsistencyModelPipeline", unet=unet, scheduler=scheduler)
+
+
 def _write_unet_pipeline(folder: Path, pipeline: str, *, unet: dict, scheduler: dict) -> Path:
     for part in ("model_index.json", "text_encoder", "tokenizer"):
         source = EMOJI / part

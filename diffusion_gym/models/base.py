@@ -40,6 +40,7 @@ _PACKAGED = {"emoji": 4.0, "mixture": 1.0}
 _FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion:StableDiffusionModel", "Stable Diffusion 1.x, 2.x"),
     "StableDiffusionXLPipeline": ("stable_diffusion_xl:StableDiffusionXLModel", "Stable Diffusion XL"),
+    "LatentConsistencyModelPipeline": ("latent_consistency:LatentConsistencyModel", "latent consistency models"),
     "MixturePipeline": ("mixture:MixtureModel", "of write_mixture"),
 }
 
@@ -324,11 +325,18 @@ class DiffusionModel(ABC):
             time_embedding = guided(embedding)
         else:
             raw = self._model_output(network, x, times, inputs, guidance_scale)
+        return Prediction(*self.to_x0_and_epsilon(guided(raw), as_float(latents), t), features, time_embedding)
+
+    def to_x0_and_epsilon(self, model_output: Tensor, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x̂_0 and ε̂ of the network's guided output at x_t; x_t = α_t·x̂_0 + σ_t·ε̂.
+
+        Args:
+            model_output: [B, ...] at least float32.
+            latents: [B, ...] x_t, at least float32.
+            t: [B] the time of each sample.
+        """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        pred_x0, pred_epsilon = to_x0_and_epsilon(
-            guided(raw), as_float(latents), alpha=alpha, sigma=sigma, prediction_type=self.prediction_type
-        )
-        return Prediction(pred_x0, pred_epsilon, features, time_embedding)
+        return to_x0_and_epsilon(model_output, latents, alpha=alpha, sigma=sigma, prediction_type=self.prediction_type)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -109,12 +109,17 @@ class StableDiffusionModel(UNetModel):
     default_guidance_scale = 5.0
 
     def _examine(self, image_size: ImageSize | None) -> None:
-        unet = self._examine_unet(UNET, image_size)
-        self._text = TextEncoder(self.path, variant=self._variant)
-        self._check_text_width(unet, self._text)
+        self._examine_networks(UNET, image_size)
         self.schedule, self.prediction_type = discrete_schedule(
             self.path / "scheduler", class_name=self._scheduler_class(), steps_offset=1
         )
+
+    def _examine_networks(self, understood: Mapping[str, Values], image_size: ImageSize | None) -> Any:
+        """Check the UNet, the autoencoder and the text encoder; return the UNet without its weights."""
+        unet = self._examine_unet(understood, image_size)
+        self._text = TextEncoder(self.path, variant=self._variant)
+        self._check_text_width(unet, self._text)
+        return unet
 
     @cached_property
     def _text_encoder(self) -> nn.Module:

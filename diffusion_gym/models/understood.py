@@ -92,10 +92,8 @@ SCHEDULER: Mapping[str, Values] = {
     "lambda_min_clipped": _one_of((-math.inf,), _OWN_WALK, is_refused=False),
 }
 
-XL_SCHEDULER: Mapping[str, Values] = {
-    **SCHEDULER,
-    "clip_sample": _one_of((False,), "the pipeline would clip latents, which are larger: set it to false"),
-}
+_UNCLIPPED = _one_of((False,), "the pipeline would clip latents, which are larger: set it to false")
+XL_SCHEDULER: Mapping[str, Values] = {**SCHEDULER, "clip_sample": _UNCLIPPED}
 
 UNET: Mapping[str, Values] = {
     "class_embed_type": _one_of((None,), _SAME_INPUTS),
@@ -104,7 +102,9 @@ UNET: Mapping[str, Values] = {
     "encoder_hid_dim": _one_of((None,), _SAME_INPUTS),
     "encoder_hid_dim_type": _one_of((None,), _SAME_INPUTS),
     "time_cond_proj_dim": _one_of(
-        (None,), "a UNet that is told the guidance scale (a latent consistency model) is not supported: use another"
+        (None,),
+        "a UNet that is told the guidance scale is a latent consistency model's, whose model_index.json must name "
+        "LatentConsistencyModelPipeline and LCMScheduler (of Stable Diffusion XL there is no such pipeline)",
     ),
     "norm_num_groups": Values(is_count, "a whole number of at least 1", _SAME_INPUTS),
 }
@@ -116,6 +116,22 @@ XL_UNET: Mapping[str, Values] = {
     ),
     "addition_time_embed_dim": Values(is_count, "a whole number of at least 1"),
     "projection_class_embeddings_input_dim": Values(is_count, "a whole number of at least 1"),
+}
+
+LCM_SCHEDULER: Mapping[str, Values] = {
+    **SCHEDULER,
+    "clip_sample": _UNCLIPPED,
+    "original_inference_steps": Values(is_count, "a whole number of at least 1"),
+    "timestep_scaling": Values(lambda value: _is_number(value) and value > 0, "a number above 0"),
+}
+
+LCM_UNET: Mapping[str, Values] = {
+    **UNET,
+    "time_cond_proj_dim": Values(
+        lambda value: is_count(value, minimum=4),
+        "a whole number of at least 4",
+        "use a UNet that is told the guidance scale, as that of LCM_Dreamshaper_v7",
+    ),
 }
 
 VAE: Mapping[str, Values] = {
