@@ -6,7 +6,7 @@ other dtype, and return tensors of the shape and on the device of `t`.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import ClassVar, Literal
 
@@ -121,7 +121,7 @@ class DiscreteVPSchedule(NoiseSchedule):
     _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __reduce__(self) -> tuple[object, ...]:  # without the tables, which may be on a device that is not there
-        return DiscreteVPSchedule, (self.alphas_cumprod, self.spacing, self.steps_offset, self.ends_clean)
+        return type(self), tuple(getattr(self, part.name) for part in fields(self) if part.init)
 
     def __post_init__(self) -> None:
         bar = self.alphas_cumprod
@@ -204,6 +204,43 @@ class DiscreteVPSchedule(NoiseSchedule):
             raise ValueError(f"num_steps={num_steps} with steps_offset={self.steps_offset} starts beyond {total - 1}")
         end = self.clean if self.ends_clean else 0.0
         return torch.cat([grid, grid.new_tensor([end])])
+
+
+@dataclass(frozen=True, eq=False)
+class LatentConsistencySchedule(DiscreteVPSchedule):
+    """The process of a latent consistency model: a grid is made of the K times at which it was distilled.
+
+    These are k·⌊T/K⌋ − 1, k = 1 … K. A grid of n steps visits those of k = K − ⌊i·K/n⌋, i = 0 … n−1, and then the clean
+    end (−1), as diffusers' `LCMScheduler`.
+
+    Source: Luo et al., 2023, "Latent Consistency Models", section 4.3, https://arxiv.org/abs/2310.04378.
+
+    Args:
+        alphas_cumprod: [T] ᾱ_t, as of `DiscreteVPSchedule`.
+        original_steps: K, diffusers' `original_inference_steps`: the most steps of a grid.
+
+    Raises:
+        ValueError: `alphas_cumprod` is not a decreasing vector in [0, 1), or K is not between 1 and T.
+    """
+
+    spacing: TimestepSpacing = field(default="leading", init=False, repr=False)
+    steps_offset: int = field(default=0, init=False, repr=False)
+    ends_clean: bool = field(default=True, init=False, repr=False)
+    original_steps: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.original_steps <= self.num_train_timesteps:
+            raise ValueError(
+                f"original_steps must be between 1 and {self.num_train_timesteps}, got {self.original_steps!r}"
+            )
+
+    @override
+    def timesteps(self, num_steps: int) -> Tensor:
+        num_steps = checked_num_steps(num_steps, maximum=self.original_steps)
+        skipped = torch.arange(num_steps, dtype=torch.float64).mul(self.original_steps / num_steps).floor()
+        stride = self.num_train_timesteps // self.original_steps
+        return torch.cat([(self.original_steps - skipped) * stride - 1, skipped.new_tensor([self.clean])])
 
 
 @dataclass(frozen=True, eq=False)

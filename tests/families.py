@@ -1,16 +1,21 @@
 """The families of models, each as a small folder of the real classes with random weights: a new one is a line here."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.tiny import make_tiny_stable_diffusion
+from diffusion_gym.models import DiffusionModel
+from diffusion_gym.samplers import DDIM, Consistency, Sampler
+from diffusion_gym.transitions import transition
+from tests.tiny import make_tiny_latent_consistency, make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Family:
         packed: Latents as the pipeline's call takes them.
         guidance_scale: One that has an effect, where there is any.
         image_sizes: Sizes to draw at, not square too; the first is the folder's own.
+        sampler: The steps of the pipeline's scheduler.
     """
 
     name: str
@@ -32,22 +38,51 @@ class Family:
     packed: Callable[[Tensor], Tensor] = lambda latents: latents
     guidance_scale: float = 4.0
     image_sizes: tuple[tuple[int, int], ...] = ((16, 16), (16, 24), (32, 16))
+    sampler: Sampler = DDIM(0.0)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: DiffusionModel,
+        prompts: list[str],
+        noise: Tensor,
+        *,
+        num_steps: int,
+        denoiser: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the images [B, 3, H, W] in [0, 1] that this package draws from noise; its steps' noise is seeded."""
+        conditioning, generators = model.encode_prompts(prompts), _generators(len(prompts))
+        latents = model.schedule.initial_std * noise
+        for times in pairwise(model.schedule.timesteps(num_steps).float()):
+            t, s = (time.expand(len(latents)) for time in times)
+            scale = self.guidance_scale
+            prediction = model.denoise(latents, t, conditioning, guidance_scale=scale, denoiser=denoiser)
+            scales = self.sampler.scales(model.schedule, t, s)
+            latents = transition(prediction.x0, prediction.epsilon, scales).sample(generators)
+        return model.decode(latents)
 
     def draw(self, folder: Path, prompts: list[str], latents: Tensor, *, num_steps: int, **more: Any) -> Tensor:
-        """Return the images [B, 3, H, W] in [0, 1] that the folder's plain diffusers pipeline draws from noise."""
+        """Return the images [B, 3, H, W] in [0, 1] that the plain pipeline draws, with the steps' noise of `sample`."""
         pipeline = more.pop("pipeline", None) or open_pipeline(folder)
         height, width = more.pop("image_size")
-        images = pipeline(
-            prompt=prompts,
-            latents=self.packed(latents),
-            num_inference_steps=num_steps,
-            guidance_scale=self.guidance_scale,
-            height=height,
-            width=width,
-            output_type="pt",
-            **{**self.settings, **more},
-        ).images
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # diffusers' own, of NumPy
+            images = pipeline(
+                prompt=prompts,
+                latents=self.packed(latents),
+                generator=_generators(len(prompts)),
+                num_inference_steps=num_steps,
+                guidance_scale=self.guidance_scale,
+                height=height,
+                width=width,
+                output_type="pt",
+                **{**self.settings, **more},
+            ).images
         return images.float()
+
+
+def _generators(number: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(number)]
 
 
 def open_pipeline(folder: Path) -> DiffusionPipeline:
@@ -57,4 +92,8 @@ def open_pipeline(folder: Path) -> DiffusionPipeline:
     return pipeline
 
 
-FAMILIES = (Family("stable-diffusion", partial(make_tiny_stable_diffusion, steps_offset=1)),)
+FAMILIES = (
+    Family("stable-diffusion", partial(make_tiny_stable_diffusion, steps_offset=1)),
+    Family("stable-diffusion-xl", make_tiny_stable_diffusion_xl),
+    Family("latent-consistency", make_tiny_latent_consistency, sampler=Consistency()),
+)

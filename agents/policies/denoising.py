@@ -16,7 +16,7 @@ from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, 
 from diffusion_gym.models.weights import is_same_sample, sample_weights
 from diffusion_gym.parts import described, made
 from diffusion_gym.precision import has_fast_bf16
-from diffusion_gym.predictions import broadcast_to, to_x0_and_epsilon
+from diffusion_gym.predictions import broadcast_to
 from diffusion_gym.samplers import Sampler, Windowed
 from diffusion_gym.transitions import GaussianTransition, transition
 
@@ -149,15 +149,8 @@ class DenoisingPolicy(Policy):
             t: [...] current times.
             s: [...] next times.
         """
-        schedule = self.model.schedule
-        pred_x0, pred_epsilon = to_x0_and_epsilon(
-            torch.ones_like(t),
-            torch.zeros_like(t),
-            alpha=schedule.alpha(t),
-            sigma=schedule.sigma(t),
-            prediction_type=self.model.prediction_type,
-        )
-        scales = self.sampler.scales(schedule, t, s)
+        pred_x0, pred_epsilon = self.model.to_x0_and_epsilon(torch.ones_like(t), torch.zeros_like(t), t)
+        scales = self.sampler.scales(self.model.schedule, t, s)
         moved = (scales.x0 * pred_x0 + scales.epsilon * pred_epsilon).abs()
         return torch.where(scales.std > 0, moved / scales.std, torch.inf)
 

@@ -25,7 +25,7 @@ from ..naming import did_you_mean
 from ..predictions import PredictionType, to_x0_and_epsilon
 from ..samplers import DDIM, Sampler
 from ..schedules import NoiseSchedule, as_float
-from .folders import read_config
+from .folders import read_config, single_file_pipeline
 
 Conditioning = Mapping[str, Tensor]
 ImageSize = int | tuple[int, int]
@@ -39,6 +39,8 @@ _PACKAGED = {"emoji": 4.0, "mixture": 1.0}
 # A new family is a file and a line here: its pipeline's class, its own, and in words which models that is.
 _FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion:StableDiffusionModel", "Stable Diffusion 1.x, 2.x"),
+    "StableDiffusionXLPipeline": ("stable_diffusion_xl:StableDiffusionXLModel", "Stable Diffusion XL"),
+    "LatentConsistencyModelPipeline": ("latent_consistency:LatentConsistencyModel", "latent consistency models"),
     "MixturePipeline": ("mixture:MixtureModel", "of write_mixture"),
 }
 
@@ -247,8 +249,13 @@ class DiffusionModel(ABC):
                 positive = [rows[prompt][key] for prompt in prompts]
                 conditioning[key] = torch.stack(positive) if positive else row.new_empty(0, *row.shape)
                 if has_negatives:
-                    conditioning[_NEGATIVE + key] = rows[negative_prompt][key].expand_as(conditioning[key])
+                    negative = self._as_negative(negative_prompt, rows[negative_prompt][key])
+                    conditioning[_NEGATIVE + key] = negative.expand_as(conditioning[key])
         return conditioning
+
+    def _as_negative(self, prompt: str, row: Tensor) -> Tensor:
+        """Return what the negative prompt's conditioning is, given that of its text: the same, unless overridden."""
+        return row
 
     def _rows_of(self, prompts: list[str]) -> dict[str, dict[str, Tensor]]:
         """Return the conditioning of each prompt, [...] each, and forget those that were not asked for the longest."""
@@ -318,11 +325,18 @@ class DiffusionModel(ABC):
             time_embedding = guided(embedding)
         else:
             raw = self._model_output(network, x, times, inputs, guidance_scale)
+        return Prediction(*self.to_x0_and_epsilon(guided(raw), as_float(latents), t), features, time_embedding)
+
+    def to_x0_and_epsilon(self, model_output: Tensor, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x̂_0 and ε̂ of the network's guided output at x_t; x_t = α_t·x̂_0 + σ_t·ε̂.
+
+        Args:
+            model_output: [B, ...] at least float32.
+            latents: [B, ...] x_t, at least float32.
+            t: [B] the time of each sample.
+        """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        pred_x0, pred_epsilon = to_x0_and_epsilon(
-            guided(raw), as_float(latents), alpha=alpha, sigma=sigma, prediction_type=self.prediction_type
-        )
-        return Prediction(pred_x0, pred_epsilon, features, time_embedding)
+        return to_x0_and_epsilon(model_output, latents, alpha=alpha, sigma=sigma, prediction_type=self.prediction_type)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -422,9 +436,11 @@ def _find_folder(source: str | os.PathLike[str], revision: str | None, variant: 
     if (folder / "model_index.json").is_file():
         return folder
     if folder.is_file() or str(source).endswith((".safetensors", ".ckpt")):
+        pipeline = single_file_pipeline(folder)
         raise FileNotFoundError(
-            f"{folder} is a single file: diffusers' StableDiffusionPipeline.from_single_file({str(source)!r})"
-            ".save_pretrained(folder) makes a folder of it"
+            f"{folder} is a single file: diffusers' {pipeline}.from_single_file({str(source)!r})"
+            ".save_pretrained(folder) makes a folder of it, with configurations and tokenizers from the Hub (or, by "
+            "config=…, from the folder of such a model)"
         )
     if folder.exists():
         raise FileNotFoundError(f"{folder} is not a diffusers folder: it has no model_index.json")
@@ -462,7 +478,8 @@ def load_model(
     Args:
         source: "emoji" or "mixture" (both come with the package and work offline: 64×64 emoji, and a Gaussian mixture
             of which everything is known), a folder in diffusers' layout, or a Hub id such as
-            "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from `model_index.json`.
+            "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from `model_index.json`. A single file
+            (`.safetensors`) has neither configurations nor tokenizers: the error says how a folder is made of it.
         device: A torch device.
         dtype: The frozen denoiser's precision.
         image_size: Height and width in pixels, or one number for both; None: what the model was trained on.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 _PICKLED = {"model": "pytorch_model"}  # transformers' names
+_SINGLE_FILES = {"conditioner.embedders.1.": "StableDiffusionXLPipeline"}  # by how a tensor's name begins
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -58,6 +59,17 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, st
     cure = f'; load_model(…, variant="{variants[0]}") takes {present[0]}' if variants else ""
     asked = "" if variant is None else f" and no {stem}.{variant}.safetensors"
     raise FileNotFoundError(f"{folder} has no {stem}.safetensors (or .bin){asked}{cure}")
+
+
+def single_file_pipeline(file: Path) -> str:
+    """Return the name of the diffusers pipeline whose `from_single_file` opens a checkpoint, by its tensors' names."""
+    try:
+        with safe_open(file, "pt") as weights:
+            names = list(weights.keys())
+    except (SafetensorError, OSError):  # not there, or pickled, and a pickle is not opened for this
+        names = []
+    pipelines = (pipeline for start, pipeline in _SINGLE_FILES.items() if any(name.startswith(start) for name in names))
+    return next(pipelines, "StableDiffusionPipeline")
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

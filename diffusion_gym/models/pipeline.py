@@ -89,14 +89,17 @@ class PipelineModel(DiffusionModel):
         check_weights(empty, self._files[name][0])
         return empty
 
-    def _examined_vae(self, latent_channels: Mapping[str, int], config: Path) -> Any:
+    def _examined_vae(
+        self, latent_channels: Mapping[str, int], config: Path, *, understood: Mapping[str, Values] = VAE
+    ) -> Any:
         """Return the autoencoder without its weights, after a check that the denoiser takes and returns its latents.
 
         Args:
             latent_channels: The denoiser's numbers of channels, by their keys.
             config: The denoiser's configuration, for the message.
+            understood: The values of the autoencoder's configuration that are understood.
         """
-        vae = self._examined(AutoencoderKL, "vae", VAE)
+        vae = self._examined(AutoencoderKL, "vae", understood)
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         for key, value in latent_channels.items():
             if value != vae.config.latent_channels:

@@ -16,7 +16,7 @@ from .lora import load_unet_lora, save_unet_lora
 from .pipeline import PipelineModel
 from .schedulers import discrete_schedule
 from .text_encoders import TextEncoder, stacked
-from .understood import UNET, Values, is_count
+from .understood import UNET, VAE, Values, is_count
 
 
 def sample_size(unet: Mapping[str, Any], file: Path) -> tuple[int, int]:
@@ -48,11 +48,13 @@ class UNetModel(PipelineModel):
     feature_layers = ("conv_in", "conv_norm_out", "time_embedding")
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
 
-    def _examine_unet(self, understood: Mapping[str, Values], image_size: ImageSize | None) -> Any:
+    def _examine_unet(
+        self, understood: Mapping[str, Values], image_size: ImageSize | None, *, vae: Mapping[str, Values] = VAE
+    ) -> Any:
         """Check the UNet and the autoencoder, and set all shapes; return the UNet without its weights."""
         file = self.path / "unet" / "config.json"
         unet = self._examined(UNet2DConditionModel, "unet", understood)
-        self._examined_vae({key: unet.config[key] for key in ("in_channels", "out_channels")}, file)
+        self._examined_vae({key: unet.config[key] for key in ("in_channels", "out_channels")}, file, understood=vae)
         if image_size is None:
             height, width = sample_size(unet.config, file)
             image_size = (height * self.scale_factor, width * self.scale_factor)
@@ -64,13 +66,15 @@ class UNetModel(PipelineModel):
         )
         return unet
 
-    def _check_text_width(self, unet: Any, width: int, file: Path) -> None:
-        """Raise ValueError unless the UNet attends to embeddings of this width, which the file gives."""
+    def _check_text_width(self, unet: Any, *encoders: TextEncoder) -> None:
+        """Raise ValueError unless the UNet attends to embeddings as wide as the text encoders' together."""
+        widths = [encoder.config.hidden_size for encoder in encoders]
         asked = unet.config.cross_attention_dim
-        if any(dim != width for dim in (asked if isinstance(asked, list | tuple) else [asked])):
+        if any(dim != sum(widths) for dim in (asked if isinstance(asked, list | tuple) else [asked])):
+            files = " and ".join(str(self.path / encoder.name / "config.json") for encoder in encoders)
             raise ValueError(
-                f"{file}: hidden_size is {width}, but the UNet's cross_attention_dim {asked}: they do not belong "
-                "together"
+                f"{files}: hidden_size is {' + '.join(map(str, widths))}, but the UNet's cross_attention_dim {asked}: "
+                "they do not belong together"
             )
 
     def use_training_attention(self, network: nn.Module, *, bf16: bool) -> None:
@@ -105,12 +109,17 @@ class StableDiffusionModel(UNetModel):
     default_guidance_scale = 5.0
 
     def _examine(self, image_size: ImageSize | None) -> None:
-        unet = self._examine_unet(UNET, image_size)
-        self._text = TextEncoder(self.path, variant=self._variant)
-        self._check_text_width(unet, self._text.config.hidden_size, self.path / "text_encoder" / "config.json")
+        self._examine_networks(UNET, image_size)
         self.schedule, self.prediction_type = discrete_schedule(
             self.path / "scheduler", class_name=self._scheduler_class(), steps_offset=1
         )
+
+    def _examine_networks(self, understood: Mapping[str, Values], image_size: ImageSize | None) -> Any:
+        """Check the UNet, the autoencoder and the text encoder; return the UNet without its weights."""
+        unet = self._examine_unet(understood, image_size)
+        self._text = TextEncoder(self.path, variant=self._variant)
+        self._check_text_width(unet, self._text)
+        return unet
 
     @cached_property
     def _text_encoder(self) -> nn.Module:

@@ -92,6 +92,9 @@ SCHEDULER: Mapping[str, Values] = {
     "lambda_min_clipped": _one_of((-math.inf,), _OWN_WALK, is_refused=False),
 }
 
+_UNCLIPPED = _one_of((False,), "the pipeline would clip latents, which are larger: set it to false")
+XL_SCHEDULER: Mapping[str, Values] = {**SCHEDULER, "clip_sample": _UNCLIPPED}
+
 UNET: Mapping[str, Values] = {
     "class_embed_type": _one_of((None,), _SAME_INPUTS),
     "num_class_embeds": _one_of((None,), _SAME_INPUTS),
@@ -99,9 +102,36 @@ UNET: Mapping[str, Values] = {
     "encoder_hid_dim": _one_of((None,), _SAME_INPUTS),
     "encoder_hid_dim_type": _one_of((None,), _SAME_INPUTS),
     "time_cond_proj_dim": _one_of(
-        (None,), "a UNet that is told the guidance scale (a latent consistency model) is not supported: use another"
+        (None,),
+        "a UNet that is told the guidance scale is a latent consistency model's, whose model_index.json must name "
+        "LatentConsistencyModelPipeline and LCMScheduler (of Stable Diffusion XL there is no such pipeline)",
     ),
     "norm_num_groups": Values(is_count, "a whole number of at least 1", _SAME_INPUTS),
+}
+
+XL_UNET: Mapping[str, Values] = {
+    **UNET,
+    "addition_embed_type": _one_of(
+        ("text_time",), "use a UNet that is told pooled texts and sizes, as Stable Diffusion XL's"
+    ),
+    "addition_time_embed_dim": Values(is_count, "a whole number of at least 1"),
+    "projection_class_embeddings_input_dim": Values(is_count, "a whole number of at least 1"),
+}
+
+LCM_SCHEDULER: Mapping[str, Values] = {
+    **SCHEDULER,
+    "clip_sample": _UNCLIPPED,
+    "original_inference_steps": Values(is_count, "a whole number of at least 1"),
+    "timestep_scaling": Values(lambda value: _is_number(value) and value > 0, "a number above 0"),
+}
+
+LCM_UNET: Mapping[str, Values] = {
+    **UNET,
+    "time_cond_proj_dim": Values(
+        lambda value: is_count(value, minimum=4),
+        "a whole number of at least 4",
+        "use a UNet that is told the guidance scale, as that of LCM_Dreamshaper_v7",
+    ),
 }
 
 VAE: Mapping[str, Values] = {
@@ -109,6 +139,9 @@ VAE: Mapping[str, Values] = {
     "out_channels": _one_of((3,), "use an autoencoder of RGB images"),
     "scaling_factor": Values(lambda value: _is_number(value) and value > 0, "a number above 0"),
 }
+
+_NO_STATISTICS = _one_of((None,), "an autoencoder whose latents are standardised is not supported: use another")
+XL_VAE: Mapping[str, Values] = {**VAE, "latents_mean": _NO_STATISTICS, "latents_std": _NO_STATISTICS}
 
 # Schedulers whose timesteps are those of `DiscreteVPSchedule`, and those that take other ones unless "trailing".
 _SAME_TIMES = (
@@ -173,7 +206,7 @@ def _may_be(value: object, parameter: inspect.Parameter) -> bool:
 
 
 def check_values(config: Mapping[str, Any], network: type, understood: Mapping[str, Values], file: Path) -> None:
-    """Check that all values of a configuration are understood.
+    """Check that all values of a configuration are understood; a key that is not there has its class's default.
 
     Args:
         config: The file's content.
@@ -186,8 +219,8 @@ def check_values(config: Mapping[str, Any], network: type, understood: Mapping[s
     """
     keys = keys_of(network)
     for key, values in understood.items():
-        if key in keys and key in config and not values.allowed(config[key]):
-            message = f"{file}: {key} must be {values.words} for this package, got {config[key]!r}: {values.cure}"
+        if key in keys and not values.allowed(value := config.get(key, keys[key])):
+            message = f"{file}: {key} must be {values.words} for this package, got {value!r}: {values.cure}"
             if values.is_refused:
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)
@@ -196,7 +229,9 @@ def check_values(config: Mapping[str, Any], network: type, understood: Mapping[s
             raise ValueError(f"{file}: {key} must be {parameter.annotation}, got {config[key]!r}: {Values.cure}")
     scheduler_keys = {key for name in (*_SAME_TIMES, *_OTHER_TIMES) for key in keys_of(getattr(diffusers, name))}
     known_keys = (
-        {*keys, *scheduler_keys, "quantization_config"} if understood is SCHEDULER else {*keys, "quantization_config"}
+        {*keys, *scheduler_keys, "quantization_config"}
+        if issubclass(network, diffusers.SchedulerMixin)
+        else {*keys, "quantization_config"}
     )
     for key in config:
         if key not in known_keys and not key.startswith("_"):
@@ -212,7 +247,10 @@ def component(index: Mapping[str, Any], name: str, file: Path) -> tuple[str, str
     """
     value = index.get(name)
     if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(part, str) for part in value):
-        raise ValueError(f'{file}: {name} must be ["library", "class"], got {value!r}: restore the file')
+        raise ValueError(
+            f'{file}: {name} must be ["library", "class"], got {value!r}: restore the file, or use a model that has '
+            "this part (a refiner, which goes on from another model's latents, has not)"
+        )
     return value[0], value[1]
 
 

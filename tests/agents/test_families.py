@@ -9,8 +9,6 @@ import torch
 import diffusion_gym  # noqa: F401
 from agents import DDPOIS, GRPO, RLOO, RWR, DenoisingPolicy, DiffusionNFT, Full, Groups, LoRA, Rollouts, TimePredictor
 from diffusion_gym.models import load_model
-from diffusion_gym.samplers import DDIM
-from diffusion_gym.sampling import sample_latents
 from diffusion_gym.transitions import draw_noise
 from tests.families import FAMILIES, open_pipeline
 
@@ -77,7 +75,7 @@ def test_one_update_of_a_time_predictor(family, model):
 @pytest.mark.parametrize("adaptation", [Full(), LoRA(rank=2, alpha=4.0)], ids=["full", "lora"])
 def test_what_is_saved_draws_the_same_image_in_the_plain_pipeline(family, folder, model, adaptation, tmp_path):
     policy = DenoisingPolicy(
-        model, sampler=DDIM(0.0), adaptation=adaptation, guidance_scale=family.guidance_scale, seed=0
+        model, sampler=family.sampler, adaptation=adaptation, guidance_scale=family.guidance_scale, seed=0
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -86,22 +84,8 @@ def test_what_is_saved_draws_the_same_image_in_the_plain_pipeline(family, folder
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     policy.save(tmp_path)
     noise = draw_noise(torch.empty(2, *model.latent_shape), torch.Generator().manual_seed(0))
-
-    def draw(denoiser):
-        start = model.schedule.initial_std * noise
-        times = model.schedule.timesteps(3)
-        latents = sample_latents(
-            model,
-            start,
-            model.encode_prompts(PROMPTS),
-            times,
-            guidance_scale=family.guidance_scale,
-            denoiser=denoiser,
-        )
-        return model.decode(latents)
-
-    images = draw(policy.denoiser)
-    assert (images - draw(None)).abs().max() > 1e-3
+    images = family.sample(model, PROMPTS, noise, num_steps=3, denoiser=policy.denoiser)
+    assert (images - family.sample(model, PROMPTS, noise, num_steps=3)).abs().max() > 1e-3
     pipeline = open_pipeline(folder)
     if isinstance(adaptation, LoRA):
         with warnings.catch_warnings():

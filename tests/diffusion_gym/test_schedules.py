@@ -1,9 +1,11 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
-from diffusion_gym.schedules import DiscreteVPSchedule, FlowSchedule, KarrasSchedule
+from diffusion_gym.schedules import DiscreteVPSchedule, FlowSchedule, KarrasSchedule, LatentConsistencySchedule
 
 PROCESSES = {
     "emoji": {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear"},
@@ -155,3 +157,22 @@ def test_a_process_without_signal_at_its_end_starts_one_index_below():
     assert schedule.start_time == 998
     assert torch.isfinite(schedule.noise_ratio(torch.tensor([998.0])))
     assert DiscreteVPSchedule(DDIMScheduler(**PROCESSES["emoji"]).alphas_cumprod).start_time == 999
+
+
+@pytest.mark.parametrize("original_steps", [1, 7, 50, 100])
+def test_the_grid_of_a_latent_consistency_model_is_that_of_diffusers(original_steps):
+    scheduler = LCMScheduler(original_inference_steps=original_steps)
+    schedule = LatentConsistencySchedule(scheduler.alphas_cumprod, original_steps=original_steps)
+    for num_steps in range(1, original_steps + 1):
+        scheduler.set_timesteps(num_steps)
+        assert schedule.timesteps(num_steps).tolist() == [*scheduler.timesteps.tolist(), -1.0]
+    with pytest.raises(ValueError, match=f"num_steps must be between 1 and {original_steps}, got {original_steps + 1}"):
+        schedule.timesteps(original_steps + 1)
+    again = pickle.loads(pickle.dumps(schedule))
+    assert (type(again), again.original_steps) == (LatentConsistencySchedule, original_steps)
+
+
+@pytest.mark.parametrize("original_steps", [0, 1001])
+def test_a_latent_consistency_model_has_no_more_times_than_its_process(original_steps):
+    with pytest.raises(ValueError, match=f"original_steps must be between 1 and 1000, got {original_steps}"):
+        LatentConsistencySchedule(LCMScheduler().alphas_cumprod, original_steps=original_steps)

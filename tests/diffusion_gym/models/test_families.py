@@ -11,7 +11,6 @@ from gymnasium.utils.env_checker import check_env
 
 import diffusion_gym  # noqa: F401
 from diffusion_gym.models import load_model
-from diffusion_gym.sampling import sample_latents
 from diffusion_gym.testing import check_vector_env
 from diffusion_gym.transitions import draw_noise
 from tests.families import FAMILIES, open_pipeline
@@ -41,18 +40,13 @@ def model(folder):
 
 @pytest.mark.parametrize("num_steps", [1, 3, 10])
 @pytest.mark.parametrize("size", range(3))
-def test_deterministic_samples_are_those_of_the_pipeline(family, folder, pipeline, size, num_steps):
+def test_samples_are_those_of_the_pipeline(family, folder, pipeline, size, num_steps):
     image_size = family.image_sizes[size]
     model = load_model(folder, image_size=None if size == 0 else image_size)
     assert model.image_size == image_size
     noise = draw_noise(torch.empty(2, *model.latent_shape), torch.Generator().manual_seed(0))
-    conditioning = model.encode_prompts(PROMPTS)
-    times = model.schedule.timesteps(num_steps)
-    latents = sample_latents(
-        model, model.schedule.initial_std * noise, conditioning, times, guidance_scale=family.guidance_scale
-    )
+    images = family.sample(model, PROMPTS, noise, num_steps=num_steps)
     expected = family.draw(folder, PROMPTS, noise, num_steps=num_steps, pipeline=pipeline, image_size=image_size)
-    images = model.decode(latents)
     assert images.std() > 0.01
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
 
