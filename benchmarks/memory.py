@@ -19,7 +19,10 @@ import gc
 import resource
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -267,11 +270,11 @@ def row(name: str, model: Published, args: Args, adaptation: str, *, checkpointi
     return [name, f"{total / 1e9:.2f}", adaptation, "yes" if checkpointing else "no", *figures]
 
 
-def measured(model: Published, args: Args, adaptation: str, *, checkpointing: bool) -> float:
-    """Return by how much the process grew in one forward and backward pass, in GiB."""
+def measured(name: str, args: Args, adaptation: str, *, checkpointing: bool) -> float:
+    """Return by how much this process grows in one forward and backward pass, without gradients, in GiB."""
+    model = MODELS[name]
     network = build(model, torch.float32, args, adaptation, checkpointing=checkpointing)
-    passes(model, network, 1, torch.float32)  # warm up: threads' and libraries' own memory
-    network.zero_grad()
+    passes(model, network, 1, torch.float32)  # warm up: threads' and libraries' own memory, and the gradients
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     passes(model, network, model.passes * args.micro_batch, torch.float32)
@@ -288,7 +291,9 @@ def main() -> None:
             for checkpointing in args.checkpointing:
                 line = row(name, MODELS[name], args, adaptation, checkpointing=checkpointing)
                 if args.check:
-                    line.append(f"{measured(MODELS[name], args, adaptation, checkpointing=checkpointing):.2f}")
+                    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # a process's peak never falls
+                        task = partial(measured, name, args, adaptation, checkpointing=checkpointing)
+                        line.append(f"{process.submit(task).result():.2f}")
                 print("| " + " | ".join(line) + " |", flush=True)
 
 

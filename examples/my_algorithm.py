@@ -1,18 +1,19 @@
-"""An algorithm of one's own, Simple Policy Optimization (SPO), against DDPO-IS at as many reward queries.
+"""An algorithm of one's own, with the clip of DAPO, against DDPO-IS at as many reward queries.
 
     python examples/my_algorithm.py
 
-Where PPO's clip stops an action's gradient, SPO pulls the ratio ρ back, so that no action is ever without a gradient:
+DAPO clips the ratio ρ less at the top than at the bottom ("Clip-Higher"), so that improbable actions can gain more:
 
-    L = −E[ ρ·A − |A|/(2·clip_range)·(ρ − 1)² ]        ∂L/∂log π = ρ·(|A|/clip_range·(ρ − 1) − A)
+    L = E[ max(−A·ρ, −A·clip(ρ, 1 − clip_low, 1 + clip_high)) ]        ∂L/∂log π = −A·ρ, or 0 where the clip holds
 
-Source: Xie et al., 2025, https://arxiv.org/abs/2401.16025.
+Source: Yu et al., 2025, "DAPO", section 3.1, https://arxiv.org/abs/2503.14476.
 """
 
 from dataclasses import dataclass
 from typing import Literal, final
 
 import gymnasium as gym
+import torch
 import tyro
 from torch import Tensor
 
@@ -35,30 +36,34 @@ from agents.losses import bounded_ratio
 
 @final
 @dataclass(kw_only=True, eq=False, repr=False)
-class SPO(PolicyGradient):
-    """Simple Policy Optimization, with GRPO's advantages.
+class DAPO(PolicyGradient):
+    """DAPO's clip, with GRPO's advantages.
 
     Args:
-        clip_range: How far from 1 the ratio of an action with advantage ±1 is drawn to.
+        clip_low: How far below 1 the ratio of an action is still pushed down.
+        clip_high: How far above 1 it is still pushed up; published are 0.2 and 0.28, for words.
     """
 
     advantages: Groups = Groups("group_mean", scale="group")
     rollouts: Rollouts = Rollouts(group_size=4)
-    clip_range: float = 1e-4
+    clip_low: float = 1e-4
+    clip_high: float = 1.4e-4
 
     def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Surrogate:
-        """Return |A|/(2·clip_range)·(ρ − 1)² − ρ·A of each action, and its gradient."""
+        """Return PPO's loss of each action with the two bounds, and its gradient."""
         ratio = bounded_ratio(log_prob, old_log_prob)
-        pull = advantages.abs() / self.clip_range * (ratio - 1)
-        loss = pull * (ratio - 1) / 2 - ratio * advantages
-        return Surrogate(loss, ratio * (pull - advantages), {"distance": (ratio - 1).abs()})
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        holds = advantages * (ratio - clipped) > 0
+        loss = torch.where(holds, -advantages * clipped, -advantages * ratio)
+        coefficient = torch.where(holds, 0.0, -advantages * ratio)
+        return Surrogate(loss, coefficient, {"clip_fraction": holds.float()})
 
 
 @dataclass
 class Args:
-    """SPO against DDPO-IS, or either alone."""
+    """DAPO against DDPO-IS, or either alone."""
 
-    algorithms: tuple[str, ...] = ("SPO", "DDPO-IS")
+    algorithms: tuple[str, ...] = ("DAPO", "DDPO-IS")
     """Which."""
     reward_queries: int = 640
     """Images that each may have judged."""
@@ -80,7 +85,8 @@ def make(name: str, env: gym.vector.VectorEnv, args: Args) -> Algorithm:
     policy = DenoisingPolicy(env.unwrapped.model, precision=args.precision, seed=args.seed)
     rollouts = Rollouts(samples=args.num_envs, group_size=8, prompt_sampling="round_robin")
     steps = Steps(weights="inverse_sensitivity", window=Window(4, within=(0, 4)))
-    return (SPO if name == "SPO" else DDPOIS)(
+    clip = {"clip_low": 1.6e-3, "clip_high": 2.24e-3} if name == "DAPO" else {"clip_range": 1.6e-3}
+    return (DAPO if name == "DAPO" else DDPOIS)(
         policy,
         env,
         learning_rate=1e-3,
@@ -89,8 +95,8 @@ def make(name: str, env: gym.vector.VectorEnv, args: Args) -> Algorithm:
         rollouts=rollouts,
         advantages=Groups("group_mean", scale="group"),
         steps=steps,
-        clip_range=1.6e-3,
         seed=args.seed,
+        **clip,
     )
 
 

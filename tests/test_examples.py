@@ -116,7 +116,7 @@ def test_reinforce(tmp_path):
 def test_my_algorithm(tmp_path):
     text = run("my_algorithm.py", tmp_path / "out")
     found = re.findall(r"^(\S+): \d\.\d+ kB [+-]\d\.\d+ ± \d\.\d+ after 8 queries", text, re.MULTILINE)
-    assert found == ["SPO", "DDPO-IS"]
+    assert found == ["DAPO", "DDPO-IS"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
