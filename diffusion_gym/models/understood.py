@@ -92,6 +92,27 @@ SCHEDULER: Mapping[str, Values] = {
     "lambda_min_clipped": _one_of((-math.inf,), _OWN_WALK, is_refused=False),
 }
 
+_OWN_FLOW = "give num_steps that suit the evenly spaced times; or write the default there, and the warning goes"
+
+FLOW_SCHEDULER: Mapping[str, Values] = {
+    "num_train_timesteps": Values(lambda value: is_count(value, minimum=2), "a whole number of at least 2"),
+    "shift": Values(lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "use_dynamic_shifting": _FLAG,
+    "base_shift": Values(lambda value: value is None or _is_number(value), "null or a number"),
+    "max_shift": Values(lambda value: value is None or _is_number(value), "null or a number"),
+    "base_image_seq_len": Values(is_count, "a whole number of at least 1"),
+    "max_image_seq_len": Values(is_count, "a whole number of at least 1"),
+    "time_shift_type": _one_of(("exponential", "linear")),
+    "invert_sigmas": _one_of((False, None), "its time runs from image to noise: use a flow whose time is its noise"),
+    "shift_terminal": _one_of((None, 0, 0.0), _OWN_FLOW, is_refused=False),
+    "use_karras_sigmas": _one_of((False, None), _OWN_FLOW, is_refused=False),
+    "use_exponential_sigmas": _one_of((False, None), _OWN_FLOW, is_refused=False),
+    "use_beta_sigmas": _one_of((False, None), _OWN_FLOW, is_refused=False),
+    "stochastic_sampling": _one_of(
+        (False, None), "give the policy a sampler; or write false there, and the warning goes", is_refused=False
+    ),
+}
+
 UNET: Mapping[str, Values] = {
     "class_embed_type": _one_of((None,), _SAME_INPUTS),
     "num_class_embeds": _one_of((None,), _SAME_INPUTS),

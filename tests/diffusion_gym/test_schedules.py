@@ -155,3 +155,11 @@ def test_a_process_without_signal_at_its_end_starts_one_index_below():
     assert schedule.start_time == 998
     assert torch.isfinite(schedule.noise_ratio(torch.tensor([998.0])))
     assert DiscreteVPSchedule(DDIMScheduler(**PROCESSES["emoji"]).alphas_cumprod).start_time == 999
+
+
+def test_a_flow_refuses_shifts_and_spacings_that_are_none():
+    for shift in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="shift must be a finite number above 0"):
+            FlowSchedule(shift=shift)
+    with pytest.raises(ValueError, match=r"spacing must be one of .*, got 'odd'"):
+        FlowSchedule(spacing="odd")
