@@ -218,10 +218,10 @@ class FlowSchedule(NoiseSchedule):
     Args:
         shift: The sampling grid's shift, t → shift·t / (1 + (shift − 1)·t), positive; 3 for Stable Diffusion 3.
         num_train_timesteps: The grid's finest resolution.
-        spacing: The last noisy time before the shift; all times before it are evenly spaced from 1. "twice_shifted": the
-            shifted 1/num_train_timesteps, as diffusers' `FlowMatchEulerDiscreteScheduler`, which so shifts it twice;
-            "full": 1/num_train_timesteps, as that scheduler with a shift that depends on the image's size; "even":
-            1/num_steps, as diffusers' Flux pipeline.
+        spacing: The last noisy time before the shift; all times before it are evenly spaced from 1.
+            "twice_shifted": the shifted 1/num_train_timesteps, as diffusers' `FlowMatchEulerDiscreteScheduler` has it.
+            "full": 1/num_train_timesteps, as that scheduler with a shift that depends on the image's size.
+            "even": 1/num_steps, as diffusers' Flux pipeline.
 
     Raises:
         ValueError: `shift` is not positive, or `spacing` none of these.
@@ -260,7 +260,9 @@ class FlowSchedule(NoiseSchedule):
     @override
     def timesteps(self, num_steps: int) -> Tensor:
         num_steps = checked_num_steps(num_steps)
-        last = torch.tensor(1 / (num_steps if self.spacing == "even" else self.num_train_timesteps), dtype=torch.float64)
+        last = torch.tensor(
+            1 / (num_steps if self.spacing == "even" else self.num_train_timesteps), dtype=torch.float64
+        )
         if self.spacing == "twice_shifted":
             last = self._shifted(last)
         grid = self._shifted(torch.linspace(1.0, float(last), num_steps, dtype=torch.float64))

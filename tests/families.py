@@ -1,5 +1,6 @@
 """The families of models, each as a small folder of the real classes with random weights: a new one is a line here."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from tests.tiny import make_tiny_stable_diffusion
+from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_3
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,19 @@ class Family:
 
 def open_pipeline(folder: Path) -> DiffusionPipeline:
     """Return a folder's plain pipeline, in float32."""
-    pipeline = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if value == [None, None]}  # diffusers wants it said again
+    pipeline = DiffusionPipeline.from_pretrained(folder, **absent).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-FAMILIES = (Family("stable-diffusion", partial(make_tiny_stable_diffusion, steps_offset=1)),)
+FAMILIES = (
+    Family("stable-diffusion", partial(make_tiny_stable_diffusion, steps_offset=1)),
+    Family("stable-diffusion-3", make_tiny_stable_diffusion_3),
+    Family(
+        "stable-diffusion-3-without-t5",
+        partial(make_tiny_stable_diffusion_3, with_t5=False, use_dynamic_shifting=True),
+        {"max_sequence_length": 0},
+    ),
+)

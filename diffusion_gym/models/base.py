@@ -39,6 +39,7 @@ _PACKAGED = {"emoji": 4.0, "mixture": 1.0}
 # A new family is a file and a line here: its pipeline's class, its own, and in words which models that is.
 _FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion:StableDiffusionModel", "Stable Diffusion 1.x, 2.x"),
+    "StableDiffusion3Pipeline": ("stable_diffusion_3:StableDiffusion3Model", "Stable Diffusion 3, 3.5"),
     "MixturePipeline": ("mixture:MixtureModel", "of write_mixture"),
 }
 
@@ -93,6 +94,8 @@ class DiffusionModel(ABC):
     Attributes:
         revision: The Hub's branch, tag or commit that was asked for.
         variant: The variant of the weights that was asked for.
+        optional_parts: The parts of the folder that can be left out.
+        without: Those that are.
         schedule: The noise process.
         prediction_type: The quantity that the denoiser predicts.
         latent_shape: [C, H, W] of one sample's latents.
@@ -110,6 +113,8 @@ class DiffusionModel(ABC):
 
     revision: str | None = None
     variant: str | None = None
+    optional_parts: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     schedule: NoiseSchedule
     prediction_type: PredictionType
     latent_shape: tuple[int, int, int]
@@ -353,6 +358,7 @@ class DiffusionModel(ABC):
             "image_size": self.image_size,
             "revision": self.revision,
             "variant": self.variant,
+            "without": self.without,
         }
         return _reload, (arguments, {name: getattr(self, name) for name in _SETTINGS if name in vars(self)})
 
@@ -414,7 +420,9 @@ def to_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return torch_dtype
 
 
-def _find_folder(source: str | os.PathLike[str], revision: str | None, variant: str | None) -> Path:
+def _find_folder(
+    source: str | os.PathLike[str], revision: str | None, variant: str | None, without: Sequence[str] = ()
+) -> Path:
     """Return the diffusers folder behind a name, a folder or a Hub id; a Hub's model is downloaded to its cache."""
     if source in _PACKAGED:
         return Path(str(files(__package__) / str(source)))
@@ -437,7 +445,9 @@ def _find_folder(source: str | os.PathLike[str], revision: str | None, variant: 
 
     try:
         return Path(
-            DiffusionPipeline.download(str(source), revision=revision, variant=variant, trust_remote_code=False)
+            DiffusionPipeline.download(
+                str(source), revision=revision, variant=variant, trust_remote_code=False, **dict.fromkeys(without)
+            )
         )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
@@ -454,6 +464,7 @@ def load_model(
     image_size: ImageSize | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    without: Sequence[str] = (),
 ) -> DiffusionModel:
     """Return a diffusion model; its networks load when they are first needed.
 
@@ -469,18 +480,22 @@ def load_model(
         revision: The Hub's branch, tag or commit.
         variant: The variant of the files of weights, such as "fp16" for `model.fp16.safetensors`;
             a network that has no such file is read from its plain one.
+        without: The parts of the folder that are left out, as the model's pipeline can: ("text_encoder_3",) is Stable
+            Diffusion 3 without T5, its largest text encoder.
 
     Raises:
         FileNotFoundError: there is no such model, or its folder is not whole.
-        TypeError: `source` is none of these.
+        TypeError: `source` is none of these, or `without` no sequence of names.
         ValueError: its family is not supported, its folder holds something that is not understood, or `image_size`,
-            `dtype`, `device` or `variant` cannot be had.
+            `dtype`, `device`, `variant` or `without` cannot be had.
     """
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"the model must be a name, a diffusers folder or a Hub id, got {source!r}")
     if variant is not None and (not isinstance(variant, str) or not variant):
         raise ValueError(f'variant must be None or a name such as "fp16", got {variant!r}')
-    path = _find_folder(source, revision, variant)
+    if isinstance(without, str) or not all(isinstance(part, str) for part in without):
+        raise TypeError(f'without must be a sequence of names, such as ("text_encoder_3",); got {without!r}')
+    path = _find_folder(source, revision, variant, without)
     is_folder = source not in _PACKAGED and Path(source).expanduser().absolute() == path
     return _open(
         str(path) if is_folder else os.fspath(source),
@@ -490,6 +505,7 @@ def load_model(
         image_size=image_size,
         revision=revision,
         variant=variant,
+        without=tuple(without),
     )
 
 
@@ -502,6 +518,7 @@ def _open(
     image_size: ImageSize | None,
     revision: str | None,
     variant: str | None,
+    without: tuple[str, ...],
 ) -> DiffusionModel:
     """Return the model of a folder."""
     class_name = read_config(path / "model_index.json").get("_class_name")
@@ -512,6 +529,10 @@ def _open(
         )
     module, _, name = _FAMILIES[class_name][0].partition(":")
     family = getattr(importlib.import_module(f".{module}", __package__), name)
+    for part in without:
+        if part not in family.optional_parts:
+            allowed = ", ".join(family.optional_parts) or "none"
+            raise ValueError(f"without={part!r}: no part that {source!r} can do without, which are: {allowed}")
     with outside_inference_mode():
         model = family(
             source,
@@ -521,6 +542,7 @@ def _open(
             image_size=image_size,
             default_guidance_scale=_PACKAGED.get(source, family.default_guidance_scale),
             variant=variant,
+            **({"without": without} if without else {}),
         )
     model.revision, model.variant = revision, variant
     return model

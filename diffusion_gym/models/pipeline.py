@@ -63,9 +63,10 @@ class PipelineModel(DiffusionModel):
         image_size: ImageSize | None,
         default_guidance_scale: float,
         variant: str | None,
+        without: tuple[str, ...] = (),
     ) -> None:
         super().__init__(source, path, device=device, dtype=dtype, default_guidance_scale=default_guidance_scale)
-        self._variant = variant
+        self._variant, self.without = variant, without
         self._files: dict[str, tuple[Path, str | None]] = {}
         self._index = read_config(path / "model_index.json")
         check_components(self._index, self.components, path / "model_index.json")
@@ -89,14 +90,17 @@ class PipelineModel(DiffusionModel):
         check_weights(empty, self._files[name][0])
         return empty
 
-    def _examined_vae(self, latent_channels: Mapping[str, int], config: Path) -> Any:
+    def _examined_vae(
+        self, latent_channels: Mapping[str, int], config: Path, *, understood: Mapping[str, Values] = VAE
+    ) -> Any:
         """Return the autoencoder without its weights, after a check that the denoiser takes and returns its latents.
 
         Args:
             latent_channels: The denoiser's numbers of channels, by their keys.
             config: The denoiser's configuration, for the message.
+            understood: The values of the autoencoder's configuration that are understood.
         """
-        vae = self._examined(AutoencoderKL, "vae", VAE)
+        vae = self._examined(AutoencoderKL, "vae", understood)
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         for key, value in latent_channels.items():
             if value != vae.config.latent_channels:

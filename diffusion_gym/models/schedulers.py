@@ -16,17 +16,12 @@ from .understood import FLOW_SCHEDULER, SCHEDULER, check_values, keys_of, schedu
 FLOW = FlowMatchEulerDiscreteScheduler.__name__
 
 
-def _class_of(config: Mapping[str, Any], class_name: object, file: Path, *, default: str) -> object:
-    """Return the name of a scheduler's class: a name that was given, or the file's; with a warning if they differ."""
-    written = config.get("_class_name", default if class_name is None else class_name)
-    if class_name is None or written == class_name:
-        return written
+def _warn_of_two_classes(written: object, name: object, file: Path) -> None:
     warnings.warn(
-        f"{file}: _class_name is {written!r}, model_index.json beside it says {class_name!r}, which is what diffusers' "
+        f"{file}: _class_name is {written!r}, model_index.json beside it says {name!r}, which is what diffusers' "
         "pipeline takes, and this package: make them one",
         stacklevel=3,
     )
-    return class_name
 
 
 def discrete_schedule(
@@ -48,8 +43,11 @@ def discrete_schedule(
     """
     file = folder / "scheduler_config.json"
     config = read_config(file)
-    name = _class_of(config, class_name, file, default="DDIMScheduler")
+    written = config.get("_class_name", "DDIMScheduler" if class_name is None else class_name)
+    name = written if class_name is None else class_name
     scheduler_type = scheduler_class(name, file)
+    if written != name:
+        _warn_of_two_classes(written, name, file)
     check_values(config, scheduler_type, SCHEDULER, file)
     defaults = keys_of(scheduler_type)
     ignored_keys = {key for key, understood in SCHEDULER.items() if not understood.is_refused}  # the folder's own walk
@@ -101,12 +99,15 @@ def flow_schedule(
     """
     file = folder / "scheduler_config.json"
     config = read_config(file)
-    name = _class_of(config, class_name, file, default=FLOW)
+    written = config.get("_class_name", FLOW if class_name is None else class_name)
+    name = written if class_name is None else class_name
     if name != FLOW:
         raise ValueError(
             f"{file}: the scheduler {name!r} is not understood: allowed is {FLOW}. If the model can be sampled with "
             "Euler's steps, write that there and in model_index.json"
         )
+    if written != name:
+        _warn_of_two_classes(written, name, file)
     if is_even and config.get("use_flow_sigmas"):  # no key of the class, but its pipeline looks for it
         raise ValueError(f"{file}: use_flow_sigmas={config['use_flow_sigmas']!r} is not understood: remove it")
     check_values(config, FlowMatchEulerDiscreteScheduler, FLOW_SCHEDULER, file)

@@ -1,7 +1,7 @@
 """The text encoders of a diffusers folder, each with its tokenizer: examined at once, loaded when first used."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ class TextEncoder:
         network: The network's class.
         config: Its configuration's class.
         tokenizer: The tokenizer's class.
-        limit: The most tokens of a prompt; None: as many as the tokenizer and the network take.
+        limit: The most tokens of a prompt; None: as many as the tokenizer and the network take. T5 takes any number, so
+            it is given exactly as many.
 
     Attributes:
         config: The network's configuration.
@@ -79,6 +80,8 @@ class TextEncoder:
                 f"{folder / 'tokenizer_config.json'}: model_max_length must be a number above 2 (first and last token "
                 f"are marks), got {longest!r}: {cure}"
             )
+        if positions is None and limit is not None:
+            return limit
         return int(min(bound for bound in (longest, positions, limit) if bound is not None))
 
     @cached_property
@@ -92,11 +95,11 @@ class TextEncoder:
                 "restore the files that came with the model"
             ) from error
 
-    def outputs(self, network: nn.Module, prompts: Sequence[str]) -> list[Mapping[str, Any]]:
+    def outputs(self, network: nn.Module, prompts: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         """Return what the network says of each prompt, padded to `limit` tokens, with its hidden states.
 
         The prompts are read one by one, so that a prompt's embedding does not depend on which others are asked for
-        with it.
+        with it; and each when it is asked for, so that the hidden states of a large network are held for one alone.
 
         Args:
             network: The loaded network.
@@ -116,16 +119,16 @@ class TextEncoder:
         device = next(network.parameters()).device
         ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
         masked = getattr(self.config, "use_attention_mask", False)
-        return [
+        return (
             network(
                 ids[row : row + 1],
                 attention_mask=mask[row : row + 1] if masked else None,
                 output_hidden_states=True,
             )
             for row in range(len(prompts))
-        ]
+        )
 
 
-def stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+def stacked(rows: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return one tensor [P, …] of tensors [1, …], one for each prompt, in float32."""
     return torch.cat([row.float() for row in rows])

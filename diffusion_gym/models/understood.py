@@ -131,6 +131,8 @@ VAE: Mapping[str, Values] = {
     "scaling_factor": Values(lambda value: _is_number(value) and value > 0, "a number above 0"),
 }
 
+SHIFTED_VAE: Mapping[str, Values] = {**VAE, "shift_factor": Values(_is_number, "a number")}
+
 # Schedulers whose timesteps are those of `DiscreteVPSchedule`, and those that take other ones unless "trailing".
 _SAME_TIMES = (
     "DDIMParallelScheduler",
@@ -194,7 +196,7 @@ def _may_be(value: object, parameter: inspect.Parameter) -> bool:
 
 
 def check_values(config: Mapping[str, Any], network: type, understood: Mapping[str, Values], file: Path) -> None:
-    """Check that all values of a configuration are understood.
+    """Check that all values of a configuration are understood; a key that is not there has its class's default.
 
     Args:
         config: The file's content.
@@ -207,8 +209,8 @@ def check_values(config: Mapping[str, Any], network: type, understood: Mapping[s
     """
     keys = keys_of(network)
     for key, values in understood.items():
-        if key in keys and key in config and not values.allowed(config[key]):
-            message = f"{file}: {key} must be {values.words} for this package, got {config[key]!r}: {values.cure}"
+        if key in keys and not values.allowed(value := config.get(key, keys[key])):
+            message = f"{file}: {key} must be {values.words} for this package, got {value!r}: {values.cure}"
             if values.is_refused:
                 raise ValueError(message)
             warnings.warn(message, stacklevel=2)
