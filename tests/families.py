@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
-from tests.tiny import make_tiny_stable_diffusion, make_tiny_stable_diffusion_3
+from tests.tiny import make_tiny_flux, make_tiny_stable_diffusion, make_tiny_stable_diffusion_3
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Family:
         settings: Further arguments of the pipeline's call.
         packed: Latents as the pipeline's call takes them.
         guidance_scale: One that has an effect, where there is any.
-        image_sizes: Sizes to draw at, not square too; the first is the folder's own.
+        image_sizes: Sizes to draw at, not square too; the first is the folder's own, unless it is told.
+        told_size: The first size, where the folder's own is too large for tests.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Family:
     packed: Callable[[Tensor], Tensor] = lambda latents: latents
     guidance_scale: float = 4.0
     image_sizes: tuple[tuple[int, int], ...] = ((16, 16), (16, 24), (32, 16))
+    told_size: tuple[int, int] | None = None
 
     def draw(self, folder: Path, prompts: list[str], latents: Tensor, *, num_steps: int, **more: Any) -> Tensor:
         """Return the images [B, 3, H, W] in [0, 1] that the folder's plain diffusers pipeline draws from noise."""
@@ -60,6 +62,11 @@ def open_pipeline(folder: Path) -> DiffusionPipeline:
     return pipeline
 
 
+def _packed(latents: Tensor) -> Tensor:
+    batch, channels, height, width = latents.shape
+    return FluxPipeline._pack_latents(latents, batch, channels, height, width)
+
+
 FAMILIES = (
     Family("stable-diffusion", partial(make_tiny_stable_diffusion, steps_offset=1)),
     Family("stable-diffusion-3", make_tiny_stable_diffusion_3),
@@ -67,5 +74,13 @@ FAMILIES = (
         "stable-diffusion-3-without-t5",
         partial(make_tiny_stable_diffusion_3, with_t5=False, use_dynamic_shifting=True),
         {"max_sequence_length": 0},
+    ),
+    Family("flux-dev", make_tiny_flux, packed=_packed, told_size=(16, 16)),
+    Family(
+        "flux-schnell",
+        partial(make_tiny_flux, is_schnell=True),
+        packed=_packed,
+        guidance_scale=0.0,
+        told_size=(16, 16),
     ),
 )

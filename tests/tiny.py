@@ -6,12 +6,13 @@ import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from tokenizers import Tokenizer, models, processors
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     T5Config,
     T5EncoderModel,
@@ -121,6 +122,27 @@ def make_tiny_stable_diffusion_3(folder: Path, *, with_t5: bool = True, **schedu
         ).save_pretrained(folder / "transformer")
     index |= {"transformer": ["diffusers", "SD3Transformer2DModel"]}
     return _write_flow(folder, index, {"shift": 3.0, **scheduler_config})
+
+
+def make_tiny_flux(folder: Path, *, is_schnell: bool = False) -> Path:
+    """Write a FluxPipeline folder as of [dev] or [schnell]: one block of each kind, 16 channels packed to 64."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {"_class_name": "FluxPipeline", **_write_clip_text(folder, "text_encoder", CLIPTextModel, seed=0)}
+    index |= _write_t5(folder, "text_encoder_2", width=48)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        FluxTransformer2DModel(
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            pooled_projection_dim=32,
+            guidance_embeds=not is_schnell,
+            axes_dims_rope=(4, 6, 6),
+        ).save_pretrained(folder / "transformer")
+    index |= {"transformer": ["diffusers", "FluxTransformer2DModel"]}
+    return _write_flow(folder, index, {"shift": 1.0} if is_schnell else {"shift": 3.0, "use_dynamic_shifting": True})
 
 
 def _write_flow(folder: Path, index: dict, scheduler: dict) -> Path:

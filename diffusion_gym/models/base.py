@@ -40,6 +40,7 @@ _PACKAGED = {"emoji": 4.0, "mixture": 1.0}
 _FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion:StableDiffusionModel", "Stable Diffusion 1.x, 2.x"),
     "StableDiffusion3Pipeline": ("stable_diffusion_3:StableDiffusion3Model", "Stable Diffusion 3, 3.5"),
+    "FluxPipeline": ("flux:FluxModel", "Flux.1"),
     "MixturePipeline": ("mixture:MixtureModel", "of write_mixture"),
 }
 

@@ -125,6 +125,10 @@ UNET: Mapping[str, Values] = {
     "norm_num_groups": Values(is_count, "a whole number of at least 1", _SAME_INPUTS),
 }
 
+FLUX: Mapping[str, Values] = {
+    "patch_size": _one_of((1,), "use a transformer whose latents are packed by the pipeline alone, as Flux.1's")
+}
+
 VAE: Mapping[str, Values] = {
     "in_channels": _one_of((3,), "use an autoencoder of RGB images"),
     "out_channels": _one_of((3,), "use an autoencoder of RGB images"),

@@ -35,15 +35,15 @@ def pipeline(folder):
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return load_model(folder)
+def model(family, folder):
+    return load_model(folder, image_size=family.told_size)
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 10])
 @pytest.mark.parametrize("size", range(3))
 def test_deterministic_samples_are_those_of_the_pipeline(family, folder, pipeline, size, num_steps):
     image_size = family.image_sizes[size]
-    model = load_model(folder, image_size=None if size == 0 else image_size)
+    model = load_model(folder, image_size=family.told_size if size == 0 else image_size)
     assert model.image_size == image_size
     noise = draw_noise(torch.empty(2, *model.latent_shape), torch.Generator().manual_seed(0))
     conditioning = model.encode_prompts(PROMPTS)
