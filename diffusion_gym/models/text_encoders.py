@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PretrainedConfig, PreTrainedModel
 
 from .folders import check_weights, empty_network, find_weights, read_config
+from .offloading import lent
 
 
 class TextEncoder:
@@ -29,6 +30,7 @@ class TextEncoder:
     Attributes:
         config: The network's configuration.
         limit: The most tokens of a prompt, first and last mark among them.
+        device: The device that the network is lent to while it reads; None: it stays where it is.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, or one does not fit the others.
@@ -46,6 +48,7 @@ class TextEncoder:
         limit: int | None = None,
     ) -> None:
         self.name, self.network = name, network
+        self.device: torch.device | None = None
         self._folder = path / name
         self._tokenizer_folder = path / name.replace("text_encoder", "tokenizer")
         self._tokenizer_type = tokenizer
@@ -116,17 +119,19 @@ class TextEncoder:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.limit, truncation=True, return_tensors="pt"
         )
-        device = next(network.parameters()).device
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        return self._read(network, tokens.input_ids, tokens.attention_mask)
+
+    def _read(self, network: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[Mapping[str, Any]]:
+        """Return what the network says of each row of tokens [P, limit]."""
         masked = getattr(self.config, "use_attention_mask", False)
-        return (
-            network(
-                ids[row : row + 1],
-                attention_mask=mask[row : row + 1] if masked else None,
-                output_hidden_states=True,
-            )
-            for row in range(len(prompts))
-        )
+        with lent(network, self.device) as device:
+            ids, mask = ids.to(device), mask.to(device)
+            for row in range(len(ids)):
+                yield network(
+                    ids[row : row + 1],
+                    attention_mask=mask[row : row + 1] if masked else None,
+                    output_hidden_states=True,
+                )
 
 
 def stacked(rows: Iterable[torch.Tensor]) -> torch.Tensor:
