@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def lent(network: nn.Module, device: torch.device | None) -> Iterator[torch.devi
             places.update(tensors)
 
 
-def _places(network: nn.Module) -> list[dict[str, Tensor | None]]:
+def _places(network: nn.Module) -> list[dict[str, Any]]:
     """Return the dictionaries in which a network's modules hold their weights."""
     return [places for module in network.modules() for places in (module._parameters, module._buffers)]
 

@@ -141,7 +141,11 @@ class PipelineModel(DiffusionModel):
         file, variant = self._files[name]
         with outside_inference_mode(), no_progress_bar():
             loaded = network.from_pretrained(
-                self.path, subfolder=name, variant=variant, use_safetensors=".safetensors" in file.name
+                self.path,
+                subfolder=name,
+                variant=variant,
+                use_safetensors=".safetensors" in file.name,
+                torch_dtype=dtype,  # else it would be made in float32: 48 GB for Flux
             )
             return self._frozen(loaded, dtype, is_offloaded=is_offloaded)
 
