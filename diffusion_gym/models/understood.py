@@ -126,7 +126,15 @@ UNET: Mapping[str, Values] = {
 }
 
 FLUX: Mapping[str, Values] = {
-    "patch_size": _one_of((1,), "use a transformer whose latents are packed by the pipeline alone, as Flux.1's")
+    "patch_size": _one_of((1,), "use a transformer whose latents are packed by the pipeline alone, as Flux.1's"),
+    "axes_dims_rope": Values(
+        lambda value: (
+            isinstance(value, list | tuple)
+            and len(value) == 3
+            and all(is_count(axis) and axis % 2 == 0 for axis in value)
+        ),
+        "three even numbers",
+    ),
 }
 
 VAE: Mapping[str, Values] = {

@@ -72,6 +72,20 @@ def test_one_update_of_each_algorithm(family, model, algorithm, precision, adapt
     assert trained(learner)
 
 
+def test_lora_over_weights_in_half_precision(family, folder):
+    model = load_model(folder, dtype="bfloat16", image_size=family.told_size)
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=2, model=model, reward="brightness")
+    policy = DenoisingPolicy(
+        model,
+        adaptation=LoRA(rank=2),
+        guidance_scale=family.guidance_scale,
+        gradient_checkpointing=True,
+        seed=0,
+    )
+    rollouts = Rollouts(samples=4, group_size=4)
+    assert trained(GRPO(policy, env, learning_rate=1e-2, batch_size=4, rollouts=rollouts, seed=0))
+
+
 def test_one_update_of_a_time_predictor(family, model):
     env = gym.make_vec(
         "TimePredictionMDP-v0",

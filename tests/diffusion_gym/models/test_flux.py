@@ -89,6 +89,8 @@ def test_images_are_whole_patches(dev, size):
     [
         ({"patch_size": 2}, "patch_size must be 1 for this package, got 2: use a transformer whose latents are packed"),
         ({"axes_dims_rope": [4, 4, 4]}, r"axes_dims_rope \[4, 4, 4\] must sum to attention_head_dim, 16"),
+        ({"axes_dims_rope": 2}, "axes_dims_rope must be three even numbers for this package, got 2"),
+        ({"axes_dims_rope": [5, 5, 6]}, "axes_dims_rope must be three even numbers"),
         ({"in_channels": 384}, r"lacks|of shape"),
     ],
 )
