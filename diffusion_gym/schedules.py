@@ -5,16 +5,18 @@ variance-exploding (VE) models. All functions are stateless, work in float64 for
 other dtype, and return tensors of the shape and on the device of `t`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
+FlowSpacing = Literal["twice_shifted", "full", "even"]
 
 
 def as_float(values: Tensor) -> Tensor:
@@ -251,17 +253,30 @@ class FlowSchedule(NoiseSchedule):
     Esser et al., 2024, https://arxiv.org/abs/2403.03206.
 
     Args:
-        shift: The sampling grid's shift, t → shift·t / (1 + (shift − 1)·t); 3 for Stable Diffusion 3.
-        num_train_timesteps: The grid's finest resolution: it starts from 1 and its last noisy time is the shifted
-            1 / num_train_timesteps, as diffusers' `FlowMatchEulerDiscreteScheduler`.
+        shift: The sampling grid's shift, t → shift·t / (1 + (shift − 1)·t), positive; 3 for Stable Diffusion 3.
+        num_train_timesteps: The grid's finest resolution.
+        spacing: The last noisy time before the shift; all times before it are evenly spaced from 1.
+            "twice_shifted": the shifted 1/num_train_timesteps, as diffusers' `FlowMatchEulerDiscreteScheduler` has it.
+            "full": 1/num_train_timesteps, as that scheduler with a shift that depends on the image's size.
+            "even": 1/num_steps, as diffusers' Flux pipeline.
+
+    Raises:
+        ValueError: `shift` is not positive, or `spacing` none of these.
     """
 
     is_flow: ClassVar[bool] = True
     shift: float = 1.0
     num_train_timesteps: int = 1000
+    spacing: FlowSpacing = "twice_shifted"
     clean: float = field(default=0.0, init=False)
     max_time: float = field(default=1.0, init=False)
     min_noise_ratio: float = field(default=0.01, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift must be a finite number above 0, got {self.shift!r}")
+        if self.spacing not in get_args(FlowSpacing):
+            raise ValueError(f"spacing must be one of {get_args(FlowSpacing)}, got {self.spacing!r}")
 
     @override
     def alpha(self, t: Tensor) -> Tensor:
@@ -282,12 +297,16 @@ class FlowSchedule(NoiseSchedule):
     @override
     def timesteps(self, num_steps: int) -> Tensor:
         num_steps = checked_num_steps(num_steps)
-        smallest = self._shifted(torch.tensor(1 / self.num_train_timesteps, dtype=torch.float64))
-        grid = self._shifted(torch.linspace(1.0, float(smallest), num_steps, dtype=torch.float64))
+        last = torch.tensor(
+            1 / (num_steps if self.spacing == "even" else self.num_train_timesteps), dtype=torch.float64
+        )
+        if self.spacing == "twice_shifted":
+            last = self._shifted(last)
+        grid = self._shifted(torch.linspace(1.0, float(last), num_steps, dtype=torch.float64))
         return torch.cat([grid, grid.new_zeros(1)])
 
     def _shifted(self, t: Tensor) -> Tensor:
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return self.shift * t / (self.shift * t + (1 - t))  # exactly 1 at 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """The families of models, each as a small folder of the real classes with random weights: a new one is a line here."""
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from diffusion_gym.models import DiffusionModel
 from diffusion_gym.samplers import DDIM, Consistency, Sampler
 from diffusion_gym.transitions import transition
-from tests.tiny import make_tiny_latent_consistency, make_tiny_stable_diffusion, make_tiny_stable_diffusion_xl
+from tests.tiny import (
+    make_tiny_flux,
+    make_tiny_latent_consistency,
+    make_tiny_stable_diffusion,
+    make_tiny_stable_diffusion_3,
+    make_tiny_stable_diffusion_xl,
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,9 @@ class Family:
         settings: Further arguments of the pipeline's call.
         packed: Latents as the pipeline's call takes them.
         guidance_scale: One that has an effect, where there is any.
-        image_sizes: Sizes to draw at, not square too; the first is the folder's own.
+        image_sizes: Sizes to draw at, not square too; the first is the folder's own, unless it is told.
         sampler: The steps of the pipeline's scheduler.
+        told_size: The first size, where the folder's own is too large for tests.
     """
 
     name: str
@@ -39,6 +47,7 @@ class Family:
     guidance_scale: float = 4.0
     image_sizes: tuple[tuple[int, int], ...] = ((16, 16), (16, 24), (32, 16))
     sampler: Sampler = DDIM(0.0)
+    told_size: tuple[int, int] | None = None
 
     @torch.no_grad()
     def sample(
@@ -87,13 +96,34 @@ def _generators(number: int) -> list[torch.Generator]:
 
 def open_pipeline(folder: Path) -> DiffusionPipeline:
     """Return a folder's plain pipeline, in float32."""
-    pipeline = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if value == [None, None]}  # diffusers wants it said again
+    pipeline = DiffusionPipeline.from_pretrained(folder, **absent).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _packed(latents: Tensor) -> Tensor:
+    batch, channels, height, width = latents.shape
+    return FluxPipeline._pack_latents(latents, batch, channels, height, width)
 
 
 FAMILIES = (
     Family("stable-diffusion", partial(make_tiny_stable_diffusion, steps_offset=1)),
     Family("stable-diffusion-xl", make_tiny_stable_diffusion_xl),
     Family("latent-consistency", make_tiny_latent_consistency, sampler=Consistency()),
+    Family("stable-diffusion-3", make_tiny_stable_diffusion_3),
+    Family(
+        "stable-diffusion-3-without-t5",
+        partial(make_tiny_stable_diffusion_3, with_t5=False, use_dynamic_shifting=True),
+        {"max_sequence_length": 0},
+    ),
+    Family("flux-dev", make_tiny_flux, packed=_packed, told_size=(16, 16)),
+    Family(
+        "flux-schnell",
+        partial(make_tiny_flux, is_schnell=True),
+        packed=_packed,
+        guidance_scale=0.0,
+        told_size=(16, 16),
+    ),
 )

@@ -2,11 +2,21 @@
 
 import json
 import shutil
+import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from tokenizers import Tokenizer, models, processors
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 EMOJI = Path(__file__).parents[1] / "diffusion_gym" / "models" / "emoji"
 
@@ -129,3 +139,138 @@ def make_tiny_clip(folder: Path, *, image_size: int = 32) -> Path:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
     return folder
+
+
+def make_tiny_stable_diffusion_3(folder: Path, *, with_t5: bool = True, **scheduler_config) -> Path:
+    """Write a StableDiffusion3Pipeline folder: 8×8 latents in patches of 2×2, the emoji tokenizer, T5 or none.
+
+    With T5 it is as 3.5: normalised queries and a second attention; without, the package's key says 0 tokens of it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    for number, name in enumerate(("text_encoder", "text_encoder_2")):
+        index |= _write_clip_text(folder, name, CLIPTextModelWithProjection, seed=number, projection_dim=24)
+    if with_t5:
+        index |= _write_t5(folder, "text_encoder_3", width=80)
+    else:
+        index["_max_sequence_length"] = 0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        SD3Transformer2DModel(
+            sample_size=8,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=80,
+            caption_projection_dim=32,
+            pooled_projection_dim=48,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,) if with_t5 else (),
+            qk_norm="rms_norm" if with_t5 else None,
+        ).save_pretrained(folder / "transformer")
+    index |= {"transformer": ["diffusers", "SD3Transformer2DModel"]}
+    return _write_flow(folder, index, {"shift": 3.0, **scheduler_config})
+
+
+def make_tiny_flux(folder: Path, *, is_schnell: bool = False) -> Path:
+    """Write a FluxPipeline folder as of [dev] or [schnell]: one block of each kind, 16 channels packed to 64."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {"_class_name": "FluxPipeline", **_write_clip_text(folder, "text_encoder", CLIPTextModel, seed=0)}
+    index |= _write_t5(folder, "text_encoder_2", width=48)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        FluxTransformer2DModel(
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            pooled_projection_dim=32,
+            guidance_embeds=not is_schnell,
+            axes_dims_rope=(4, 6, 6),
+        ).save_pretrained(folder / "transformer")
+    index |= {"transformer": ["diffusers", "FluxTransformer2DModel"]}
+    return _write_flow(folder, index, {"shift": 1.0} if is_schnell else {"shift": 3.0, "use_dynamic_shifting": True})
+
+
+def _write_flow(folder: Path, index: dict, scheduler: dict) -> Path:
+    """Write what the flows have in common: an autoencoder of 16 channels, the scheduler, and the index."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            norm_num_groups=4,
+            sample_size=16,
+            latent_channels=16,
+            scaling_factor=1.5,
+            shift_factor=0.06,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ).save_pretrained(folder / "vae")
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    index |= {"scheduler": ["diffusers", config["_class_name"]], "vae": ["diffusers", "AutoencoderKL"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _write_clip_text(folder: Path, name: str, network: type, *, seed: int, **config) -> dict:
+    """Write a CLIP text encoder with the emoji tokenizer, and return their lines of the index."""
+    tokenizer = name.replace("text_encoder", "tokenizer")
+    shutil.copytree(EMOJI / "tokenizer", folder / tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text = CLIPTextConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=3037,
+            bos_token_id=3035,
+            eos_token_id=3036,
+            pad_token_id=3036,
+            max_position_embeddings=16,
+            initializer_factor=10.0,
+            **config,
+        )
+        network(text).save_pretrained(folder / name)
+    return {name: ["transformers", network.__name__], tokenizer: ["transformers", "CLIPTokenizer"]}
+
+
+def _write_t5(folder: Path, name: str, *, width: int) -> dict:
+    """Write a T5 encoder with a tokenizer that knows single letters, and return their lines of the index."""
+    tokenizer = name.replace("text_encoder", "tokenizer")
+    marks = ["<pad>", "</s>", "<unk>"]
+    letters = "▁" + string.ascii_letters + string.digits + string.punctuation
+    vocabulary = Tokenizer(models.Unigram([*((mark, 0.0) for mark in marks), *((c, -3.0) for c in letters)], unk_id=2))
+    vocabulary.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    vocabulary.add_special_tokens(marks)
+    (folder / tokenizer).mkdir()
+    vocabulary.save(str(folder / tokenizer / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "model_max_length": 512,
+        "extra_ids": 0,
+        "additional_special_tokens": [],
+        **dict(zip(("pad_token", "eos_token", "unk_token"), marks, strict=True)),
+    }
+    (folder / tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        t5 = T5Config(
+            vocab_size=100,
+            d_model=width,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+            tie_word_embeddings=False,
+        )
+        T5EncoderModel(t5).save_pretrained(folder / name)
+    return {name: ["transformers", "T5EncoderModel"], tokenizer: ["transformers", "T5TokenizerFast"]}

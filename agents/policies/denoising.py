@@ -237,6 +237,7 @@ class DenoisingPolicy(Policy):
                 "image_size": list(self.model.image_size),
                 "revision": self.model.revision,
                 "variant": self.model.variant,
+                "without": list(self.model.without),
                 "sample": sample_weights(self.model.denoiser),
             },
             sampler=described(self.sampler),

@@ -119,12 +119,15 @@ def check_weights(network: nn.Module, weights: Path, *, prefix: str = "") -> Non
         FileNotFoundError, ValueError: it does not.
     """
     shapes: Mapping[str, tuple[int, ...]] = {key.removeprefix(prefix): shape for key, shape in _shapes(weights).items()}
-    for name, parameter in network.named_parameters():
-        name = name.removeprefix(prefix)
+    names: dict[int, list[str]] = {}  # of one parameter: T5's embedding has two, and files have either
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.removeprefix(prefix))
+    for parameter in network.parameters():
+        name, *further_names = names[id(parameter)]
         old_name = name
         for before, after in _OLD_ATTENTION.items():
             old_name = old_name.replace(after, before)
-        shape = shapes.get(name, shapes.get(old_name))
+        shape = next((shapes[key] for key in (name, old_name, *further_names) if key in shapes), None)
         if shape is None:
             raise ValueError(
                 f"{weights} lacks {name}, which config.json beside it describes: the two do not belong together"

@@ -1,12 +1,14 @@
 """LoRA files that open whole in diffusers' `load_lora_weights`, and in programs that read only names and alphas."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import FluxLoraLoaderMixin, SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from .weights import read_weights, require_weights
 
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _UNET = "lora_unet_"
+_TRANSFORMER = "transformer."
+_METADATA = "lora_adapter_metadata"
 _HALVES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
@@ -71,14 +75,40 @@ def load_unet_lora(denoiser: nn.Module, folder: Path) -> None:
     weights = read_weights(file)
     if not any(name.startswith(_UNET) for name in weights):
         return _set(denoiser, _from_diffusers(weights), folder)
-    alpha = _config(denoiser).lora_alpha
-    expected = _kohya(_layers(denoiser), alpha)
+    expected = _kohya(_layers(denoiser), _config(denoiser).lora_alpha)
     require_weights(weights, expected, file=file, owner="this denoiser's LoRA layers")
-    alphas = {float(weights[name]) for name in weights if name.endswith(".alpha")}
-    if alphas != {float(torch.tensor(alpha, dtype=torch.float32))}:
-        raise ValueError(f"{file} has lora_alpha {sorted(alphas)}, this denoiser's LoRA layers {alpha}")
+    _check_alphas({float(weights[name]) for name in weights if name.endswith(".alpha")}, denoiser, file)
     names = {_kohya_name(name): name for name in _layers(denoiser)}
     return _set(denoiser, {names[name]: weights[name] for name in weights if name in names}, folder)
+
+
+def _check_alphas(alphas: set[float], denoiser: nn.Module, file: Path) -> None:
+    """Raise ValueError unless a file's alphas are all that of a denoiser's LoRA layers."""
+    alpha = _config(denoiser).lora_alpha
+    if alphas != {float(torch.tensor(alpha, dtype=torch.float32))}:
+        raise ValueError(f"{file} has lora_alpha {sorted(alphas)}, this denoiser's LoRA layers {alpha}")
+
+
+def save_transformer_lora(
+    denoiser: nn.Module, folder: Path, pipeline: type[SD3LoraLoaderMixin] | type[FluxLoraLoaderMixin]
+) -> None:
+    """Write a transformer's LoRA layers as diffusers does: by peft's names, and the alpha in the file's metadata."""
+    pipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=_layers(denoiser),
+        transformer_lora_adapter_metadata=_config(denoiser).to_dict(),
+    )
+
+
+def load_transformer_lora(denoiser: nn.Module, folder: Path) -> None:
+    """Read what `save_transformer_lora` wrote; the errors are those of `load_lora`."""
+    file = folder / _LORA_FILE
+    weights = read_weights(file)
+    with safe_open(file, "pt") as opened:
+        settings = json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+    if f"{_TRANSFORMER}lora_alpha" in settings:
+        _check_alphas({float(settings[f"{_TRANSFORMER}lora_alpha"])}, denoiser, file)
+    _set(denoiser, {name.removeprefix(_TRANSFORMER): weight for name, weight in weights.items()}, folder)
 
 
 def _kohya_name(name: str) -> str:

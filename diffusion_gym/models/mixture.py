@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
+from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..transitions import draw_noise
 from .base import Conditioning, DiffusionModel, ImageSize, outside_inference_mode
 from .folders import check_weights, empty_network, find_weights, read_config
 from .lora import load_lora, save_lora
-from .schedulers import discrete_schedule
+from .schedulers import FLOW, discrete_schedule, flow_schedule
 
 ANYTHING = "anything"
 
@@ -55,11 +55,17 @@ class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
         p(x_0) = Σ_k w_k·N(m_k, s_k²·I)    p(x_t) = Σ_k w_k·N(α·m_k, v_k·I),  v_k = α²·s_k² + σ²
         E[x_0|x_t] = Σ_k p(k|x_t)·(m_k + α·s_k²/v_k·(x_t − α·m_k))    ε̂ = (x_t − α·E[x_0|x_t])/σ
 
+    On a flow it is the velocity ε̂ − E[x_0|x_t], which says all at t = 1 too, where ε̂ = x_t says nothing of x_0.
+
     Args:
         means: [K, d] the components' means m_k.
         stds: [K] their standard deviations s_k.
         weights: [K] their weights w_k, which need not sum to 1.
         width: The hidden layers' width.
+        prediction_type: "epsilon", or "flow" for the velocity.
+
+    Raises:
+        ValueError: they do not describe a mixture.
     """
 
     centres: Tensor
@@ -68,10 +74,18 @@ class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @register_to_config
     def __init__(
-        self, means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float], width: int = 64
+        self,
+        means: Sequence[Sequence[float]],
+        stds: Sequence[float],
+        weights: Sequence[float],
+        width: int = 64,
+        prediction_type: str = "epsilon",
     ) -> None:
         super().__init__()
         _check_components(means, stds, weights)
+        if prediction_type not in ("epsilon", "flow"):
+            raise ValueError(f'prediction_type must be "epsilon" or "flow", got {prediction_type!r}')
+        self.is_flow = prediction_type == "flow"
         self.register_buffer("centres", torch.tensor(means, dtype=torch.float32), persistent=False)
         self.register_buffer("variances", torch.tensor(stds, dtype=torch.float32).square(), persistent=False)
         self.register_buffer("log_weights", torch.tensor(weights, dtype=torch.float32).log(), persistent=False)
@@ -107,13 +121,17 @@ class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def forward(
         self, latents: Tensor, alpha: Tensor, sigma: Tensor, present: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """Return ε̂ [B, d], the two hidden layers [B, width] each, and the time's embedding [B, 2·8].
+        """Return ε̂ or the velocity [B, d], the two hidden layers [B, width] each, and the time's embedding [B, 2·8].
 
         The arguments are those of `log_joint`.
         """
         x = as_float(latents)
-        exact = (x - alpha[:, None] * self.posterior_mean(x, alpha, sigma, present)) / sigma[:, None]
-        angles = torch.log(sigma / alpha)[:, None] * (2.0 ** torch.arange(_FREQUENCIES, device=x.device) / 8)
+        x0 = self.posterior_mean(x, alpha, sigma, present)
+        epsilon = (x - alpha[:, None] * x0) / sigma[:, None]
+        exact = epsilon - x0 if self.is_flow else epsilon
+        # log σ/α of a flow is infinite at t = 1; 10·σ spans about as much as DDPM's.
+        level = 10 * sigma if self.is_flow else torch.log(sigma / alpha)
+        angles = level[:, None] * (2.0 ** torch.arange(_FREQUENCIES, device=x.device) / 8)
         embedding = torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype)
         inputs = torch.cat([x, embedding, present], -1).to(self.first.weight.dtype)
         first = F.silu(self.first(inputs))
@@ -126,7 +144,7 @@ class MixtureModel(DiffusionModel):
 
     Prompts name the components that a sample may come from: "north", "north and south", or "anything" for all of them
     (as the empty text does). "mixture" itself has eight, on a circle of radius 2 in the plane, with standard deviation
-    0.25. The process is DDPM's (1,000 linear steps, ᾱ_T = 4·10⁻⁵).
+    0.25. The process is DDPM's (1,000 linear steps, ᾱ_T = 4·10⁻⁵); a folder may have any other, and a rectified flow.
 
     An "image" holds the sample's coordinates, x ↦ 0.5 + x/(2·extent), as colours of [3, 1, ⌈d/3⌉] pixels: `positions`
     is the way back. Coordinates beyond ±extent are cut off, which no sample near the mixture has.
@@ -175,9 +193,16 @@ class MixtureModel(DiffusionModel):
         self.default_prompts = (ANYTHING, *self.names)
         if image_size not in (None, self.image_shape[1], self.image_size):
             raise ValueError(f"a mixture's images are 1 pixel high, got image_size={image_size}")
-        self.schedule, self.prediction_type = discrete_schedule(path / "scheduler")
-        if self.prediction_type != "epsilon":
-            raise ValueError(f"{path / 'scheduler'}: a mixture predicts epsilon, got {self.prediction_type!r}")
+        self._examine_scheduler(path / "scheduler", config.get("prediction_type", "epsilon"))
+
+    def _examine_scheduler(self, folder: Path, predicted: str) -> None:
+        """Set the schedule, and the prediction type, which must be what the denoiser predicts."""
+        if read_config(folder / "scheduler_config.json").get("_class_name") == FLOW:
+            self.schedule, self.prediction_type = flow_schedule(folder), "flow"
+        else:
+            self.schedule, self.prediction_type = discrete_schedule(folder)
+        if self.prediction_type != predicted:
+            raise ValueError(f"{folder}: a mixture predicts {predicted}, got {self.prediction_type!r}")
 
     @cached_property
     def denoiser(self) -> MixtureDenoiser:
@@ -192,7 +217,7 @@ class MixtureModel(DiffusionModel):
 
         Args:
             latents: [B, d, 1, 1] x_t.
-            t: [B] the times; −1 is the clean end.
+            t: [B] the times; `schedule.clean` is the clean end.
             conditioning: What `encode_prompts` returns, [B, ...] each.
         """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
@@ -277,7 +302,8 @@ def write_mixture(
         weights: [K] their weights, positive; None: all the same.
         scheduler: The process, in the words of diffusers' `DDIMScheduler`. With `set_alpha_to_one` (its default) the
             last step goes to the clean end: no density, so no policy gradient reaches it. `trained_betas` makes any
-            process.
+            process; {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0} a rectified flow, in the words of
+            that class.
         width: The hidden layers' width of the network that is trained.
         seed: The seed of that network's first weights; its last layer is zero.
 
@@ -293,13 +319,20 @@ def write_mixture(
     if len(set(names)) != len(names) or any(name in (ANYTHING, "") or " and " in name for name in names):
         raise ValueError(f'names must differ, not be "{ANYTHING}", and not contain " and "; got {list(names)}')
     folder = Path(folder)
+    settings = {key: value for key, value in scheduler.items() if key != "_class_name"}
+    is_flow = scheduler.get("_class_name") == FLOW
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        denoiser = MixtureDenoiser([list(map(float, row)) for row in means], list(stds), weights, width)
+        denoiser = MixtureDenoiser(
+            [list(map(float, row)) for row in means], list(stds), weights, width, "flow" if is_flow else "epsilon"
+        )
     denoiser.save_pretrained(folder / MixtureModel.denoiser_folder)
-    betas = scheduler.get("trained_betas")
-    steps = {} if betas is None else {"num_train_timesteps": len(betas)}
-    DDIMScheduler(**{**steps, **scheduler}).save_pretrained(folder / "scheduler")
+    if is_flow:
+        FlowMatchEulerDiscreteScheduler(**settings).save_pretrained(folder / "scheduler")
+    else:
+        betas = scheduler.get("trained_betas")
+        steps = {} if betas is None else {"num_train_timesteps": len(betas)}
+        DDIMScheduler(**{**steps, **settings}).save_pretrained(folder / "scheduler")
     index = {"_class_name": "MixturePipeline", "names": list(names)}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder

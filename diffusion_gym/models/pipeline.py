@@ -16,11 +16,13 @@ import transformers
 from diffusers import AutoencoderKL, ModelMixin
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from ..loading import no_progress_bar
 from .base import Conditioning, DiffusionModel, ImageSize, as_image_size, outside_inference_mode
 from .folders import check_weights, empty_network, find_weights, read_config
+from .offloading import lent
 from .text_encoders import TextEncoder
 from .understood import VAE, Values, check_components, check_values, component
 
@@ -47,6 +49,7 @@ class PipelineModel(DiffusionModel):
             understood, or parts that do not fit each other.
     """
 
+    can_offload = True
     components: ClassVar[Mapping[str, tuple[str, ...]]]
     network: ClassVar[type[ModelMixin]]
     feature_layers: ClassVar[tuple[str, str, str]]
@@ -63,9 +66,10 @@ class PipelineModel(DiffusionModel):
         image_size: ImageSize | None,
         default_guidance_scale: float,
         variant: str | None,
+        without: tuple[str, ...] = (),
     ) -> None:
         super().__init__(source, path, device=device, dtype=dtype, default_guidance_scale=default_guidance_scale)
-        self._variant = variant
+        self._variant, self.without = variant, without
         self._files: dict[str, tuple[Path, str | None]] = {}
         self._index = read_config(path / "model_index.json")
         check_components(self._index, self.components, path / "model_index.json")
@@ -133,13 +137,17 @@ class PipelineModel(DiffusionModel):
         self.feature_shape = (features, rows, columns)
         self.time_embedding_size = time_embedding
 
-    def _loaded(self, network: Any, name: str, dtype: torch.dtype) -> Any:
+    def _loaded(self, network: Any, name: str, dtype: torch.dtype, *, is_offloaded: bool = False) -> Any:
         file, variant = self._files[name]
         with outside_inference_mode(), no_progress_bar():
             loaded = network.from_pretrained(
-                self.path, subfolder=name, variant=variant, use_safetensors=".safetensors" in file.name
+                self.path,
+                subfolder=name,
+                variant=variant,
+                use_safetensors=".safetensors" in file.name,
+                torch_dtype=dtype,  # else it would be made in float32: 48 GB for Flux
             )
-            return self._frozen(loaded, dtype)
+            return self._frozen(loaded, dtype, is_offloaded=is_offloaded)
 
     def _loaded_text_encoder(self, encoder: TextEncoder) -> nn.Module:
         """Return a text encoder's network, in float32."""
@@ -152,7 +160,16 @@ class PipelineModel(DiffusionModel):
                 trust_remote_code=False,
                 **{_DTYPE: torch.float32},
             )
-            return self._frozen(loaded, torch.float32)
+            encoder.device = self.device if self.offload else None
+            return self._frozen(loaded, torch.float32, is_offloaded=self.offload)
+
+    @override
+    def release_text_encoders(self) -> None:
+        with self._rows_lock:
+            released = {name: value for name, value in vars(self).items() if isinstance(value, PreTrainedModel)}
+            for name in released:
+                delattr(self, name)
+            self._states = [state for state in self._states if state[0] not in released.values()]
 
     @cached_property
     def denoiser(self) -> nn.Module:
@@ -161,7 +178,7 @@ class PipelineModel(DiffusionModel):
 
     @cached_property
     def _vae(self) -> AutoencoderKL:
-        return self._loaded(AutoencoderKL, "vae", torch.float32)
+        return self._loaded(AutoencoderKL, "vae", torch.float32, is_offloaded=self.offload)
 
     def _as_map(self, hidden: Tensor) -> Tensor:
         """Return a hidden layer as a map [B, C', h, w]."""
@@ -177,12 +194,14 @@ class PipelineModel(DiffusionModel):
 
     def _decode(self, latents: Tensor) -> Tensor:
         latents = latents / self._vae.config.scaling_factor + self._latent_shift
-        return (self._vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        with lent(self._vae, self.device if self.offload else None):
+            return (self._vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     @override
     def encode(self, images: Tensor) -> Tensor:
-        posterior = self._vae.encode(images.float() * 2 - 1).latent_dist
+        with lent(self._vae, self.device if self.offload else None):
+            posterior = self._vae.encode(images.float() * 2 - 1).latent_dist
         return (posterior.mode() - self._latent_shift) * self._vae.config.scaling_factor
 
 

@@ -1,19 +1,39 @@
 """diffusers' scheduler folders as noise schedules."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers import LCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
 from ..predictions import PredictionType
-from ..schedules import DiscreteVPSchedule, LatentConsistencySchedule
+from ..schedules import DiscreteVPSchedule, FlowSchedule, FlowSpacing, LatentConsistencySchedule
 from .folders import read_config
-from .understood import LCM_SCHEDULER, SCHEDULER, Values, check_values, keys_of, scheduler_class, warn_of_other_times
+from .understood import (
+    FLOW_SCHEDULER,
+    LCM_SCHEDULER,
+    SCHEDULER,
+    Values,
+    check_values,
+    keys_of,
+    scheduler_class,
+    warn_of_other_times,
+)
+
+FLOW = FlowMatchEulerDiscreteScheduler.__name__
 
 _Schedule = TypeVar("_Schedule", bound=DiscreteVPSchedule)
+
+
+def _warn_of_two_classes(written: object, name: object, file: Path) -> None:
+    warnings.warn(
+        f"{file}: _class_name is {written!r}, model_index.json beside it says {name!r}, which is what diffusers' "
+        "pipeline takes, and this package: make them one",
+        stacklevel=3,
+    )
 
 
 def discrete_schedule(
@@ -83,11 +103,7 @@ def _process(
     config = read_config(file)
     written = config.get("_class_name", scheduler.__name__)
     if written != scheduler.__name__:
-        warnings.warn(
-            f"{file}: _class_name is {written!r}, model_index.json beside it says {scheduler.__name__!r}, which is "
-            "what diffusers' pipeline takes, and this package: make them one",
-            stacklevel=3,
-        )
+        _warn_of_two_classes(written, scheduler.__name__, file)
     check_values(config, scheduler, understood, file)
     defaults = keys_of(scheduler)
     ignored_keys = {key for key, known in understood.items() if not known.is_refused}  # the folder's own walk
@@ -108,3 +124,70 @@ def _process(
     if values["prediction_type"] == "epsilon" and no_signal:
         raise ValueError(f"{file}: a zero-SNR schedule needs v_prediction or sample prediction, not epsilon")
     return schedule, values
+
+
+def flow_schedule(
+    folder: Path, *, class_name: object = None, tokens: int | None = None, is_even: bool = False
+) -> FlowSchedule:
+    """Return the rectified flow of a diffusers scheduler folder, with the grid on which its pipeline samples.
+
+    The shift is the file's, or, with `use_dynamic_shifting`, depends on the size of the image:
+
+        μ = base_shift + (max_shift − base_shift)·(tokens − base_image_seq_len) / (max_image_seq_len − …)
+        shift = exp(μ)   if time_shift_type is "exponential",   μ   if it is "linear"
+
+    Source: diffusers' `FlowMatchEulerDiscreteScheduler` and `calculate_shift` of its pipelines.
+
+    Args:
+        folder: The folder of `scheduler_config.json`.
+        class_name: The scheduler's class; None: the one that the file names.
+        tokens: The number of tokens of an image; None: the model's images have none.
+        is_even: The pipeline divides the time evenly before the shift, as Flux's does.
+
+    Raises:
+        FileNotFoundError, ValueError: the scheduler is not there, or none that is understood.
+    """
+    file = folder / "scheduler_config.json"
+    config = read_config(file)
+    written = config.get("_class_name", FLOW if class_name is None else class_name)
+    name = written if class_name is None else class_name
+    if name != FLOW:
+        raise ValueError(
+            f"{file}: the scheduler {name!r} is not understood: allowed is {FLOW}. If the model can be sampled with "
+            "Euler's steps, write that there and in model_index.json"
+        )
+    if written != name:
+        _warn_of_two_classes(written, name, file)
+    if is_even and config.get("use_flow_sigmas"):  # no key of the class, but its pipeline looks for it
+        raise ValueError(f"{file}: use_flow_sigmas={config['use_flow_sigmas']!r} is not understood: remove it")
+    check_values(config, FlowMatchEulerDiscreteScheduler, FLOW_SCHEDULER, file)
+    values: dict[str, Any] = {**keys_of(FlowMatchEulerDiscreteScheduler), **config}
+    spacing: FlowSpacing = "even" if is_even else "twice_shifted"
+    shift = values["shift"]
+    if values["use_dynamic_shifting"]:
+        spacing = "even" if is_even else "full"
+        shift = _dynamic_shift(values, tokens, file)
+    return FlowSchedule(shift, values["num_train_timesteps"], spacing)
+
+
+def _dynamic_shift(values: Mapping[str, Any], tokens: int | None, file: Path) -> float:
+    """Return the shift for images of a number of tokens.
+
+    Raises:
+        ValueError: the values give none.
+    """
+    if tokens is None:
+        raise ValueError(f"{file}: use_dynamic_shifting is for images, which this model has none of: set it to false")
+    keys = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    base_shift, max_shift, base_length, max_length = (values[key] for key in keys)
+    if base_shift is None or max_shift is None or base_length == max_length:
+        raise ValueError(
+            f"{file}: use_dynamic_shifting needs base_shift and max_shift, and two lengths that differ; got "
+            f"{ {key: values[key] for key in keys} }: restore the file that came with the model"
+        )
+    slope = (max_shift - base_shift) / (max_length - base_length)
+    mu = tokens * slope + (base_shift - slope * base_length)
+    shift = math.exp(mu) if values["time_shift_type"] == "exponential" else mu
+    if not shift > 0:
+        raise ValueError(f"{file}: for {tokens} tokens the shift is {shift:.3g}, which must be above 0")
+    return shift

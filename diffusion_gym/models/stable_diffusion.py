@@ -127,7 +127,7 @@ class StableDiffusionModel(UNetModel):
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         outputs = self._text.outputs(self._text_encoder, prompts)
-        return {"prompt_embeds": stacked([output["last_hidden_state"] for output in outputs])}
+        return {"prompt_embeds": stacked(output["last_hidden_state"] for output in outputs)}
 
     def _model_output(
         self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float

@@ -89,13 +89,10 @@ class StableDiffusionXLModel(UNetModel):
         return self._loaded_text_encoder(self._text_2)
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        first = self._text.outputs(self._text_encoder, prompts)
-        second = self._text_2.outputs(self._text_encoder_2, prompts)
-        hidden = [stacked([output["hidden_states"][-2] for output in outputs]) for outputs in (first, second)]
-        return {
-            "prompt_embeds": torch.cat(hidden, dim=-1),
-            "pooled_prompt_embeds": stacked([output["text_embeds"] for output in second]),
-        }
+        outputs = self._text.outputs(self._text_encoder, prompts)
+        hidden = stacked(output["hidden_states"][-2] for output in outputs)
+        hidden_2, pooled = self._text_2.hidden_and_pooled(self._text_encoder_2, prompts)
+        return {"prompt_embeds": torch.cat([hidden, hidden_2], dim=2), "pooled_prompt_embeds": pooled}
 
     @override
     def _as_negative(self, prompt: str, row: Tensor) -> Tensor:

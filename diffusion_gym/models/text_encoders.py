@@ -1,7 +1,7 @@
 """The text encoders of a diffusers folder, each with its tokenizer: examined at once, loaded when first used."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PretrainedConfig, PreTrainedModel
 
 from .folders import check_weights, empty_network, find_weights, read_config
+from .offloading import lent
 
 
 class TextEncoder:
@@ -23,11 +24,13 @@ class TextEncoder:
         network: The network's class.
         config: Its configuration's class.
         tokenizer: The tokenizer's class.
-        limit: The most tokens of a prompt; None: as many as the tokenizer and the network take.
+        limit: The most tokens of a prompt; None: as many as the tokenizer and the network take. T5 takes any number, so
+            it is given exactly as many.
 
     Attributes:
         config: The network's configuration.
         limit: The most tokens of a prompt, first and last mark among them.
+        device: The device that the network is lent to while it reads; None: it stays where it is.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, or one does not fit the others.
@@ -45,6 +48,7 @@ class TextEncoder:
         limit: int | None = None,
     ) -> None:
         self.name, self.network = name, network
+        self.device: torch.device | None = None
         self._folder = path / name
         self._tokenizer_folder = path / name.replace("text_encoder", "tokenizer")
         self._tokenizer_type = tokenizer
@@ -79,6 +83,8 @@ class TextEncoder:
                 f"{folder / 'tokenizer_config.json'}: model_max_length must be a number above 2 (first and last token "
                 f"are marks), got {longest!r}: {cure}"
             )
+        if positions is None and limit is not None:
+            return limit
         return int(min(bound for bound in (longest, positions, limit) if bound is not None))
 
     @cached_property
@@ -92,11 +98,11 @@ class TextEncoder:
                 "restore the files that came with the model"
             ) from error
 
-    def outputs(self, network: nn.Module, prompts: Sequence[str]) -> list[Mapping[str, Any]]:
+    def outputs(self, network: nn.Module, prompts: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         """Return what the network says of each prompt, padded to `limit` tokens, with its hidden states.
 
         The prompts are read one by one, so that a prompt's embedding does not depend on which others are asked for
-        with it.
+        with it; and each when it is asked for, so that the hidden states of a large network are held for one alone.
 
         Args:
             network: The loaded network.
@@ -113,19 +119,29 @@ class TextEncoder:
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.limit, truncation=True, return_tensors="pt"
         )
-        device = next(network.parameters()).device
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        return self._read(network, tokens.input_ids, tokens.attention_mask)
+
+    def hidden_and_pooled(self, network: nn.Module, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last hidden layer but one [P, limit, D] and the projected embedding [P, D'] of each prompt.
+
+        The arguments are those of `outputs`.
+        """
+        rows = [(output["hidden_states"][-2], output["text_embeds"]) for output in self.outputs(network, prompts)]
+        return stacked(hidden for hidden, _ in rows), stacked(pooled for _, pooled in rows)
+
+    def _read(self, network: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[Mapping[str, Any]]:
+        """Return what the network says of each row of tokens [P, limit]."""
         masked = getattr(self.config, "use_attention_mask", False)
-        return [
-            network(
-                ids[row : row + 1],
-                attention_mask=mask[row : row + 1] if masked else None,
-                output_hidden_states=True,
-            )
-            for row in range(len(prompts))
-        ]
+        with lent(network, self.device) as device:
+            ids, mask = ids.to(device), mask.to(device)
+            for row in range(len(ids)):
+                yield network(
+                    ids[row : row + 1],
+                    attention_mask=mask[row : row + 1] if masked else None,
+                    output_hidden_states=True,
+                )
 
 
-def stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+def stacked(rows: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return one tensor [P, …] of tensors [1, …], one for each prompt, in float32."""
     return torch.cat([row.float() for row in rows])

@@ -94,6 +94,26 @@ SCHEDULER: Mapping[str, Values] = {
 
 _UNCLIPPED = _one_of((False,), "the pipeline would clip latents, which are larger: set it to false")
 XL_SCHEDULER: Mapping[str, Values] = {**SCHEDULER, "clip_sample": _UNCLIPPED}
+_OWN_FLOW = "give num_steps that suit the evenly spaced times; or write the default there, and the warning goes"
+
+FLOW_SCHEDULER: Mapping[str, Values] = {
+    "num_train_timesteps": Values(lambda value: is_count(value, minimum=2), "a whole number of at least 2"),
+    "shift": Values(lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "use_dynamic_shifting": _FLAG,
+    "base_shift": Values(lambda value: value is None or _is_number(value), "null or a number"),
+    "max_shift": Values(lambda value: value is None or _is_number(value), "null or a number"),
+    "base_image_seq_len": Values(is_count, "a whole number of at least 1"),
+    "max_image_seq_len": Values(is_count, "a whole number of at least 1"),
+    "time_shift_type": _one_of(("exponential", "linear")),
+    "invert_sigmas": _one_of((False, None), "its time runs from image to noise: use a flow whose time is its noise"),
+    "shift_terminal": _one_of((None, 0, 0.0), _OWN_FLOW, is_refused=False),
+    "use_karras_sigmas": _one_of((False, None), _OWN_FLOW, is_refused=False),
+    "use_exponential_sigmas": _one_of((False, None), _OWN_FLOW, is_refused=False),
+    "use_beta_sigmas": _one_of((False, None), _OWN_FLOW, is_refused=False),
+    "stochastic_sampling": _one_of(
+        (False, None), "give the policy a sampler; or write false there, and the warning goes", is_refused=False
+    ),
+}
 
 UNET: Mapping[str, Values] = {
     "class_embed_type": _one_of((None,), _SAME_INPUTS),
@@ -134,6 +154,18 @@ LCM_UNET: Mapping[str, Values] = {
     ),
 }
 
+FLUX: Mapping[str, Values] = {
+    "patch_size": _one_of((1,), "use a transformer whose latents are packed by the pipeline alone, as Flux.1's"),
+    "axes_dims_rope": Values(
+        lambda value: (
+            isinstance(value, list | tuple)
+            and len(value) == 3
+            and all(is_count(axis) and axis % 2 == 0 for axis in value)
+        ),
+        "three even numbers",
+    ),
+}
+
 VAE: Mapping[str, Values] = {
     "in_channels": _one_of((3,), "use an autoencoder of RGB images"),
     "out_channels": _one_of((3,), "use an autoencoder of RGB images"),
@@ -142,6 +174,7 @@ VAE: Mapping[str, Values] = {
 
 _NO_STATISTICS = _one_of((None,), "an autoencoder whose latents are standardised is not supported: use another")
 XL_VAE: Mapping[str, Values] = {**VAE, "latents_mean": _NO_STATISTICS, "latents_std": _NO_STATISTICS}
+SHIFTED_VAE: Mapping[str, Values] = {**VAE, "shift_factor": Values(_is_number, "a number")}
 
 # Schedulers whose timesteps are those of `DiscreteVPSchedule`, and those that take other ones unless "trailing".
 _SAME_TIMES = (

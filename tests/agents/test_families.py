@@ -7,8 +7,24 @@ import pytest
 import torch
 
 import diffusion_gym  # noqa: F401
-from agents import DDPOIS, GRPO, RLOO, RWR, DenoisingPolicy, DiffusionNFT, Full, Groups, LoRA, Rollouts, TimePredictor
+from agents import (
+    DDPOIS,
+    GRPO,
+    KL,
+    RLOO,
+    RWR,
+    DenoisingPolicy,
+    DiffusionNFT,
+    Full,
+    Groups,
+    LoRA,
+    Rollouts,
+    Steps,
+    TimePredictor,
+    Window,
+)
 from diffusion_gym.models import load_model
+from diffusion_gym.samplers import CPS, FlowSDE
 from diffusion_gym.transitions import draw_noise
 from tests.families import FAMILIES, open_pipeline
 
@@ -26,8 +42,8 @@ def folder(family, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return load_model(folder)
+def model(family, folder):
+    return load_model(folder, image_size=family.told_size)
 
 
 def trained(algorithm):
@@ -53,6 +69,20 @@ def test_one_update_of_each_algorithm(family, model, algorithm, precision, adapt
         policy, env, learning_rate=1e-2, batch_size=4, rollouts=Rollouts(samples=4, group_size=4), seed=0
     )
     assert trained(learner)
+
+
+def test_lora_over_weights_in_half_precision(family, folder):
+    model = load_model(folder, dtype="bfloat16", image_size=family.told_size)
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=2, model=model, reward="brightness")
+    policy = DenoisingPolicy(
+        model,
+        adaptation=LoRA(rank=2),
+        guidance_scale=family.guidance_scale,
+        gradient_checkpointing=True,
+        seed=0,
+    )
+    rollouts = Rollouts(samples=4, group_size=4)
+    assert trained(GRPO(policy, env, learning_rate=1e-2, batch_size=4, rollouts=rollouts, seed=0))
 
 
 def test_one_update_of_a_time_predictor(family, model):
@@ -105,3 +135,46 @@ def test_a_saved_policy_comes_back_the_same(family, model, tmp_path):
     assert again.model.image_size == model.image_size
     for first, second in zip(policy.denoiser.parameters(), again.denoiser.parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+def test_gradient_checkpointing_changes_no_gradient(family, model):
+    conditioning = model.encode_prompts(PROMPTS)
+    latents = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    t = model.schedule.timesteps(4)[1:3].float()
+
+    def gradients(is_checkpointed):
+        policy = DenoisingPolicy(model, gradient_checkpointing=is_checkpointed, seed=0)
+        prediction = model.denoise(
+            latents, t, conditioning, guidance_scale=family.guidance_scale, denoiser=policy.denoiser.train()
+        )
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        return torch.autograd.grad(prediction.x0.square().sum(), trained, allow_unused=True)
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        if plain is not None:
+            torch.testing.assert_close(checkpointed, plain)
+
+
+def test_flow_grpo_trains_flows_with_its_samplers(family, model):
+    """Its settings, and those of its fast variant, as `agents.grpo` names them; FlowSDE is a sampler of flows alone."""
+    num_steps = 4
+    env = gym.make_vec("DenoisingMDP-v0", num_envs=4, num_steps=num_steps, model=model, reward="brightness")
+    if not model.schedule.is_flow:
+        with pytest.raises(ValueError, match="FlowSDE is a sampler of rectified flows"):
+            DenoisingPolicy(model, sampler=FlowSDE(0.7))
+    for sampler in (FlowSDE(0.7), CPS(0.7)) if model.schedule.is_flow else (CPS(0.7),):
+        for steps in (Steps(), Steps(window=Window(2))):
+            policy = DenoisingPolicy(
+                model, sampler=sampler, adaptation=LoRA(rank=2), guidance_scale=family.guidance_scale, seed=0
+            )
+            learner = GRPO(
+                policy,
+                env,
+                learning_rate=1e-2,
+                batch_size=4,
+                kl=KL(0.04 / num_steps),
+                steps=steps,
+                rollouts=Rollouts(samples=4, group_size=4),
+                seed=0,
+            )
+            assert trained(learner)

@@ -176,3 +176,11 @@ def test_the_grid_of_a_latent_consistency_model_is_that_of_diffusers(original_st
 def test_a_latent_consistency_model_has_no_more_times_than_its_process(original_steps):
     with pytest.raises(ValueError, match=f"original_steps must be between 1 and 1000, got {original_steps}"):
         LatentConsistencySchedule(LCMScheduler().alphas_cumprod, original_steps=original_steps)
+
+
+def test_a_flow_refuses_shifts_and_spacings_that_are_none():
+    for shift in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="shift must be a finite number above 0"):
+            FlowSchedule(shift=shift)
+    with pytest.raises(ValueError, match=r"spacing must be one of .*, got 'odd'"):
+        FlowSchedule(spacing="odd")

@@ -34,15 +34,15 @@ def pipeline(folder):
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return load_model(folder)
+def model(family, folder):
+    return load_model(folder, image_size=family.told_size)
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 10])
 @pytest.mark.parametrize("size", range(3))
 def test_samples_are_those_of_the_pipeline(family, folder, pipeline, size, num_steps):
     image_size = family.image_sizes[size]
-    model = load_model(folder, image_size=None if size == 0 else image_size)
+    model = load_model(folder, image_size=family.told_size if size == 0 else image_size)
     assert model.image_size == image_size
     noise = draw_noise(torch.empty(2, *model.latent_shape), torch.Generator().manual_seed(0))
     images = family.sample(model, PROMPTS, noise, num_steps=num_steps)
@@ -117,6 +117,22 @@ def test_a_pickle_is_the_same_model(model, family):
             for one in (model, again)
         )
     assert torch.equal(first, second)
+
+
+def test_weights_in_half_precision_are_the_rounded_ones_and_predict_nearly_the_same(model, folder, family):
+    half = load_model(folder, dtype="bfloat16", image_size=family.told_size)
+    rounded = {name: value.bfloat16() for name, value in model.denoiser.state_dict().items()}
+    assert all(torch.equal(value, rounded[name]) for name, value in half.denoiser.state_dict().items())
+    latents = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    t, scale = torch.full((2,), model.schedule.start_time * 0.7), family.guidance_scale
+    with torch.no_grad():
+        exact, near = (
+            one.denoise(latents, t, model.encode_prompts(PROMPTS), guidance_scale=scale, with_features=True)
+            for one in (model, half)
+        )
+    error = (near.epsilon - exact.epsilon).square().mean() / exact.epsilon.square().mean()
+    assert near.epsilon.dtype == near.features.dtype == torch.float32
+    assert 0 < float(error.sqrt()) < 0.1
 
 
 def test_missing_weights_are_said_when_the_model_is_loaded(folder, tmp_path):

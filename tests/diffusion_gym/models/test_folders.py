@@ -72,7 +72,7 @@ def test_parts_of_other_classes_are_refused_by_name(folder, part, value):
         load_model(folder)
 
 
-@pytest.mark.parametrize("class_name", [..., ["a", "b"], None, "StableDiffusionXLImg2ImgPipeline"])
+@pytest.mark.parametrize("class_name", [..., ["a", "b"], None, "StableDiffusionXLImg2ImgPipeline", "AuraFlowPipeline"])
 def test_other_families_are_told_which_are_supported(folder, class_name):
     change(folder / "model_index.json", _class_name=class_name)
     with pytest.raises(ValueError, match=r"is no family of models here: supported are .* 1\.x, 2\.x\)") as error:

@@ -199,7 +199,11 @@ def test_what_was_not_asked_for_longest_is_forgotten_first(encoded, monkeypatch)
     texts.clear()
     model.encode_prompts(["a", "c"])
     assert texts == []
-    assert model.encode_prompts(["b", "a", "d", "e"])["prompt_embeds"].shape[0] == 4  # more than are kept
+    assert model.encode_prompts(["b", "a", "d", "e"])["prompt_embeds"].shape[0] == 4  # more than are kept otherwise
+    texts.clear()
+    model.encode_prompts(["b", "a", "d", "e"])
+    assert texts == []
+    model.encode_prompts(["e"])
     assert len(model._rows) == 3
     assert sum(value.untyped_storage().nbytes() for rows in model._rows.values() for value in rows.values()) == 3 * row
 
