@@ -11,18 +11,14 @@ has to hold. The rest is a formula:
     trained     full: (4 + 4 + 8)·P, weights, gradient and AdamW's two moments in float32, beside the frozen ones
                 LoRA: 16·P_LoRA                 EMA: 4 bytes more for each trained weight
     passes      M·activations + what one block holds that is computed again, measured as above
-    rollout     4·(T + 1)·B·C·h·w               on the device; 0 with Rollouts(offload=True)
+    rollout     4·(T + 1)·B·C·h·w               on the device; 0 with Rollouts(device="cpu")
     prompts     4·(tokens·width + pooled)       of each prompt that lanes hold, twice with a negative one
 """
 
-import gc
-import resource
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,6 +27,7 @@ from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel,
 from peft import LoraConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -211,7 +208,7 @@ class Args:
     samples: int = 64
     """Samples of a rollout."""
     check: bool = False
-    """Measure what the process really takes, too: on the CPU, in float32."""
+    """Measure what torch's allocator gives out, too: on the CPU, in float32, without the gradients."""
 
 
 def build(model: Published, dtype: torch.dtype, args: Args, adaptation: str, *, checkpointing: bool) -> torch.nn.Module:
@@ -271,14 +268,14 @@ def row(name: str, model: Published, args: Args, adaptation: str, *, checkpointi
 
 
 def measured(name: str, args: Args, adaptation: str, *, checkpointing: bool) -> float:
-    """Return by how much this process grows in one forward and backward pass, without gradients, in GiB."""
-    model = MODELS[name]
-    network = build(model, torch.float32, args, adaptation, checkpointing=checkpointing)
-    passes(model, network, 1, torch.float32)  # warm up: threads' and libraries' own memory, and the gradients
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    passes(model, network, model.passes * args.micro_batch, torch.float32)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GIB
+    """Return the most that torch's allocator has given out in a real forward and backward pass, in GiB."""
+    network = build(MODELS[name], torch.float32, args, adaptation, checkpointing=checkpointing)
+    passes(MODELS[name], network, 1, torch.float32)  # the gradients, which are in "trained"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        passes(MODELS[name], network, MODELS[name].passes * args.micro_batch, torch.float32)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events)) / GIB
 
 
 def main() -> None:
@@ -291,9 +288,7 @@ def main() -> None:
             for checkpointing in args.checkpointing:
                 line = row(name, MODELS[name], args, adaptation, checkpointing=checkpointing)
                 if args.check:
-                    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # a process's peak never falls
-                        task = partial(measured, name, args, adaptation, checkpointing=checkpointing)
-                        line.append(f"{process.submit(task).result():.2f}")
+                    line.append(f"{measured(name, args, adaptation, checkpointing=checkpointing):.2f}")
                 print("| " + " | ".join(line) + " |", flush=True)
 
 

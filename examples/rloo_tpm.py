@@ -69,12 +69,16 @@ UNIFORM_STEPS = 20
 class Args:
     """RLOO on the time-prediction MDP."""
 
+    model: str = "emoji"
+    """A model's name, a diffusers folder, or a Hub id."""
+    device: str = "cpu"
+    """A torch device."""
     timesteps: int = 24_000
     """Network calls that the time predictor learns from."""
     context_free_timesteps: int = 12_000
     """Network calls that the context-free schedule learns from."""
-    guidance_scale: float = 2.0
-    """Of the frozen model: at 2 more steps pay most."""
+    guidance_scale: float | None = 2.0
+    """Of the frozen model: at 2 more steps of "emoji" pay most; None: the model's own."""
     num_envs: int = 64
     """Images drawn together."""
     samples_per_epoch: int = 256
@@ -360,7 +364,8 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     started = time.monotonic()
     args.output.mkdir(parents=True, exist_ok=True)
-    model = load_model("emoji", dtype="bfloat16" if has_fast_bf16() else "float32")
+    dtype = "bfloat16" if has_fast_bf16(args.device) else "float32"
+    model = load_model(args.model, device=args.device, dtype=dtype)
 
     reward = ReferenceDistance(guidance_scale=args.guidance_scale, root=True)
     train_prompts, held_out = split_prompts()

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -33,11 +34,10 @@ def test_every_data_file_is_package_data():
     assert data == set(packaged_files())
 
 
-def test_embedded_model_is_small():
-    model = sum(
-        path.stat().st_size for path in (ROOT / "diffusion_gym" / "models" / "emoji").rglob("*") if path.is_file()
-    )
-    assert model < 30e6
+@pytest.mark.parametrize("name", ["emoji", "emoji_flow"])
+def test_embedded_models_are_small(name):
+    folder = ROOT / "diffusion_gym" / "models" / name
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 30e6
 
 
 def test_every_dependency_has_one_lower_bound_which_the_tested_versions_meet():

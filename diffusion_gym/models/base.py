@@ -35,7 +35,7 @@ _DECODED_PIXELS_PER_CHUNK = 8 * 512 * 512
 _CACHED_PROMPT_BYTES = 2**31  # 9,078 prompts of Stable Diffusion 1.5, 393 of 3, 255 of Flux
 _SETTINGS = ("default_guidance_scale", "default_prompts", "lora_targets", "prediction_type", "schedule")
 
-_PACKAGED = {"emoji": 4.0, "mixture": 1.0}
+_PACKAGED = {"emoji": 4.0, "emoji_flow": 4.0, "mixture": 1.0}
 # A new family is a file and a line here: its pipeline's class, its own, and in words which models that is.
 _FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion:StableDiffusionModel", "Stable Diffusion 1.x, 2.x"),

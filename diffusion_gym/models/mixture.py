@@ -20,7 +20,7 @@ from typing_extensions import override
 from ..naming import unknown_name
 from ..schedules import as_float
 from ..transitions import draw_noise
-from .base import Conditioning, DiffusionModel, ImageSize, outside_inference_mode
+from .base import Conditioning, DiffusionModel, ImageSize, as_image_size, outside_inference_mode
 from .folders import check_weights, empty_network, find_weights, read_config
 from .lora import load_lora, save_lora
 from .schedulers import FLOW, discrete_schedule, flow_schedule
@@ -191,7 +191,7 @@ class MixtureModel(DiffusionModel):
         self.feature_shape = (2 * config["width"], 1, 1)
         self.time_embedding_size = 2 * _FREQUENCIES
         self.default_prompts = (ANYTHING, *self.names)
-        if image_size not in (None, self.image_shape[1], self.image_size):
+        if image_size not in (None, 1) and as_image_size(image_size) != self.image_size:
             raise ValueError(f"a mixture's images are 1 pixel high, got image_size={image_size}")
         self._examine_scheduler(path / "scheduler", config.get("prediction_type", "epsilon"))
 

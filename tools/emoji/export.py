@@ -95,7 +95,10 @@ def export_pipeline(pipeline: Path, target: Path) -> None:
                 rewrite_weights(file, dtype=dtype, prefix="text_model." if is_text else "")
             if "config.json" in names:
                 drop_origin(folder / part / "config.json")
-        shutil.copy(pipeline / "model_index.json", folder)
+        index = json.loads((pipeline / "model_index.json").read_text())
+        if "text_encoder_3" in index:
+            index["_max_sequence_length"] = 0  # read by `load_model`: the fewest of T5's rows of zeros, and the fastest
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         if (target / "README.md").is_file():
             shutil.copy(target / "README.md", folder)
         make_readable(folder)
