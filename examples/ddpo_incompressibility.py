@@ -82,6 +82,8 @@ class Args:
     precision: Literal["auto", "bf16", "fp16"] | None = "auto"
     """Of the denoiser's arithmetic: "auto" is "bf16" where the device has instructions for it; None that of its
     weights."""
+    image_size: int | None = None
+    """Height and width in pixels; None: what the model was trained on."""
     device: str = "cpu"
     """A torch device; of many processes each has the one that accelerate gives it."""
     num_eval: int = 128
@@ -152,6 +154,7 @@ def main() -> None:
         reward=args.reward,
         prompts=args.prompts,
         num_steps=args.num_steps,
+        image_size=args.image_size,
         device=processes.device or args.device,
     )
     adaptation = LoRA() if args.use_lora else Full()

@@ -71,6 +71,8 @@ class Args:
 
     model: str = "emoji"
     """A model's name, a diffusers folder, or a Hub id."""
+    image_size: int | None = None
+    """Height and width in pixels; None: what the model was trained on."""
     device: str = "cpu"
     """A torch device."""
     timesteps: int = 24_000
@@ -365,7 +367,7 @@ def main() -> None:
     started = time.monotonic()
     args.output.mkdir(parents=True, exist_ok=True)
     dtype = "bfloat16" if has_fast_bf16(args.device) else "float32"
-    model = load_model(args.model, device=args.device, dtype=dtype)
+    model = load_model(args.model, device=args.device, dtype=dtype, image_size=args.image_size)
 
     reward = ReferenceDistance(guidance_scale=args.guidance_scale, root=True)
     train_prompts, held_out = split_prompts()
