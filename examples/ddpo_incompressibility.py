@@ -3,8 +3,8 @@
     make demo            or            python examples/ddpo_incompressibility.py
     accelerate launch --multi_gpu --num_processes 2 examples/ddpo_incompressibility.py     # on CPUs too
 
-4 minutes on 2 cores. Prints the reward before and after on held-out seeds, of the prompts of the training (an earlier
-version: 2.49 to 2.83 kB, +13.9 %) and of others, and writes to `runs/ddpo_incompressibility`:
+4 to 8 minutes on 2 cores. Prints the reward before and after on held-out seeds, of the prompts of the training (2.49 to
+2.70 kB, +8.8 %) and of others (+8.8 %), and writes to `runs/ddpo_incompressibility`:
 
 - `before_after.png`: prompts and seeds that were not trained on, before and after, side by side;
 - `model/`: the trained weights in diffusers' format (`unet/`) and the state from which `DDPOIS.load` goes on;

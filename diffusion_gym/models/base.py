@@ -469,7 +469,7 @@ def _find_folder(
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"unknown model {str(source)!r}: there is no folder {folder}.{did_you_mean(source, _PACKAGED)} "
-            f"Give {' or '.join(map(repr, _PACKAGED))}, a diffusers folder, or a Hub id owner/name."
+            f"Give {', '.join(map(repr, _PACKAGED))}, a diffusers folder, or a Hub id owner/name."
         )
     from diffusers import DiffusionPipeline
 
@@ -482,7 +482,7 @@ def _find_folder(
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no folder {str(source)!r} here, and the Hugging Face Hub did not give a model of that id ({error}). "
-            f"Give {sorted(_PACKAGED)} for the model that comes with the package, or the path of a diffusers folder."
+            f"Give {', '.join(map(repr, _PACKAGED))}, which come with the package, or the path of a diffusers folder."
         ) from error
 
 
@@ -502,10 +502,10 @@ def load_model(
     The folder is checked at once, as far as it can be without reading the weights.
 
     Args:
-        source: "emoji" or "mixture" (both come with the package and work offline: 64×64 emoji, and a Gaussian mixture
-            of which everything is known), a folder in diffusers' layout, or a Hub id such as
-            "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from `model_index.json`. A single file
-            (`.safetensors`) has neither configurations nor tokenizers: the error says how a folder is made of it.
+        source: "emoji", "emoji_flow" or "mixture", which come with the package and work offline (64×64 emoji, by diffusion
+            and by flow matching; a Gaussian mixture of which everything is known), a folder in diffusers' layout, or a
+            Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from `model_index.json`. A
+            single file (`.safetensors`) has neither configurations nor tokenizers: the error says how to make a folder.
         device: A torch device.
         dtype: The frozen denoiser's precision.
         image_size: Height and width in pixels, or one number for both; None: what the model was trained on.
