@@ -505,7 +505,8 @@ def load_model(
         source: "emoji", "emoji_flow" or "mixture", which come with the package and work offline (64×64 emoji by
             diffusion and by flow matching; a Gaussian mixture of which everything is known), a folder in diffusers'
             layout, or a Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from
-            `model_index.json`. A single file (`.safetensors`) has neither configurations nor tokenizers: the error says how to make a folder.
+            `model_index.json`. A single file (`.safetensors`) has neither configurations nor tokenizers: the error says
+            how to make a folder of it.
         device: A torch device.
         dtype: The frozen denoiser's precision.
         image_size: Height and width in pixels, or one number for both; None: what the model was trained on.
