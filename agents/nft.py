@@ -155,7 +155,8 @@ class DiffusionNFT(Regression):
     def _follow(self) -> None:
         decay = min(0.001 * self.iteration, self.max_decay)
         for old, new in zip(self._behaviour.parameters(), self.policy.parameters(), strict=True):
-            old.lerp_(new, 1 - decay)
+            if new.requires_grad:  # the others are the model's own: both policies share them
+                old.lerp_(new, 1 - decay)
 
     def state(self) -> dict[str, Any]:
         """Return the memory of rewards."""

@@ -1,5 +1,6 @@
 """Every algorithm trains every family of models, and what is saved opens in the family's plain pipeline."""
 
+import pickle
 import warnings
 
 import gymnasium as gym
@@ -69,6 +70,7 @@ def test_one_update_of_each_algorithm(family, model, algorithm, precision, adapt
         policy, env, learning_rate=1e-2, batch_size=4, rollouts=Rollouts(samples=4, group_size=4), seed=0
     )
     assert trained(learner)
+    pickle.dumps(model)  # refused, if a weight of the shared model was written to
 
 
 def test_lora_over_weights_in_half_precision(family, folder):
