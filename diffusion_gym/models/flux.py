@@ -1,7 +1,6 @@
 """Flux: CLIP and T5 text encoders, KL autoencoder, transformer over latents that are packed two by two."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders import FluxLoraLoaderMixin
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from ..schedules import as_float
 from .base import Conditioning, ImageSize
@@ -69,24 +67,7 @@ class FluxModel(TransformerModel):
         self.default_guidance_scale = 3.5 if self.guidance == "embedded" else 1.0
         self._text = TextEncoder(self.path, variant=self._variant)
         self._check_width(transformer, "pooled_projection_dim", self._text.config.hidden_size, self._text)
-        self._text_2 = TextEncoder(
-            self.path,
-            "text_encoder_2",
-            variant=self._variant,
-            network=T5EncoderModel,
-            config=T5Config,
-            tokenizer=T5TokenizerFast,
-            limit=_T5_TOKENS,
-        )
-        self._check_width(transformer, "joint_attention_dim", self._text_2.config.d_model, self._text_2)
-
-    @cached_property
-    def _text_encoder(self) -> nn.Module:
-        return self._loaded_text_encoder(self._text)
-
-    @cached_property
-    def _text_encoder_2(self) -> nn.Module:
-        return self._loaded_text_encoder(self._text_2)
+        self._text_2 = self._examined_t5(transformer, "text_encoder_2", limit=_T5_TOKENS)
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         pooled = self._text.outputs(self._text_encoder, prompts)

@@ -55,6 +55,8 @@ class PipelineModel(DiffusionModel):
     feature_layers: ClassVar[tuple[str, str, str]]
     scale_factor: int
     _latent_shift: float = 0.0
+    _text: TextEncoder
+    _text_2: TextEncoder  # of the families that have two
 
     def __init__(
         self,
@@ -170,6 +172,14 @@ class PipelineModel(DiffusionModel):
             for name in released:
                 delattr(self, name)
             self._states = [state for state in self._states if state[0] not in released.values()]
+
+    @cached_property
+    def _text_encoder(self) -> nn.Module:
+        return self._loaded_text_encoder(self._text)
+
+    @cached_property
+    def _text_encoder_2(self) -> nn.Module:
+        return self._loaded_text_encoder(self._text_2)
 
     @cached_property
     def denoiser(self) -> nn.Module:

@@ -1,7 +1,6 @@
 """Stable Diffusion 1.x and 2.x, and every model in their layout: CLIP text encoder, KL autoencoder, UNet."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -120,10 +119,6 @@ class StableDiffusionModel(UNetModel):
         self._text = TextEncoder(self.path, variant=self._variant)
         self._check_text_width(unet, self._text)
         return unet
-
-    @cached_property
-    def _text_encoder(self) -> nn.Module:
-        return self._loaded_text_encoder(self._text)
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         outputs = self._text.outputs(self._text_encoder, prompts)

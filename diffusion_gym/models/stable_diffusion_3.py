@@ -75,6 +75,20 @@ class TransformerModel(PipelineModel):
                 "belong together"
             )
 
+    def _examined_t5(self, transformer: Any, name: str, *, limit: int) -> TextEncoder:
+        """Return a T5 in a subfolder that reads `limit` tokens, once it fits the transformer."""
+        t5 = TextEncoder(
+            self.path,
+            name,
+            variant=self._variant,
+            network=T5EncoderModel,
+            config=T5Config,
+            tokenizer=T5TokenizerFast,
+            limit=limit,
+        )
+        self._check_width(transformer, "joint_attention_dim", t5.config.d_model, t5)
+        return t5
+
     @override
     def _as_map(self, hidden: Tensor) -> Tensor:
         return hidden.transpose(1, 2).unflatten(2, self._map_size)
@@ -123,7 +137,10 @@ class StableDiffusion3Model(TransformerModel):
                 f"got {self._t5_tokens!r}"
             )
         self._t5_width: int = transformer.config.joint_attention_dim
-        self._text_3 = self._examined_t5(transformer) if self._has_t5() else None
+        self._text_3 = None
+        if self._has_t5():
+            check_components(self._index, _T5_COMPONENTS, self.path / "model_index.json")
+            self._text_3 = self._examined_t5(transformer, _T5, limit=self._t5_tokens)
 
     def _examine_transformer(self, image_size: ImageSize | None) -> Any:
         """Check the transformer and the autoencoder, and set all shapes; return the transformer without its weights."""
@@ -170,28 +187,6 @@ class StableDiffusion3Model(TransformerModel):
         """Whether there is a T5 that is not left out, and has tokens to read."""
         is_null = all(self._index.get(name) in (None, [None, None]) for name in _T5_COMPONENTS)
         return not is_null and _T5 not in self.without and self._t5_tokens > 0
-
-    def _examined_t5(self, transformer: Any) -> TextEncoder:
-        check_components(self._index, _T5_COMPONENTS, self.path / "model_index.json")
-        t5 = TextEncoder(
-            self.path,
-            _T5,
-            variant=self._variant,
-            network=T5EncoderModel,
-            config=T5Config,
-            tokenizer=T5TokenizerFast,
-            limit=self._t5_tokens,
-        )
-        self._check_width(transformer, "joint_attention_dim", t5.config.d_model, t5)
-        return t5
-
-    @cached_property
-    def _text_encoder(self) -> nn.Module:
-        return self._loaded_text_encoder(self._text)
-
-    @cached_property
-    def _text_encoder_2(self) -> nn.Module:
-        return self._loaded_text_encoder(self._text_2)
 
     @cached_property
     def _text_encoder_3(self) -> nn.Module:

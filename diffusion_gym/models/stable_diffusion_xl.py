@@ -80,14 +80,6 @@ class StableDiffusionXLModel(UNetModel):
                 "do not belong together"
             )
 
-    @cached_property
-    def _text_encoder(self) -> nn.Module:
-        return self._loaded_text_encoder(self._text)
-
-    @cached_property
-    def _text_encoder_2(self) -> nn.Module:
-        return self._loaded_text_encoder(self._text_2)
-
     def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         outputs = self._text.outputs(self._text_encoder, prompts)
         hidden = stacked(output["hidden_states"][-2] for output in outputs)
