@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
@@ -58,11 +58,10 @@ GRIDS = {
     "uniform": uniform_grid,
     "t^0.7": partial(power_grid, rho=0.7),
     "shifted 1.5": partial(shifted_grid, shift=1.5),
+    "shifted 3": shifted_grid,
     "Karras": karras_grid,
 }
 TIME_PREDICTOR, CONTEXT_FREE = "time predictor", "context-free"
-UNIFORM_STEPS = 20
-"""The schedules are asked with how many calls they reach what so many uniform steps do."""
 
 
 @dataclass
@@ -97,8 +96,10 @@ class Args:
     """AdamW's, for the context-free schedule."""
     step_cost_weight: float = 4e-3
     """The price of a network call, in root mean squared error of the image."""
+    initial_grid: Literal["uniform", "t^0.7", "shifted 1.5", "shifted 3", "Karras"] = "Karras"
+    """The grid that both start from; "shifted 3" is Stable Diffusion 3's, for flow models."""
     initial_steps: int = 12
-    """Steps of the Karras grid that both start from."""
+    """Its steps."""
     initial_concentration: float = 30.0
     """α + β of the Betas, before training."""
     max_steps: int = 28
@@ -107,6 +108,8 @@ class Args:
     """The learned schedules are judged at these: with roughly so many times their steps."""
     grid_steps: tuple[int, ...] = (5, 8, 10, 15, 20, 28)
     """Lengths of the fixed grids."""
+    uniform_steps: int = 20
+    """The schedules are asked with how many calls they reach what so many uniform steps do."""
     num_eval: int = 64
     """Held-out images; a multiple of num_envs."""
     seed: int = 0
@@ -115,7 +118,7 @@ class Args:
     """Where to write."""
 
     def __post_init__(self) -> None:
-        longest = max(self.initial_steps, UNIFORM_STEPS, *self.grid_steps)
+        longest = max(self.initial_steps, self.uniform_steps, *self.grid_steps)
         if longest > self.max_steps or 1.0 not in self.paces:
             raise ValueError(
                 f"max_steps must be at least {longest}, which a grid has, and 1.0 among the paces; got "
@@ -323,7 +326,8 @@ def draw_times(times: Sequence[np.ndarray], prompts: Sequence[str], file: Path) 
     for row, prompt in zip(times, prompts, strict=False):
         axes.plot(row, [ordered.index(prompt)] * len(row), "|", ms=11, color="tab:blue", alpha=0.35)
     axes.set_yticks(range(len(ordered)), [f"{prompt}  ({calls[prompt]:.1f} calls)" for prompt in ordered])
-    axes.set(xlabel="diffusion time t", ylim=(len(ordered) - 0.5, -0.5), xlim=(1010, -10))
+    axes.set(xlabel="diffusion time t", ylim=(len(ordered) - 0.5, -0.5))
+    axes.invert_xaxis()
     axes.grid(alpha=0.3, axis="x")
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -374,7 +378,7 @@ def main() -> None:
     env = make_env(
         model, reward, args, prompts=train_prompts, step_cost="linear", step_cost_weight=args.step_cost_weight
     )
-    grid = karras_grid(model.schedule, args.initial_steps)
+    grid = GRIDS[args.initial_grid](model.schedule, args.initial_steps)
     ratios = step_ratios(model.schedule, grid).tolist()
     first = {"initial_concentration": args.initial_concentration, "seed": args.seed}
     policies: dict[str, Policy] = {
@@ -404,16 +408,16 @@ def main() -> None:
         for played in curve:
             print(f"{label:>15}  {played}")
     compare(learned, fixed, grids)
-    uniform = float(grids.at("uniform", UNIFORM_STEPS).distances.mean())
+    uniform = float(grids.at("uniform", args.uniform_steps).distances.mean())
     for label, curve in {**fixed, **learned}.items():
-        print(f"{label}: {calls_for(curve, uniform)} calls for what uniform steps reach with {UNIFORM_STEPS}")
+        print(f"{label}: {calls_for(curve, uniform)} calls for what uniform steps reach with {args.uniform_steps}")
 
     predicted = learned[TIME_PREDICTOR][args.paces.index(1.0)]
-    difficulty = grids.at("Karras", args.initial_steps).distances
+    difficulty = grids.at(args.initial_grid, args.initial_steps).distances
     correlation = spearmanr(predicted.nfe, difficulty).statistic if predicted.nfe.std() else 0.0
     print(
         f"calls of the time predictor: {predicted.nfe.min()} to {predicted.nfe.max()}, standard deviation "
-        f"{predicted.nfe.std():.2f}; rank correlation with the distance of Karras' grid {correlation:+.2f}"
+        f"{predicted.nfe.std():.2f}; rank correlation with the first grid's distance {correlation:+.2f}"
     )
     draw_quality(fixed, learned, args.output / "quality.png")
     times = visited_times(env, policies[TIME_PREDICTOR], prompts)

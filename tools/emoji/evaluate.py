@@ -19,6 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ import tyro
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from diffusion_gym.grids import karras_grid, shifted_grid, uniform_grid
 from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.prompts.base import with_article
 from diffusion_gym.rewards.emoji_alignment import EmojiScorer
@@ -57,6 +59,33 @@ THINGS = (
 )
 BOOTSTRAPS = 50
 SCORED_STEPS = (1, 2, 3, 5, 10, 20)
+GRIDS = {"own": None, "uniform": uniform_grid, "shifted": shifted_grid, "karras": karras_grid}
+
+
+@dataclass
+class Args:
+    """Judge a pipeline folder."""
+
+    pipeline: Path
+    """What is judged."""
+    tag: str
+    """What the judgement is called."""
+    work: Path = WORK
+    """Where the icons are, and where the judgement is written."""
+    classifier: Path = CLASSIFIER
+    """The classifier's folder."""
+    scorer: Path | None = None
+    """A scorer's folder, to judge too."""
+    steps: tuple[int, ...] = (5, 10, 20, 50)
+    """The numbers of DDIM steps; the grids and the classification use 20."""
+    grid: Literal["own", "uniform", "shifted", "karras"] = "own"
+    """The times of the samples that are judged: the checkpoint's, or shifted by 3 as Stable Diffusion 3's."""
+    guidance_scale: float = GUIDANCE_SCALE
+    """Of the samples that are classified; the grids have 4."""
+    per_prompt: int = 4
+    """Samples of each prompt in the grids and in the scorer's rank correlation."""
+    per_animal: int = 45
+    """Samples of each animal and number of steps."""
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -118,15 +147,21 @@ def fingerprint(pipeline: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def samples(
-    pipeline: Path, folder: Path, names: Sequence[str], seeds: Sequence[int], num_steps: int, guidance_scale: float
-) -> Tensor:
+def samples(args: Args, folder: Path, names: Sequence[str], seeds: Sequence[int], num_steps: int) -> Tensor:
     """Return the samples [N, 3, 64, 64] in [0, 1]: drawn, or as they were drawn before."""
-    guidance = "" if guidance_scale == GUIDANCE_SCALE else f"_guidance{guidance_scale:g}"
-    file = folder / f"samples_{num_steps}{guidance}_{fingerprint(pipeline)}.npy"
+    settings = "" if args.guidance_scale == GUIDANCE_SCALE else f"_guidance{args.guidance_scale:g}"
+    settings += "" if args.grid == "own" else f"_{args.grid}"
+    file = folder / f"samples_{num_steps}{settings}_{fingerprint(args.pipeline)}.npy"
     if not file.is_file() or len(np.load(file, mmap_mode="r")) != len(names):
         prompts = [with_article(name) for name in names]
-        images = draw_samples(load_model(pipeline), prompts, seeds, num_steps=num_steps, guidance_scale=guidance_scale)
+        images = draw_samples(
+            load_model(args.pipeline),
+            prompts,
+            seeds,
+            num_steps=num_steps,
+            guidance_scale=args.guidance_scale,
+            grid=GRIDS[args.grid],
+        )
         np.save(file, (images * 255).round().byte().numpy())
     return torch.from_numpy(np.load(file)) / 255
 
@@ -173,30 +208,6 @@ def scorer_report(
     }
 
 
-@dataclass
-class Args:
-    """Judge a pipeline folder."""
-
-    pipeline: Path
-    """What is judged."""
-    tag: str
-    """What the judgement is called."""
-    work: Path = WORK
-    """Where the icons are, and where the judgement is written."""
-    classifier: Path = CLASSIFIER
-    """The classifier's folder."""
-    scorer: Path | None = None
-    """A scorer's folder, to judge too."""
-    steps: tuple[int, ...] = (5, 10, 20, 50)
-    """The numbers of DDIM steps; the grids and the classification use 20."""
-    guidance_scale: float = GUIDANCE_SCALE
-    """Of the samples that are classified; the grids have 4."""
-    per_prompt: int = 4
-    """Samples of each prompt in the grids and in the scorer's rank correlation."""
-    per_animal: int = 45
-    """Samples of each animal and number of steps."""
-
-
 def main(args: Args) -> None:
     folder = args.work / "evaluation" / args.tag
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,10 +219,7 @@ def main(args: Args) -> None:
     draw_grid(model, things, per_prompt=args.per_prompt).save(folder / "things.png")
 
     names, seeds = evaluation_set(args.per_animal)
-    drawn = {
-        num_steps: samples(args.pipeline, folder, names, seeds, num_steps, args.guidance_scale)
-        for num_steps in args.steps
-    }
+    drawn = {num_steps: samples(args, folder, names, seeds, num_steps) for num_steps in args.steps}
     real = data.batch(names, torch.Generator().manual_seed(0)).images
     features = {num_steps: classifier.features_and_logits(images)[0] for num_steps, images in drawn.items()}
     kilobytes = jpeg_kilobytes(drawn[max(args.steps)][:256])

@@ -1,6 +1,6 @@
 """Draw samples of a model, through the package itself, and lay them out as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image, ImageDraw
@@ -10,12 +10,15 @@ from diffusion_gym.models import DiffusionModel
 from diffusion_gym.prompts import make_prompts
 from diffusion_gym.rewards import to_uint8
 from diffusion_gym.sampling import sample_latents
+from diffusion_gym.schedules import NoiseSchedule
 from diffusion_gym.transitions import draw_noise
 
 from .training import autocast
 
 GUIDANCE_SCALE = 4.0
 CHUNK = 64
+
+Grid = Callable[[NoiseSchedule, int], Tensor]
 
 
 @torch.no_grad()
@@ -26,12 +29,22 @@ def draw_samples(
     *,
     num_steps: int = 20,
     guidance_scale: float = GUIDANCE_SCALE,
+    grid: Grid | None = None,
 ) -> Tensor:
-    """Return images [B, 3, 64, 64] in [0, 1]: deterministic DDIM from each seed's noise, by `autocast`."""
+    """Return images [B, 3, 64, 64] in [0, 1]: deterministic steps from each seed's noise, by `autocast`.
+
+    Args:
+        model: The model.
+        prompts: The B prompts.
+        seeds: The B seeds.
+        num_steps: Steps.
+        guidance_scale: Of classifier-free guidance.
+        grid: The times; None: the checkpoint's own.
+    """
     texts = sorted(set(prompts))
     row = {text: index for index, text in enumerate(texts)}
     encoded = model.encode_prompts(texts)
-    times = model.schedule.timesteps(num_steps)
+    times = model.schedule.timesteps(num_steps) if grid is None else grid(model.schedule, num_steps)
     images = []
     for start in range(0, len(prompts), CHUNK):
         part = slice(start, start + CHUNK)
