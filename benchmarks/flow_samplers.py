@@ -67,7 +67,7 @@ def make_algorithm(name: str, sampler: str, seed: int, args: Args) -> Algorithm:
     )
     algorithm, advantages = ALGORITHMS[name]
     return algorithm(
-        DenoisingPolicy(env.unwrapped.model, sampler=SAMPLERS[sampler], seed=seed),
+        DenoisingPolicy(env.unwrapped.model, sampler=SAMPLERS[sampler], precision="auto", seed=seed),
         env,
         learning_rate=args.learning_rate,
         optimizer=Muon(warmup_updates=4),
