@@ -34,7 +34,7 @@ _PUBLISHED_NUMBERS = 16_384
 _RWR = {"learning_rate": 1e-4, "noising": Noising(draws=4)}
 _NFT = {"learning_rate": 3e-4, "noising": Noising(draws=8, time_range=(0.8, 1.0), common=True)}
 ENTRANTS: Mapping[str, tuple[type[Algorithm], Mapping[str, Any]]] = {
-    "DDPO-IS": (DDPOIS, {"advantages": PerPrompt(16, min_count=4, center=True)}),
+    "DDPO-IS": (DDPOIS, {"batch_size": 32, "advantages": PerPrompt(16, min_count=4, center=True)}),
     "DDPO-SF": (DDPOSF, {"advantages": PerPrompt(16, min_count=4, center=True)}),
     "RLOO": (RLOO, {"advantages": Groups(scale="rollout")}),
     "GRPO": (GRPO, {"advantages": Groups("group_mean", scale="group")}),

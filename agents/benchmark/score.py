@@ -1,8 +1,9 @@
 """The score: what is gained while nothing else is lost.
 
-Of a trial it is the largest gain on the trained reward, in per cent of the task's whole (the pretrained model's mean, unless it says another), at an evaluation up to
-which the held-out reward was shown to stay within δ of the pretrained model's: the lower end of its one-sided 95 %
-interval over prompts was above −δ there and at all evaluations before. The pretrained model itself scores 0.
+Of a trial it is the largest gain on the trained reward, in per cent of the task's whole (the pretrained model's mean,
+unless the task says another), at an evaluation up to which the held-out reward was shown to stay within δ of the
+pretrained model's: the lower end of its one-sided 95 % interval over prompts was above −δ there and at all evaluations
+before. The pretrained model itself scores 0.
 
 Of an algorithm it is the interquartile mean over the seeds, with a bootstrap interval (Agarwal et al., 2021, "Deep
 Reinforcement Learning at the Edge of the Statistical Precipice", https://arxiv.org/abs/2108.13264).

@@ -148,7 +148,7 @@ TASKS: Mapping[str, Task] = {
     for task in (
         Task(
             name="mixture",
-            about="Samples of eight Gaussians on a circle of radius 2 (100 %) move to the right, and are to stay in them.",
+            about="Samples of eight Gaussians on a circle of radius 2 (100 %) move to the right, and stay in them.",
             model="mixture",
             model_sha256="17a1dd3bb58ccf0a93e7c7f08e7f1baa20612bb421f7c459a5f616096bea49d6",
             reward="agents.benchmark.plane:rightness",

@@ -125,11 +125,8 @@ class Examiner:
 
     @property
     def is_due(self) -> bool:
-        """Whether the next evaluation is due: so many queries were spent since the last one, or all are."""
-        spent = self.budget.spent
-        if not self._rows or self.budget.left <= 0:
-            return spent not in self.judged
-        return spent >= self.judged[-1] + self.task.eval_every
+        """Whether so many queries were spent since the last evaluation that the next is due."""
+        return self.budget.spent >= self.judged[-1] + self.task.eval_every
 
     def start(self, policy: Policy) -> None:
         """Draw what the untrained policy draws, which all else is compared with, and judge it."""
@@ -145,6 +142,11 @@ class Examiner:
         self._spent_before = self._spent_before + used
         self._write(self._draw(policy))
         self._clock = _clocks()
+
+    def finish(self, policy: Policy) -> None:
+        """Judge the policy that the training ends with, unless that was just done."""
+        if self.budget.spent != self.judged[-1]:
+            self.judge(policy)
 
     def _draw(self, policy: Policy) -> Samples:
         return draw_samples(
@@ -198,20 +200,28 @@ class Examiner:
 
 
 class _Judging(BaseCallback):
-    """Judges an algorithm's policy between its rollouts, and ends the training when its queries are spent."""
+    """Judges an algorithm's policy between its rollouts, and ends the training where the next would cost too much."""
 
     def __init__(self, examiner: Examiner) -> None:
         super().__init__()
         self.examiner = examiner
+        self._is_over = False
+
+    @property
+    def _algorithm(self) -> Algorithm:
+        assert isinstance(self.model, Algorithm)
+        return self.model
 
     def _on_rollout_start(self) -> None:
         if self.examiner.is_due:
-            self.examiner.judge(self.model.policy)  # type: ignore[arg-type]
-
-    _on_training_end = _on_rollout_start
+            self.examiner.judge(self._algorithm.policy)
+        self._is_over = self.examiner.budget.left < self._algorithm.sizes.samples
 
     def _on_step(self) -> bool:
-        return self.examiner.budget.left > 0
+        return not self._is_over
+
+    def _on_training_end(self) -> None:
+        self.examiner.finish(self._algorithm.policy)
 
 
 def run_trial(task_name: str, entrant: str, seed: int, folder: Path) -> Path:
@@ -290,8 +300,7 @@ def _train(
             examiner.judge(policy)
     if last is None:
         raise ValueError("the algorithm yielded no policy, so there is nothing to judge")
-    if budget.spent not in examiner.judged:
-        examiner.judge(last)
+    examiner.finish(last)
 
 
 def _problems(budget: Budget, digest: str, expected: str | None, afterwards: str) -> list[str]:
