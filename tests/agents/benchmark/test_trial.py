@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +104,19 @@ def test_a_budget_says_what_is_left(small):
     budget = Budget(small)
     budget.env.unwrapped.reward(torch.rand(5, 3, 1, 1), ["anything"] * 5)
     assert (budget.spent, budget.left) == (5, small.reward_queries - 5)
+
+
+def test_the_loop_of_the_documentation_trains(small):
+    text = (Path(__file__).parents[3] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    namespace = {}
+    exec(compile(code, "docs/benchmark.md", "exec"), namespace)
+    budget = Budget(small)
+    before = sample_of(budget.make_policy(budget.env, 0))
+    *_, policy = namespace["reinforce"](budget.env, budget, 0)
+    assert budget.left == 0
+    assert not torch.equal(sample_of(policy), before)
+
+
+def sample_of(policy):
+    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
