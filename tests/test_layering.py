@@ -59,6 +59,7 @@ FLOORS = (
     set(),  # the algorithms: every other file
     {"evaluation"},
     {"callbacks"},
+    {"benchmark"},
     {"__init__"},
 )
 ALGORITHMS = FLOORS[4]
@@ -87,6 +88,7 @@ HEAVY = {
         "agents/training",
         "agents/runs/checkpoints.py",
         "agents/callbacks",
+        "agents/benchmark/trial.py",
         "agents/logs",
         "agents/adapters",
     },

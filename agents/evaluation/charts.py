@@ -16,7 +16,7 @@ from .statistics import mean_interval
 from .study import Comparison, spoken
 
 COLOURS = ("#0b6e99", "#c2571a", "#4f8a3c", "#7a4fa3", "#8a6d1f", "#a33a5b")
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -44,7 +44,8 @@ def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """Return a figure as SVG in a data URI."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     return data_uri(stream.getvalue(), "image/svg+xml")
@@ -55,7 +56,7 @@ def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: st
     kinds = [("reward", f"gain in {reward}{unit}")]
     if held_out is not None:
         kinds.append(("held_out", f"gain in {held_out} (held out)"))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.5, 0.8 + 0.42 * len(summaries)), layout="constrained")
         rows = np.arange(len(summaries))[::-1]
         for number, (key, label) in enumerate(kinds):
@@ -68,12 +69,12 @@ def gains_chart(summaries: Sequence[Mapping[str, Any]], *, reward: str, unit: st
             names = [spoken(summary["name"]) for summary in summaries]
             axes.set(xlabel=label, yticks=rows, yticklabels=names if number == 0 else [], ylim=(-0.6, len(rows) - 0.4))
             axes.tick_params(axis="y", length=0)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, held_out: str) -> str:
     """Return a chart of each prompt's gain in the held-out reward against its gain in the reward."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.5, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for comparison, colour in zip(comparisons, itertools.cycle(COLOURS), strict=False):
@@ -104,7 +105,7 @@ def trade_chart(comparisons: Sequence[Comparison], *, reward: str, unit: str, he
             axes.set(xlim=(None, right), ylim=(bottom, None))
         axes.set(xlabel=f"gain in {reward}{unit}", ylabel=f"gain in {held_out} (held out)")
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def training_chart(curves: Curves) -> str | None:
@@ -113,7 +114,7 @@ def training_chart(curves: Curves) -> str | None:
     shown = [(label, name) for label, name in _CURVES.items() if name in changing][:_MOST_CURVES]
     if not shown:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.5, 2.8 * -(-len(shown) // 2)), layout="constrained")
         for number, (label, name) in enumerate(shown):
             axes = figure.add_subplot(-(-len(shown) // 2), min(2, len(shown)), number + 1)
@@ -124,7 +125,7 @@ def training_chart(curves: Curves) -> str | None:
                 axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.12, lw=0)
                 label += ", 5 to 95 % of the images"
             _finish(axes, label)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _finish(axes: Axes, label: str) -> None:

@@ -1,0 +1,5 @@
+"""`python -m agents.benchmark`."""
+
+from .command import main
+
+main()
