@@ -12,7 +12,8 @@ import torch
 from gymnasium.spaces import Dict, Space
 from torch import Tensor
 
-from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, load_model
+from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction
+from diffusion_gym.models.loading import load_model
 from diffusion_gym.models.weights import is_same_sample, sample_weights
 from diffusion_gym.parts import described, made
 from diffusion_gym.precision import has_fast_bf16
@@ -238,6 +239,7 @@ class DenoisingPolicy(Policy):
                 "revision": self.model.revision,
                 "variant": self.model.variant,
                 "without": list(self.model.without),
+                "text_encoder_dtype": str(self.model.text_encoder_dtype).removeprefix("torch."),
                 "sample": sample_weights(self.model.denoiser),
             },
             sampler=described(self.sampler),

@@ -11,7 +11,8 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 
-from ..models.base import DiffusionModel, ImageSize, as_image_size, load_model, to_device, to_dtype
+from ..models.base import DiffusionModel, ImageSize, as_image_size, to_device, to_dtype
+from ..models.loading import load_model
 from ..prompts import PromptSet
 from ..rewards import Reward
 

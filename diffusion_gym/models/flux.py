@@ -65,7 +65,7 @@ class FluxModel(TransformerModel):
         self._examine_flow(is_even=True)
         self.guidance = "embedded" if transformer.config.guidance_embeds else "none"
         self.default_guidance_scale = 3.5 if self.guidance == "embedded" else 1.0
-        self._text = TextEncoder(self.path, variant=self._variant)
+        self._text = TextEncoder(self.path, variant=self.variant)
         self._check_width(transformer, "pooled_projection_dim", self._text.config.hidden_size, self._text)
         self._text_2 = self._examined_t5(transformer, "text_encoder_2", limit=_T5_TOKENS)
 

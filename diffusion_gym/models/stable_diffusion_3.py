@@ -80,7 +80,7 @@ class TransformerModel(PipelineModel):
         t5 = TextEncoder(
             self.path,
             name,
-            variant=self._variant,
+            variant=self.variant,
             network=T5EncoderModel,
             config=T5Config,
             tokenizer=T5TokenizerFast,
@@ -167,9 +167,9 @@ class StableDiffusion3Model(TransformerModel):
 
     def _examined_clips(self, transformer: Any) -> tuple[TextEncoder, TextEncoder]:
         """Return the two CLIP text encoders, whose prompts the pipeline cuts to the length of the first."""
-        first = TextEncoder(self.path, variant=self._variant, network=CLIPTextModelWithProjection)
+        first = TextEncoder(self.path, variant=self.variant, network=CLIPTextModelWithProjection)
         second = TextEncoder(
-            self.path, "text_encoder_2", variant=self._variant, network=CLIPTextModelWithProjection, limit=first.limit
+            self.path, "text_encoder_2", variant=self.variant, network=CLIPTextModelWithProjection, limit=first.limit
         )
         if first.limit != second.limit:
             raise ValueError(
