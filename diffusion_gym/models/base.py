@@ -425,13 +425,17 @@ def to_device(device: str | torch.device) -> torch.device:
     return torch.device("cpu") if usable.type == "cpu" else usable
 
 
-def to_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def to_dtype(dtype: str | torch.dtype, name: str = "dtype") -> torch.dtype:
     """Return a floating-point torch dtype, given by its name ("float32", "bfloat16" …) or as itself.
+
+    Args:
+        dtype: The dtype.
+        name: The argument's name, for the message.
 
     Raises:
         ValueError: it is not the name of a floating-point dtype.
     """
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise ValueError(f'dtype must be a floating-point dtype such as "float32" or "bfloat16", got {dtype!r}')
+        raise ValueError(f'{name} must be a floating-point dtype such as "float32" or "bfloat16", got {dtype!r}')
     return torch_dtype

@@ -26,8 +26,12 @@ _FAMILIES = {
 }
 
 
-def _find_folder(
-    source: str | os.PathLike[str], revision: str | None, variant: str | None, without: Sequence[str] = ()
+def find_folder(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    without: Sequence[str] = (),
 ) -> Path:
     """Return the diffusers folder behind a name, a folder or a Hub id; a Hub's model is downloaded to its cache."""
     if source in _PACKAGED:
@@ -38,9 +42,9 @@ def _find_folder(
     if folder.is_file() or str(source).endswith((".safetensors", ".ckpt")):
         pipeline = single_file_pipeline(folder)
         raise FileNotFoundError(
-            f"{folder} is a single file: diffusers' {pipeline}.from_single_file({str(source)!r})"
-            ".save_pretrained(folder) makes a folder of it, with configurations and tokenizers from the Hub (or, by "
-            "config=…, from the folder of such a model)"
+            f"{folder} is a single file, as of a {pipeline}, with neither configurations nor tokenizers: `python -m "
+            f"diffusion_gym.models.convert {str(source)!r} FOLDER --config MODEL` makes a folder of it, where MODEL is "
+            "the folder or Hub id of the model that it was made from"
         )
     if folder.exists():
         raise FileNotFoundError(f"{folder} is not a diffusers folder: it has no model_index.json")
@@ -84,8 +88,8 @@ def load_model(
         source: "emoji", "emoji_flow" or "mixture", which come with the package and work offline (64×64 emoji by
             diffusion and by flow matching; a Gaussian mixture of which everything is known), a folder in diffusers'
             layout, or a Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from
-            `model_index.json`. A single file (`.safetensors`) has neither configurations nor tokenizers: the error says
-            how to make a folder of it.
+            `model_index.json`. Of a single file (`.safetensors`, `.ckpt`), which has neither configurations nor
+            tokenizers, `python -m diffusion_gym.models.convert` makes such a folder.
         device: A torch device.
         dtype: The frozen denoiser's precision.
         image_size: Height and width in pixels, or one number for both; None: what the model was trained on.
@@ -111,14 +115,14 @@ def load_model(
         raise ValueError(f'variant must be None or a name such as "fp16", got {variant!r}')
     if isinstance(without, str) or not all(isinstance(part, str) for part in without):
         raise TypeError(f'without must be a sequence of names, such as ("text_encoder_3",); got {without!r}')
-    path = _find_folder(source, revision, variant, without)
+    path = find_folder(source, revision=revision, variant=variant, without=without)
     is_folder = source not in _PACKAGED and Path(source).expanduser().absolute() == path
     origin = Origin(
         str(path) if is_folder else os.fspath(source),
         path,
         device=to_device(device),
         dtype=to_dtype(dtype),
-        text_encoder_dtype=to_dtype(text_encoder_dtype),
+        text_encoder_dtype=to_dtype(text_encoder_dtype, "text_encoder_dtype"),
         image_size=image_size,
         revision=revision,
         variant=variant,
@@ -130,7 +134,7 @@ def load_model(
 
 def reload_model(origin: Origin, settings: dict[str, Any]) -> DiffusionModel:
     """Return the model of a pickle: of its folder on this machine, or of the package, which may lie elsewhere now."""
-    path = _find_folder(origin.source, None, None) if origin.source in _PACKAGED else origin.path
+    path = find_folder(origin.source) if origin.source in _PACKAGED else origin.path
     model = _open(replace(origin, path=path, device=to_device(origin.device)))
     for name, value in settings.items():
         setattr(model, name, value)

@@ -380,8 +380,16 @@ def test_a_tokenizer_of_another_text_encoder_is_named(folder):
 def test_single_files_are_told_how_to_become_folders(tmp_path):
     (tmp_path / "model.safetensors").touch()
     for source in (tmp_path / "model.safetensors", "nowhere/model.ckpt"):
-        with pytest.raises(FileNotFoundError, match=r"is a single file: .*from_single_file\(.*\)\.save_pretrained"):
+        with pytest.raises(FileNotFoundError, match=r"is a single file, .* `python -m diffusion_gym.models.convert '"):
             load_model(source)
+    for name, pipeline in (
+        ("conditioner.embedders.1.model.ln_final.bias", "StableDiffusionXLPipeline"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.bias", "StableDiffusion3Pipeline"),
+        ("double_blocks.0.img_attn.qkv.bias", "FluxPipeline"),
+    ):
+        save_file({name: torch.zeros(1)}, tmp_path / "model.safetensors")
+        with pytest.raises(FileNotFoundError, match=f"is a single file, as of a {pipeline},"):
+            load_model(tmp_path / "model.safetensors")
 
 
 def test_mixtures_are_looked_at_too(tmp_path):
