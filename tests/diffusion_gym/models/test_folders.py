@@ -1,6 +1,7 @@
 """What a model's folder says is understood, or refused, or warned about: when it is loaded, by name."""
 
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -353,6 +354,19 @@ def test_a_prompt_has_at_most_as_many_tokens_as_the_text_encoder_takes(folder, l
 def test_absurd_lengths_are_named(folder, length):
     change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=length)
     with pytest.raises(ValueError, match=r"tokenizer(_config\.json: model_max_length must be| holds no tokenizer)"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "words"),
+    [("model_type", ["a"], "a text"), ("model_type", {}, "a text"), ("eos_token_id", [], "a whole number"),
+     ("eos_token_id", None, "a whole number")],
+)  # fmt: skip
+def test_text_encoders_that_would_fail_late_are_refused(folder, key, wrong, words):
+    change(folder / "text_encoder" / "config.json", **{key: wrong})
+    with pytest.raises(
+        ValueError, match=rf"text_encoder/config\.json: {key} must be {words}, got {re.escape(str(wrong))}"
+    ):
         load_model(folder)
 
 
