@@ -215,11 +215,11 @@ class DenoisingPolicy(Policy):
                 "the observation has no embeddings: make the environment with observe_embeds=True, or give the policy "
                 "its prompts (and negative_prompt)"
             )
-        table = self.model.encode_prompts(self.prompts, self.negative_prompt)
+        table = self.model.prompt_table(self.prompts, self.negative_prompt)
         index = observation["prompt_id"][:, 0]
         outside = index < 0  # not of the prompt set: they have no row, and the environment refuses what comes of NaN
         return {
-            key: value[index].masked_fill(outside.reshape(-1, *[1] * (value.ndim - 1)), torch.nan)
+            key: value[index].masked_fill_(outside.reshape(-1, *[1] * (value.ndim - 1)), torch.nan)
             for key, value in table.items()
         }
 

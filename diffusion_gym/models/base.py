@@ -144,7 +144,8 @@ class DiffusionModel(ABC):
         self.revision, self.variant = origin.revision, origin.variant
         self.without, self.offload = origin.without, origin.offload
         self._rows: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._rows_lock = threading.Lock()
+        self._table: tuple[tuple[tuple[str, ...], str], dict[str, Tensor]] | None = None
+        self._rows_lock = threading.RLock()
         self._states: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
 
     @property
@@ -263,6 +264,28 @@ class DiffusionModel(ABC):
                     negative = self._as_negative(negative_prompt, rows[negative_prompt][key])
                     conditioning[_NEGATIVE + key] = negative.expand_as(conditioning[key])
         return conditioning
+
+    def prompt_table(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
+        """Return what `encode_prompts` does, and keep it until another table is asked for: to look prompts up by index.
+
+        The embeddings are held once: `encode_prompts` finds those of these prompts in the table.
+
+        Args:
+            prompts: The texts of a whole prompt set.
+            negative_prompt: As in `encode_prompts`.
+        """
+        asked = (tuple(prompts), negative_prompt)
+        with self._rows_lock, outside_inference_mode():
+            if self._table is not None and self._table[0] == asked:
+                return self._table[1]
+            for prompt in self._table[0][0] if self._table is not None else ():
+                if prompt in self._rows:  # a view of it would keep all of the old table
+                    self._rows[prompt] = {key: value.clone() for key, value in self._rows[prompt].items()}
+            table = dict(self.encode_prompts(prompts, negative_prompt))
+            for index, prompt in enumerate(prompts):
+                self._rows[prompt] = {key: table[key][index] for key in self._rows[prompt]}
+            self._table = asked, table
+            return table
 
     def _as_negative(self, prompt: str, row: Tensor) -> Tensor:
         """Return what the negative prompt's conditioning is, given that of its text: the same, unless overridden."""
