@@ -98,7 +98,7 @@ def open_pipeline(folder: Path) -> DiffusionPipeline:
     """Return a folder's plain pipeline, in float32."""
     index = json.loads((folder / "model_index.json").read_text())
     absent = {name: None for name, value in index.items() if value == [None, None]}  # diffusers wants it said again
-    pipeline = DiffusionPipeline.from_pretrained(folder, **absent).to(torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **absent).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

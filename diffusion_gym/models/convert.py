@@ -20,7 +20,7 @@ from diffusers.loaders.single_file_utils import (
     create_diffusers_t5_model_from_checkpoint,
     load_single_file_checkpoint,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import outside_inference_mode
 from .folders import read_config
@@ -119,7 +119,7 @@ def _networks(
     *,
     file: Path,
     source: Path,
-) -> dict[str, nn.Module]:
+) -> dict[str, Any]:
     """Return the networks whose weights are in a file, by their folders."""
     others = tuple(start for starts in (_VAE, _T5, *_CLIPS.values()) for start in starts)
     denoiser = {name: value for name, value in checkpoint.items() if not name.startswith(others)}
@@ -138,7 +138,7 @@ def _networks(
     }
 
 
-def _network(network: type[Any], weights: dict[str, Tensor], name: str, *, file: Path, source: Path) -> nn.Module:
+def _network(network: type[Any], weights: dict[str, Tensor], name: str, *, file: Path, source: Path) -> Any:
     """Return a network with a file's weights.
 
     Raises:

@@ -112,7 +112,7 @@ def empty_network(build: Callable[[], nn.Module], config: Path) -> nn.Module:
 
 
 def check_weights(network: nn.Module, weights: Path, *, prefix: str = "") -> None:
-    """Check that a file holds all parameters of a network, in their shapes.
+    """Check that a file holds all parameters of a network, in their shapes, and no tables of other shapes.
 
     Args:
         network: A network, such as `empty_network` returns.
@@ -136,8 +136,15 @@ def check_weights(network: nn.Module, weights: Path, *, prefix: str = "") -> Non
             raise ValueError(
                 f"{weights} lacks {name}, which config.json beside it describes: the two do not belong together"
             )
-        if shape != tuple(parameter.shape):
-            raise ValueError(
-                f"{weights} holds {name} of shape {list(shape)}, config.json beside it describes "
-                f"{list(parameter.shape)}: the two do not belong together"
-            )
+        _check_shape(name, shape, tuple(parameter.shape), weights)
+    tensors = network.state_dict()
+    for name in tensors.keys() & shapes.keys():  # tables among them, such as of positions
+        _check_shape(name, shapes[name], tuple(tensors[name].shape), weights)
+
+
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], weights: Path) -> None:
+    if shape != expected:
+        raise ValueError(
+            f"{weights} holds {name} of shape {list(shape)}, config.json beside it describes {list(expected)}: the two "
+            "do not belong together"
+        )

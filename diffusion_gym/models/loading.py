@@ -105,7 +105,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such model, or its folder is not whole.
-        TypeError: `source` is none of these, or `without` no sequence of names.
+        TypeError: `source` is none of these, `without` no sequence of names, or `offload` not True or False.
         ValueError: its family is not supported, its folder holds something that is not understood, or `image_size`,
             `dtype`, `device`, `variant`, `without`, `offload` or `text_encoder_dtype` cannot be had.
     """
@@ -115,6 +115,8 @@ def load_model(
         raise ValueError(f'variant must be None or a name such as "fp16", got {variant!r}')
     if isinstance(without, str) or not all(isinstance(part, str) for part in without):
         raise TypeError(f'without must be a sequence of names, such as ("text_encoder_3",); got {without!r}')
+    if not isinstance(offload, bool):
+        raise TypeError(f"offload must be True or False, got {offload!r}")
     path = find_folder(source, revision=revision, variant=variant, without=without)
     is_folder = source not in _PACKAGED and Path(source).expanduser().absolute() == path
     origin = Origin(

@@ -84,7 +84,7 @@ class PipelineModel(DiffusionModel):
         return empty
 
     def _examined_vae(
-        self, latent_channels: Mapping[str, int], config: Path, *, understood: Mapping[str, Values] = VAE
+        self, latent_channels: Mapping[str, float], config: Path, *, understood: Mapping[str, Values] = VAE
     ) -> Any:
         """Return the autoencoder without its weights, after a check that the denoiser takes and returns its latents.
 

@@ -59,10 +59,9 @@ class TextEncoder:
             raise ValueError(f"{file}: model_type must be a text, got {values['model_type']!r}: {Values.cure}")
         empty = empty_network(lambda: network(config.from_dict(values)), file)
         self.config: Any = empty.config
-        if config is CLIPTextConfig and not is_count(self.config.eos_token_id, minimum=0):
-            raise ValueError(
-                f"{file}: eos_token_id must be a whole number, got {self.config.eos_token_id!r}: {Values.cure}"
-            )
+        end = getattr(self.config, "eos_token_id", None)
+        if config is CLIPTextConfig and not is_count(end, minimum=0):
+            raise ValueError(f"{file}: eos_token_id must be a whole number, got {end!r}: {Values.cure}")
         self.weights, self.variant = find_weights(self._folder, "model", variant)
         check_weights(empty, self.weights, prefix="text_model.")
         self.limit = self._examined_limit(limit)
