@@ -28,16 +28,20 @@ FLOW = FlowMatchEulerDiscreteScheduler.__name__
 _Schedule = TypeVar("_Schedule", bound=DiscreteVPSchedule)
 
 
-def _class_name(config: Mapping[str, Any], file: Path, *, asked: object, default: str) -> object:
-    """Return the name of a scheduler's class, with a warning where its file says another.
+def _class_of(
+    config: Mapping[str, Any], file: Path, *, asked: object, default: str, look_up: Callable[[object, Path], type]
+) -> type:
+    """Return a scheduler's class, with a warning where its file says another.
 
     Args:
         config: The file's content.
         file: The file.
         asked: The class that model_index.json names; None: there is none but the file's.
         default: The class of a file that names none.
+        look_up: Returns the class of a name, or raises ValueError, which names the file.
     """
     name = config.get("_class_name", default) if asked is None else asked
+    scheduler = look_up(name, file)
     written = config.get("_class_name", name)
     if written != name:
         warnings.warn(
@@ -45,7 +49,16 @@ def _class_name(config: Mapping[str, Any], file: Path, *, asked: object, default
             "pipeline takes, and this package: make them one",
             stacklevel=3,
         )
-    return name
+    return scheduler
+
+
+def _flow_class(name: object, file: Path) -> type:
+    if name != FLOW:
+        raise ValueError(
+            f"{file}: the scheduler {name!r} is not understood: allowed is {FLOW}. If the model can be sampled with "
+            "Euler's steps, write that there and in model_index.json"
+        )
+    return FlowMatchEulerDiscreteScheduler
 
 
 def discrete_schedule(
@@ -72,7 +85,7 @@ def discrete_schedule(
     """
     file = folder / "scheduler_config.json"
     config = read_config(file)
-    name = _class_name(config, file, asked=class_name, default="DDIMScheduler")
+    scheduler = _class_of(config, file, asked=class_name, default="DDIMScheduler", look_up=scheduler_class)
 
     def make(alphas_cumprod: Tensor, values: Mapping[str, Any]) -> DiscreteVPSchedule:
         return DiscreteVPSchedule(
@@ -82,10 +95,8 @@ def discrete_schedule(
             ends_clean=values.get("set_alpha_to_one", True),
         )
 
-    schedule, values = _process(
-        file, config, scheduler_class(name, file), make, understood=understood, steps_offset=steps_offset
-    )
-    warn_of_other_times(str(name), schedule.spacing, file)
+    schedule, values = _process(file, config, scheduler, make, understood=understood, steps_offset=steps_offset)
+    warn_of_other_times(scheduler.__name__, schedule.spacing, file)
     return schedule, values["prediction_type"]
 
 
@@ -100,9 +111,9 @@ def consistency_schedule(folder: Path) -> tuple[LatentConsistencySchedule, Predi
         return LatentConsistencySchedule(alphas_cumprod, original_steps=values["original_inference_steps"])
 
     file = folder / "scheduler_config.json"
-    config = read_config(file)
-    _class_name(config, file, asked=LCMScheduler.__name__, default=LCMScheduler.__name__)
-    schedule, values = _process(file, config, LCMScheduler, make, understood=LCM_SCHEDULER)
+    config, name = read_config(file), LCMScheduler.__name__
+    scheduler = _class_of(config, file, asked=name, default=name, look_up=lambda *_: LCMScheduler)
+    schedule, values = _process(file, config, scheduler, make, understood=LCM_SCHEDULER)
     return schedule, values["prediction_type"], float(values["timestep_scaling"])
 
 
@@ -161,16 +172,11 @@ def flow_schedule(
     """
     file = folder / "scheduler_config.json"
     config = read_config(file)
-    name = _class_name(config, file, asked=class_name, default=FLOW)
-    if name != FLOW:
-        raise ValueError(
-            f"{file}: the scheduler {name!r} is not understood: allowed is {FLOW}. If the model can be sampled with "
-            "Euler's steps, write that there and in model_index.json"
-        )
+    scheduler = _class_of(config, file, asked=class_name, default=FLOW, look_up=_flow_class)
     if is_even and config.get("use_flow_sigmas"):  # no key of the class, but its pipeline looks for it
         raise ValueError(f"{file}: use_flow_sigmas={config['use_flow_sigmas']!r} is not understood: remove it")
-    check_values(config, FlowMatchEulerDiscreteScheduler, FLOW_SCHEDULER, file)
-    values: dict[str, Any] = {**keys_of(FlowMatchEulerDiscreteScheduler), **config}
+    check_values(config, scheduler, FLOW_SCHEDULER, file)
+    values: dict[str, Any] = {**keys_of(scheduler), **config}
     spacing: FlowSpacing = "even" if is_even else "twice_shifted"
     shift = values["shift"]
     if values["use_dynamic_shifting"]:

@@ -202,5 +202,7 @@ def test_a_lora_file_of_another_alpha_is_refused(original, tmp_path):
 def test_a_table_of_positions_of_another_size_is_refused(folder):
     config = folder / "transformer" / "config.json"
     change(config, pos_embed_max_size=96)
-    with pytest.raises(ValueError, match=r"pos_embed\.pos_embed of shape \[1, 64, 32\], config.json beside it describes"):
+    with pytest.raises(
+        ValueError, match=r"pos_embed\.pos_embed of shape \[1, 64, 32\], config.json beside it describes"
+    ):
         load_model(folder)
