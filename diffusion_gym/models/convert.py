@@ -29,6 +29,7 @@ from .pipeline import PipelineModel
 from .understood import component
 
 # How the names of a part's weights begin: of Stable Diffusion 1 and 2, XL, 3 and (as ComfyUI packs it) Flux.
+_DENOISER = "model.diffusion_model."
 _VAE = ("first_stage_model.", "vae.")
 _T5 = ("text_encoders.t5xxl.",)
 _CLIPS = {
@@ -122,7 +123,9 @@ def _networks(
 ) -> dict[str, Any]:
     """Return the networks whose weights are in a file, by their folders."""
     others = tuple(start for starts in (_VAE, _T5, *_CLIPS.values()) for start in starts)
-    denoiser = {name: value for name, value in checkpoint.items() if not name.startswith(others)}
+    denoiser = {name: value for name, value in checkpoint.items() if name.startswith(_DENOISER)} or {
+        name: value for name, value in checkpoint.items() if not name.startswith(others)
+    }
     parts: dict[str, tuple[type, dict[str, Tensor]]] = {family.denoiser_folder: (family.network, denoiser)}
     for name in ("vae", *(part for part in index if part.startswith("text_encoder"))):
         if index.get(name) in (None, [None, None]):
@@ -133,9 +136,15 @@ def _networks(
         weights = {key: value for key, value in checkpoint.items() if key.startswith(starts)}
         if weights:
             parts[name] = (network, weights)
-    return {
+    size = sum(value.numel() for value in denoiser.values())
+    networks = {
         name: _network(network, weights, name, file=file, source=source) for name, (network, weights) in parts.items()
     }
+    taken = sum(value.numel() for value in networks[family.denoiser_folder].state_dict().values())
+    if taken != size:  # diffusers passes over names that it does not know
+        reason = f"it has {size} numbers, the network {taken}"
+        raise _misfit(file, source / family.denoiser_folder, reason)
+    return networks
 
 
 def _network(network: type[Any], weights: dict[str, Tensor], name: str, *, file: Path, source: Path) -> Any:

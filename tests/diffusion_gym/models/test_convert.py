@@ -124,6 +124,12 @@ def test_a_file_of_another_kind_than_the_folder_is_refused(tmp_path):
         config = write(tmp_path / write.__name__)
         with pytest.raises(ValueError, match="does not hold the weights of a network as"):
             convert(tmp_path / "sd.safetensors", tmp_path / "new", config=config)
+    normalised = make_tiny_stable_diffusion_3(tmp_path / "sd3")
+    save_file(mmdit_file(normalised), tmp_path / "sd3.safetensors")
+    transformer = normalised / "transformer" / "config.json"
+    transformer.write_text(json.dumps({**json.loads(transformer.read_text()), "qk_norm": None}))
+    with pytest.raises(ValueError, match=r"does not hold the weights of a network .* numbers, the network"):
+        convert(tmp_path / "sd3.safetensors", tmp_path / "new", config=normalised)
     with pytest.raises(ValueError, match="mixture is no model of images"):
         convert(tmp_path / "sd.safetensors", tmp_path / "new", config="mixture")
     assert not (tmp_path / "new").exists()
