@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
     create_diffusers_t5_model_from_checkpoint,
     load_single_file_checkpoint,
 )
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from .base import outside_inference_mode
 from .folders import read_config
@@ -35,6 +35,9 @@ _T5 = ("text_encoders.t5xxl.",)
 _CLIPS = {
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
     "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
+}
+_CLASSES: Mapping[str, type[Any]] = {  # no name of a folder is looked up elsewhere
+    network.__name__: network for network in (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)
 }
 _V_PREDICTION = "v_pred"  # an empty tensor by which a file says so
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -72,7 +75,7 @@ def convert(file: Path | str, folder: Path | str, *, config: Path | str) -> tupl
             network.save_pretrained(folder / name)
             shutil.copyfile(source / name / "config.json", folder / name / "config.json")  # of the model's own version
         for name, value in index.items():
-            if isinstance(value, list) and name not in networks and (source / name).is_dir():
+            if isinstance(value, list) and name.isidentifier() and name not in networks and (source / name).is_dir():
                 shutil.copytree(source / name, folder / name)
         shutil.copyfile(source / "model_index.json", folder / "model_index.json")
         load_model(folder)
@@ -127,12 +130,15 @@ def _networks(
         name: value for name, value in checkpoint.items() if not name.startswith(others)
     }
     parts: dict[str, tuple[type, dict[str, Tensor]]] = {family.denoiser_folder: (family.network, denoiser)}
+    file_of_parts = source / "model_index.json"
     for name in ("vae", *(part for part in index if part.startswith("text_encoder"))):
         if index.get(name) in (None, [None, None]):
             continue
-        library, class_name = component(index, name, source / "model_index.json")
-        network = getattr(diffusers if library == "diffusers" else transformers, class_name)
-        starts = _VAE if name == "vae" else _T5 if "T5" in class_name else _CLIPS.get(name, ())
+        _, class_name = component(index, name, file_of_parts)
+        if class_name not in _CLASSES:
+            raise ValueError(f"{file_of_parts}: the {name} {class_name!r} is not understood: allowed are {[*_CLASSES]}")
+        network = _CLASSES[class_name]
+        starts = _VAE if network is AutoencoderKL else _T5 if network is T5EncoderModel else _CLIPS.get(name, ())
         weights = {key: value for key, value in checkpoint.items() if key.startswith(starts)}
         if weights:
             parts[name] = (network, weights)
@@ -155,9 +161,9 @@ def _network(network: type[Any], weights: dict[str, Tensor], name: str, *, file:
     """
     arguments = {"config": str(source), "subfolder": name, "local_files_only": True}
     try:
-        if issubclass(network, diffusers.ModelMixin):
+        if issubclass(network, ModelMixin):
             loaded = network.from_single_file(weights, **arguments)
-        elif network is transformers.T5EncoderModel:
+        elif network is T5EncoderModel:
             loaded = create_diffusers_t5_model_from_checkpoint(network, weights, **arguments)
             loaded.tie_weights()
         else:

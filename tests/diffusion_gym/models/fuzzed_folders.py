@@ -288,7 +288,7 @@ def judge(folder: Path, change: str, family: Family) -> Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            pipeline = _with_its_own_limits(open_pipeline(folder))
+            pipeline = _with_its_own_limits(open_pipeline(folder, torch_dtype=torch.float32))
             if model.prediction_type != "flow" and model.guidance == "classifier_free":
                 grid, walked = _with_ddim(pipeline, num_steps)
             size = model.image_size

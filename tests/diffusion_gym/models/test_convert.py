@@ -130,6 +130,10 @@ def test_a_file_of_another_kind_than_the_folder_is_refused(tmp_path):
     transformer.write_text(json.dumps({**json.loads(transformer.read_text()), "qk_norm": None}))
     with pytest.raises(ValueError, match=r"does not hold the weights of a network .* numbers, the network"):
         convert(tmp_path / "sd3.safetensors", tmp_path / "new", config=normalised)
+    index = tmp_path / "sd" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "text_encoder": ["transformers", "Evil"]}))
+    with pytest.raises(ValueError, match="the text_encoder 'Evil' is not understood"):
+        convert(tmp_path / "sd.safetensors", tmp_path / "new", config=tmp_path / "sd")
     with pytest.raises(ValueError, match="mixture is no model of images"):
         convert(tmp_path / "sd.safetensors", tmp_path / "new", config="mixture")
     assert not (tmp_path / "new").exists()
