@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                       # all of them: LoRA, bf16, with gradient checkpointing
     python benchmarks/memory.py --names emoji --check # calculated and measured, on this machine
+    python benchmarks/memory.py --text-encoders       # what reads the prompts
 
 The network is built from its published configuration without memory for its numbers (torch's FakeTensorMode), and a
 forward and a backward pass of a micro-batch are run on shapes alone: what is alive at the worst moment is what a device
@@ -12,7 +13,8 @@ has to hold. The rest is a formula:
                 LoRA: 16·P_LoRA                 EMA: 4 bytes more for each trained weight
     passes      M·activations + what one block holds that is computed again, measured as above
     rollout     4·(T + 1)·B·C·h·w               on the device; 0 with Rollouts(device="cpu")
-    prompts     4·(tokens·width + pooled)       of each prompt that lanes hold, twice with a negative one
+    prompts     4·(tokens·width + pooled)       of each prompt that is kept, and that a lane holds
+    text        bytes·P                         on the device until release_text_encoders(); on the CPU with offload
 """
 
 import weakref
@@ -30,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 GIB = 2**30
 TARGETS = {
@@ -52,6 +55,7 @@ class Published:
         targets: The layers that LoRA adapts.
         pooled: The width of the pooled embedding; 0: none.
         passes: Passes per sample: 2 with classifier-free guidance.
+        text_encoders: The networks that read prompts.
     """
 
     network: type[ModelMixin]
@@ -61,6 +65,7 @@ class Published:
     targets: str = "unet"
     pooled: int = 0
     passes: int = 2
+    text_encoders: tuple[str, ...] = ()
 
     def inputs(self, batch: int, dtype: torch.dtype) -> dict[str, Any]:
         """Return the arguments of a pass."""
@@ -84,6 +89,14 @@ class Published:
         }
 
 
+_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+TEXT_ENCODERS = {
+    "CLIP-L": lambda: CLIPTextModel(CLIPTextConfig(**_L)),
+    "CLIP-bigG": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_G, projection_dim=1280)),
+    "T5-XXL": lambda: T5EncoderModel(T5Config(**_XXL, feed_forward_proj="gated-gelu")),
+}
 _SD3 = {"attention_head_dim": 64, "joint_attention_dim": 4096, "in_channels": 16, "pooled_projection_dim": 2048}
 MODELS = {
     "emoji": Published(
@@ -102,7 +115,11 @@ MODELS = {
         (16, 128),
     ),
     "stable-diffusion-v1-5": Published(
-        UNet2DConditionModel, {"cross_attention_dim": 768, "attention_head_dim": 8}, (4, 64, 64), (77, 768)
+        UNet2DConditionModel,
+        {"cross_attention_dim": 768, "attention_head_dim": 8},
+        (4, 64, 64),
+        (77, 768),
+        text_encoders=("CLIP-L",),
     ),
     "stable-diffusion-xl-base-1.0": Published(
         UNet2DConditionModel,
@@ -122,6 +139,7 @@ MODELS = {
         (4, 128, 128),
         (77, 2048),
         pooled=1280,
+        text_encoders=("CLIP-L", "CLIP-bigG"),
     ),
     "stable-diffusion-3.5-medium": Published(
         SD3Transformer2DModel,
@@ -138,6 +156,7 @@ MODELS = {
         (333, 4096),
         "sd3",
         pooled=2048,
+        text_encoders=("CLIP-L", "CLIP-bigG", "T5-XXL"),
     ),
     "stable-diffusion-3.5-large": Published(
         SD3Transformer2DModel,
@@ -153,9 +172,17 @@ MODELS = {
         (333, 4096),
         "sd3",
         pooled=2048,
+        text_encoders=("CLIP-L", "CLIP-bigG", "T5-XXL"),
     ),
     "FLUX.1-dev": Published(
-        FluxTransformer2DModel, {"guidance_embeds": True}, (16, 128, 128), (512, 4096), "flux", pooled=768, passes=1
+        FluxTransformer2DModel,
+        {"guidance_embeds": True},
+        (16, 128, 128),
+        (512, 4096),
+        "flux",
+        pooled=768,
+        passes=1,
+        text_encoders=("CLIP-L", "T5-XXL"),
     ),
 }
 
@@ -207,6 +234,8 @@ class Args:
     """Denoising steps, for the rollout."""
     samples: int = 64
     """Samples of a rollout."""
+    text_encoders: bool = False
+    """The text encoders' memory instead."""
     check: bool = False
     """Measure what torch's allocator gives out, too: on the CPU, in float32, without the gradients."""
 
@@ -278,8 +307,23 @@ def measured(name: str, args: Args, adaptation: str, *, checkpointing: bool) -> 
     return max(accumulate(event.nbytes() for event in events)) / GIB
 
 
+def print_text_encoders(names: tuple[str, ...]) -> None:
+    """Print what the text encoders of models hold, in GiB."""
+    print("| text encoder | parameters (10⁹) | float32 | bfloat16 | of |")
+    print("|" + "---|" * 5)
+    for encoder, build in TEXT_ENCODERS.items():
+        with torch.device("meta"):
+            total = sum(parameter.numel() for parameter in build().parameters())
+        figures = [f"{total / 1e9:.2f}", f"{4 * total / GIB:.2f}", f"{2 * total / GIB:.2f}"]
+        owners = [name for name in names if encoder in MODELS[name].text_encoders]
+        print("| " + " | ".join([encoder, *figures, ", ".join(owners)]) + " |")
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    if args.text_encoders:
+        print_text_encoders(args.names)
+        return
     header = ["model", "parameters (10⁹)", "trained", "checkpointing", "frozen", "trained", "passes", "rollout", "all"]
     print("| " + " | ".join([*header, *(["passes, measured"] if args.check else [])]) + " |")
     print("|" + "---|" * (len(header) + args.check))

@@ -94,11 +94,11 @@ def _generators(number: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(number)]
 
 
-def open_pipeline(folder: Path) -> DiffusionPipeline:
-    """Return a folder's plain pipeline, in float32."""
+def open_pipeline(folder: Path, **arguments: Any) -> DiffusionPipeline:
+    """Return a folder's plain pipeline, in float32; `arguments` are further ones of `from_pretrained`."""
     index = json.loads((folder / "model_index.json").read_text())
     absent = {name: None for name, value in index.items() if value == [None, None]}  # diffusers wants it said again
-    pipeline = DiffusionPipeline.from_pretrained(folder, **absent).to(torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(folder, **absent, **arguments).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

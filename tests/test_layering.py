@@ -189,6 +189,7 @@ TESTED_IN = {
     "agents/policies/time_prediction.py": "agents/policies/test_time_policies.py",
     "diffusion_gym/envs": "diffusion_gym/test_conformance.py",
     "diffusion_gym/models/base.py": "diffusion_gym/test_models.py",
+    "diffusion_gym/models/loading.py": "diffusion_gym/test_models.py",
     "diffusion_gym/models/pipeline.py": "diffusion_gym/models/test_families.py",
     "diffusion_gym/models/text_encoders.py": "diffusion_gym/models/test_folders.py",
     "diffusion_gym/models/lora.py": "diffusion_gym/test_lora_files.py",

@@ -12,7 +12,8 @@ import torch
 from gymnasium.spaces import Dict, Space
 from torch import Tensor
 
-from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction, load_model
+from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction
+from diffusion_gym.models.loading import load_model
 from diffusion_gym.models.weights import is_same_sample, sample_weights
 from diffusion_gym.parts import described, made
 from diffusion_gym.precision import has_fast_bf16
@@ -214,11 +215,11 @@ class DenoisingPolicy(Policy):
                 "the observation has no embeddings: make the environment with observe_embeds=True, or give the policy "
                 "its prompts (and negative_prompt)"
             )
-        table = self.model.encode_prompts(self.prompts, self.negative_prompt)
+        table = self.model.prompt_table(self.prompts, self.negative_prompt)
         index = observation["prompt_id"][:, 0]
         outside = index < 0  # not of the prompt set: they have no row, and the environment refuses what comes of NaN
         return {
-            key: value[index].masked_fill(outside.reshape(-1, *[1] * (value.ndim - 1)), torch.nan)
+            key: value[index].masked_fill_(outside.reshape(-1, *[1] * (value.ndim - 1)), torch.nan)
             for key, value in table.items()
         }
 
@@ -238,6 +239,7 @@ class DenoisingPolicy(Policy):
                 "revision": self.model.revision,
                 "variant": self.model.variant,
                 "without": list(self.model.without),
+                "text_encoder_dtype": str(self.model.text_encoder_dtype).removeprefix("torch."),
                 "sample": sample_weights(self.model.denoiser),
             },
             sampler=described(self.sampler),

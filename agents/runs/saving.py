@@ -32,7 +32,9 @@ _AVERAGE_FILE = "averaged_weights.safetensors"
 _COUNTERS = ("iteration", "evaluation_queries")
 # The number of lanes and where they are change no result that is more than rounding; prompts are compared as texts, and
 # models by their weights.
-_WITHOUT_EFFECT = ("num_envs", "device", "autoreset_mode", "render_mode", "observe_embeds", "prompts", "model")
+_WITHOUT_EFFECT = (
+    *("num_envs", "device", "offload", "autoreset_mode", "render_mode", "observe_embeds", "prompts", "model"),
+)
 
 
 def require_savable(algorithm: "Algorithm") -> None:

@@ -94,6 +94,9 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
         dtype: str | torch.dtype | None = None,
         image_size: ImageSize | None = None,
         variant: str | None = None,
+        without: Sequence[str] | None = None,
+        offload: bool | None = None,
+        text_encoder_dtype: str | torch.dtype | None = None,
         negative_prompt: str = "",
         observe_embeds: bool | None = None,
         render_mode: str | None = None,
@@ -111,7 +114,16 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
         self.on_invalid_reward = on_invalid_reward
         self.num_envs = checked_integer("num_envs", num_envs, at_least=1)
         self.reward = make_reward(reward)
-        self.model = resolve_model(model, device=device, dtype=dtype, image_size=image_size, variant=variant)
+        self.model = resolve_model(
+            model,
+            device=device,
+            dtype=dtype,
+            image_size=image_size,
+            variant=variant,
+            without=without,
+            offload=offload,
+            text_encoder_dtype=text_encoder_dtype,
+        )
         self.prompts = make_prompts(self.model.default_prompts if prompts is None else prompts)
         self.device, self.dtype = self.model.device, self._dtype()
         self.negative_prompt = negative_prompt

@@ -11,7 +11,8 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 
-from ..models.base import DiffusionModel, ImageSize, as_image_size, load_model, to_device, to_dtype
+from ..models.base import DiffusionModel, ImageSize, as_image_size, to_device, to_dtype
+from ..models.loading import load_model
 from ..prompts import PromptSet
 from ..rewards import Reward
 
@@ -40,6 +41,9 @@ def resolve_model(
     dtype: str | torch.dtype | None,
     image_size: ImageSize | None,
     variant: str | None,
+    without: Sequence[str] | None,
+    offload: bool | None,
+    text_encoder_dtype: str | torch.dtype | None,
 ) -> DiffusionModel:
     """Return the loaded model; one that is loaded already is checked against the other arguments.
 
@@ -48,13 +52,24 @@ def resolve_model(
     """
     if not isinstance(model, DiffusionModel):
         return load_model(
-            model, device=device or "cpu", dtype=dtype or "float32", image_size=image_size, variant=variant
+            model,
+            device=device or "cpu",
+            dtype=dtype or "float32",
+            image_size=image_size,
+            variant=variant,
+            without=without or (),
+            offload=False if offload is None else offload,
+            text_encoder_dtype=text_encoder_dtype or "float32",
         )
+    precision = None if text_encoder_dtype is None else to_dtype(text_encoder_dtype, "text_encoder_dtype")
     requests = {
         "device": (None if device is None else to_device(device), model.device),
         "dtype": (None if dtype is None else to_dtype(dtype), model.dtype),
         "image_size": (None if image_size is None else as_image_size(image_size), model.image_size),
         "variant": (variant, model.variant),
+        "without": (None if without is None else tuple(without), model.without),
+        "offload": (offload, model.offload),
+        "text_encoder_dtype": (precision, model.text_encoder_dtype),
     }
     for name, (requested, loaded) in requests.items():
         if requested is not None and requested != loaded:
@@ -133,6 +148,9 @@ class EnvOptions(TypedDict, total=False):
     dtype: str | torch.dtype | None
     image_size: ImageSize | None
     variant: str | None
+    without: Sequence[str] | None
+    offload: bool | None
+    text_encoder_dtype: str | torch.dtype | None
     negative_prompt: str
     observe_embeds: bool | None
     render_mode: str | None

@@ -370,6 +370,9 @@ class TimePredictionEnv(DiffusionEnv, EzPickle, lane_of=TimePredictionVectorEnv)
     | `dtype` | `"float32"` | the denoiser's precision; latents and actions are float32 |
     | `image_size` | the model's | height and width in pixels, or one number for both |
     | `variant` | none | which of the files of weights to read, such as "fp16" |
+    | `without` | none | parts of the folder to leave out, such as ("text_encoder_3",) |
+    | `offload` | no | keep text encoders and autoencoder on the CPU between uses |
+    | `text_encoder_dtype` | `"float32"` | precision of the text encoders |
     | `negative_prompt` | `""` | what guidance moves away from |
     | `observe_embeds` | below 1 MB a lane | whether embeddings are part of the observation |
     | `render_mode` | `None` | `"rgb_array"`: the decoded x_t; x_0 once the episode has ended |

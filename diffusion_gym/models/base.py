@@ -1,31 +1,26 @@
-"""The contract that environments and policies have with a diffusion model, and `load_model`.
+"""The contract that environments and policies have with a diffusion model.
 
 Classifier-free guidance lives here, once, for every family of models.
 """
 
 import contextlib
-import importlib
 import math
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..naming import did_you_mean
 from ..predictions import PredictionType, to_x0_and_epsilon
 from ..samplers import DDIM, Sampler
 from ..schedules import NoiseSchedule, as_float
-from .folders import read_config, single_file_pipeline
 
 Conditioning = Mapping[str, Tensor]
 ImageSize = int | tuple[int, int]
@@ -34,17 +29,6 @@ _NEGATIVE = "negative_"
 _DECODED_PIXELS_PER_CHUNK = 8 * 512 * 512
 _CACHED_PROMPT_BYTES = 2**31  # 9,078 prompts of Stable Diffusion 1.5, 393 of 3, 255 of Flux
 _SETTINGS = ("default_guidance_scale", "default_prompts", "lora_targets", "prediction_type", "schedule")
-
-_PACKAGED = {"emoji": 4.0, "emoji_flow": 4.0, "mixture": 1.0}
-# A new family is a file and a line here: its pipeline's class, its own, and in words which models that is.
-_FAMILIES = {
-    "StableDiffusionPipeline": ("stable_diffusion:StableDiffusionModel", "Stable Diffusion 1.x, 2.x"),
-    "StableDiffusionXLPipeline": ("stable_diffusion_xl:StableDiffusionXLModel", "Stable Diffusion XL"),
-    "LatentConsistencyModelPipeline": ("latent_consistency:LatentConsistencyModel", "latent consistency models"),
-    "StableDiffusion3Pipeline": ("stable_diffusion_3:StableDiffusion3Model", "Stable Diffusion 3, 3.5"),
-    "FluxPipeline": ("flux:FluxModel", "Flux.1"),
-    "MixturePipeline": ("mixture:MixtureModel", "of write_mixture"),
-}
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -60,6 +44,35 @@ def _state_of(network: nn.Module) -> list[tuple[str, int, int]]:
     """Return the name, address and version of each tensor: they differ once a weight is changed, replaced or moved."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
     return [(name, tensor.data_ptr(), tensor._version) for name, tensor in tensors]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from, and how it is held: what `load_model` was asked for.
+
+    Args:
+        source: A name, a folder (from the root) or a Hub id.
+        path: The diffusers folder behind the source.
+        device: The device of the networks and of all results.
+        dtype: The frozen denoiser's precision.
+        text_encoder_dtype: That of the text encoders. The image decoder stays in float32.
+        image_size: In pixels; None: what the model was trained on.
+        revision: The Hub's branch, tag or commit.
+        variant: The variant of the weights.
+        without: The parts of the folder that are left out.
+        offload: Text encoders and autoencoder stay on the CPU between uses.
+    """
+
+    source: str
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    text_encoder_dtype: torch.dtype = torch.float32
+    image_size: ImageSize | None = None
+    revision: str | None = None
+    variant: str | None = None
+    without: tuple[str, ...] = ()
+    offload: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,19 +101,12 @@ class DiffusionModel(ABC):
     and its settings, and never asks the Hub.
 
     Args:
-        source: The source that `load_model` was given: a name, a folder (from the root) or a Hub id.
-        path: The diffusers folder behind the source.
-        device: The device of the networks and of all results.
-        dtype: The frozen denoiser's precision. Text encoder and image decoder stay in float32.
-        default_guidance_scale: The guidance scale of policies that are given none.
+        origin: Where it comes from; its fields are attributes of the model too.
 
     Attributes:
-        revision: The Hub's branch, tag or commit that was asked for.
-        variant: The variant of the weights that was asked for.
         optional_parts: The parts of the folder that can be left out.
-        without: Those that are.
-        can_offload: There are text encoders and an autoencoder, which may stay on the CPU.
-        offload: They do, between uses.
+        has_text_encoders: There are text encoders and an autoencoder, which have a precision and may stay on the CPU.
+        default_guidance_scale: The guidance scale of policies that are given none.
         schedule: The noise process.
         prediction_type: The quantity that the denoiser predicts.
         latent_shape: [C, H, W] of one sample's latents.
@@ -116,12 +122,8 @@ class DiffusionModel(ABC):
         default_prompts: The prompts of environments that are given none: a prompt set's name, or texts.
     """
 
-    revision: str | None = None
-    variant: str | None = None
     optional_parts: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    can_offload: bool = False
-    offload: bool = False
+    has_text_encoders: bool = False
     schedule: NoiseSchedule
     prediction_type: PredictionType
     latent_shape: tuple[int, int, int]
@@ -135,16 +137,15 @@ class DiffusionModel(ABC):
     default_sampler: Sampler = DDIM(eta=1.0)
     default_prompts: str | tuple[str, ...] = "simple_animals"
 
-    def __init__(
-        self, source: str, path: Path, *, device: torch.device, dtype: torch.dtype, default_guidance_scale: float
-    ) -> None:
-        self.source = source
-        self.path = path
-        self.device = device
-        self.dtype = dtype
-        self.default_guidance_scale = default_guidance_scale
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.source, self.path, self.device = origin.source, origin.path, origin.device
+        self.dtype, self.text_encoder_dtype = origin.dtype, origin.text_encoder_dtype
+        self.revision, self.variant = origin.revision, origin.variant
+        self.without, self.offload = origin.without, origin.offload
         self._rows: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._rows_lock = threading.Lock()
+        self._table: tuple[tuple[tuple[str, ...], str], dict[str, Tensor]] | None = None
+        self._rows_lock = threading.RLock()
         self._states: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
 
     @property
@@ -264,6 +265,28 @@ class DiffusionModel(ABC):
                     conditioning[_NEGATIVE + key] = negative.expand_as(conditioning[key])
         return conditioning
 
+    def prompt_table(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
+        """Return what `encode_prompts` does, and keep it until another table is asked for: to look prompts up by index.
+
+        The embeddings are held once: `encode_prompts` finds those of these prompts in the table.
+
+        Args:
+            prompts: The texts of a whole prompt set.
+            negative_prompt: As in `encode_prompts`.
+        """
+        asked = (tuple(prompts), negative_prompt)
+        with self._rows_lock, outside_inference_mode():
+            if self._table is not None and self._table[0] == asked:
+                return self._table[1]
+            for prompt in self._table[0][0] if self._table is not None else ():
+                if prompt in self._rows:  # a view of it would keep all of the old table
+                    self._rows[prompt] = {key: value.clone() for key, value in self._rows[prompt].items()}
+            table = dict(self.encode_prompts(prompts, negative_prompt))
+            for index, prompt in enumerate(prompts):
+                self._rows[prompt] = {key: table[key][index] for key in self._rows[prompt]}
+            self._table = asked, table
+            return table
+
     def _as_negative(self, prompt: str, row: Tensor) -> Tensor:
         """Return what the negative prompt's conditioning is, given that of its text: the same, unless overridden."""
         return row
@@ -283,10 +306,16 @@ class DiffusionModel(ABC):
             self._rows.popitem(last=False)
         return rows
 
-    def _frozen(self, network: _Network, dtype: torch.dtype, *, is_offloaded: bool = False) -> _Network:
-        """Return a network that has just been loaded, on the device, or if it is offloaded on the CPU, frozen."""
+    def _frozen(self, network: _Network, dtype: torch.dtype | None, *, is_offloaded: bool = False) -> _Network:
+        """Return a network that has just been loaded, on the device, or if it is offloaded on the CPU, frozen.
+
+        Args:
+            network: The network.
+            dtype: The precision; None: that in which it was loaded.
+            is_offloaded: It stays on the CPU.
+        """
         device = torch.device("cpu") if is_offloaded else self.device
-        network = nn.Module.to(network, device, dtype).eval().requires_grad_(False)
+        network = nn.Module.to(network, device=device, dtype=dtype).eval().requires_grad_(False)
         self._states.append((network, _state_of(network)))
         return network
 
@@ -377,27 +406,10 @@ class DiffusionModel(ABC):
                 f"the weights of the model {self.source!r} were changed after it was loaded, and a pickle holds none: "
                 "save them as a diffusers folder and load_model that one"
             )
-        arguments = {
-            "source": self.source,
-            "path": str(self.path),
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "image_size": self.image_size,
-            "revision": self.revision,
-            "variant": self.variant,
-            "without": self.without,
-            "offload": self.offload,
-        }
-        return _reload, (arguments, {name: getattr(self, name) for name in _SETTINGS if name in vars(self)})
+        from .loading import reload_model
 
-
-def _reload(arguments: dict[str, Any], settings: dict[str, Any]) -> DiffusionModel:
-    source = arguments["source"]  # what comes with the package may lie elsewhere in this process
-    path = _find_folder(source, None, None) if source in _PACKAGED else Path(arguments["path"])
-    model = _open(**{**arguments, "path": path})
-    for name, value in settings.items():
-        setattr(model, name, value)
-    return model
+        origin = replace(self.origin, device=self.device, image_size=self.image_size)
+        return reload_model, (origin, {name: getattr(self, name) for name in _SETTINGS if name in vars(self)})
 
 
 def checked_guidance_scale(value: float) -> float:
@@ -436,152 +448,17 @@ def to_device(device: str | torch.device) -> torch.device:
     return torch.device("cpu") if usable.type == "cpu" else usable
 
 
-def to_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def to_dtype(dtype: str | torch.dtype, name: str = "dtype") -> torch.dtype:
     """Return a floating-point torch dtype, given by its name ("float32", "bfloat16" …) or as itself.
+
+    Args:
+        dtype: The dtype.
+        name: The argument's name, for the message.
 
     Raises:
         ValueError: it is not the name of a floating-point dtype.
     """
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise ValueError(f'dtype must be a floating-point dtype such as "float32" or "bfloat16", got {dtype!r}')
+        raise ValueError(f'{name} must be a floating-point dtype such as "float32" or "bfloat16", got {dtype!r}')
     return torch_dtype
-
-
-def _find_folder(
-    source: str | os.PathLike[str], revision: str | None, variant: str | None, without: Sequence[str] = ()
-) -> Path:
-    """Return the diffusers folder behind a name, a folder or a Hub id; a Hub's model is downloaded to its cache."""
-    if source in _PACKAGED:
-        return Path(str(files(__package__) / str(source)))
-    folder = Path(source).expanduser().absolute()
-    if (folder / "model_index.json").is_file():
-        return folder
-    if folder.is_file() or str(source).endswith((".safetensors", ".ckpt")):
-        pipeline = single_file_pipeline(folder)
-        raise FileNotFoundError(
-            f"{folder} is a single file: diffusers' {pipeline}.from_single_file({str(source)!r})"
-            ".save_pretrained(folder) makes a folder of it, with configurations and tokenizers from the Hub (or, by "
-            "config=…, from the folder of such a model)"
-        )
-    if folder.exists():
-        raise FileNotFoundError(f"{folder} is not a diffusers folder: it has no model_index.json")
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"unknown model {str(source)!r}: there is no folder {folder}.{did_you_mean(source, _PACKAGED)} "
-            f"Give {', '.join(map(repr, _PACKAGED))}, a diffusers folder, or a Hub id owner/name."
-        )
-    from diffusers import DiffusionPipeline
-
-    try:
-        return Path(
-            DiffusionPipeline.download(
-                str(source), revision=revision, variant=variant, trust_remote_code=False, **dict.fromkeys(without)
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no folder {str(source)!r} here, and the Hugging Face Hub did not give a model of that id ({error}). "
-            f"Give {', '.join(map(repr, _PACKAGED))}, which come with the package, or the path of a diffusers folder."
-        ) from error
-
-
-def load_model(
-    source: str | os.PathLike[str] = "emoji",
-    *,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "float32",
-    image_size: ImageSize | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    without: Sequence[str] = (),
-    offload: bool = False,
-) -> DiffusionModel:
-    """Return a diffusion model; its networks load when they are first needed.
-
-    The folder is checked at once, as far as it can be without reading the weights.
-
-    Args:
-        source: "emoji", "emoji_flow" or "mixture", which come with the package and work offline (64×64 emoji by
-            diffusion and by flow matching; a Gaussian mixture of which everything is known), a folder in diffusers'
-            layout, or a Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from
-            `model_index.json`. A single file (`.safetensors`) has neither configurations nor tokenizers: the error says
-            how to make a folder of it.
-        device: A torch device.
-        dtype: The frozen denoiser's precision.
-        image_size: Height and width in pixels, or one number for both; None: what the model was trained on.
-        revision: The Hub's branch, tag or commit.
-        variant: The variant of the files of weights, such as "fp16" for `model.fp16.safetensors`;
-            a network that has no such file is read from its plain one.
-        without: The parts of the folder that are left out, as the model's pipeline can: ("text_encoder_3",) is Stable
-            Diffusion 3 without T5, its largest text encoder.
-        offload: Keep the text encoders and the autoencoder in the CPU's memory, and lend them to the device for each
-            use.
-
-    Raises:
-        FileNotFoundError: there is no such model, or its folder is not whole.
-        TypeError: `source` is none of these, or `without` no sequence of names.
-        ValueError: its family is not supported, its folder holds something that is not understood, or `image_size`,
-            `dtype`, `device`, `variant`, `without` or `offload` cannot be had.
-    """
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"the model must be a name, a diffusers folder or a Hub id, got {source!r}")
-    if variant is not None and (not isinstance(variant, str) or not variant):
-        raise ValueError(f'variant must be None or a name such as "fp16", got {variant!r}')
-    if isinstance(without, str) or not all(isinstance(part, str) for part in without):
-        raise TypeError(f'without must be a sequence of names, such as ("text_encoder_3",); got {without!r}')
-    path = _find_folder(source, revision, variant, without)
-    is_folder = source not in _PACKAGED and Path(source).expanduser().absolute() == path
-    return _open(
-        str(path) if is_folder else os.fspath(source),
-        path,
-        device=device,
-        dtype=dtype,
-        image_size=image_size,
-        revision=revision,
-        variant=variant,
-        without=tuple(without),
-        offload=offload,
-    )
-
-
-def _open(
-    source: str,
-    path: Path,
-    *,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    image_size: ImageSize | None,
-    revision: str | None,
-    variant: str | None,
-    without: tuple[str, ...],
-    offload: bool,
-) -> DiffusionModel:
-    """Return the model of a folder."""
-    class_name = read_config(path / "model_index.json").get("_class_name")
-    if not isinstance(class_name, str) or class_name not in _FAMILIES:
-        supported = " and ".join(f"{pipeline} ({words})" for pipeline, (_, words) in _FAMILIES.items())
-        raise ValueError(
-            f"{path / 'model_index.json'}: {class_name!r} is no family of models here: supported are {supported}"
-        )
-    module, _, name = _FAMILIES[class_name][0].partition(":")
-    family = getattr(importlib.import_module(f".{module}", __package__), name)
-    for part in without:
-        if part not in family.optional_parts:
-            allowed = ", ".join(family.optional_parts) or "none"
-            raise ValueError(f"without={part!r}: no part that {source!r} can do without, which are: {allowed}")
-    if offload and not family.can_offload:
-        raise ValueError(f"offload=True has no effect: {source!r} has no text encoder and no autoencoder; leave it out")
-    with outside_inference_mode():
-        model = family(
-            source,
-            path,
-            device=to_device(device),
-            dtype=to_dtype(dtype),
-            image_size=image_size,
-            default_guidance_scale=_PACKAGED.get(source, family.default_guidance_scale),
-            variant=variant,
-            **({"without": without} if without else {}),
-        )
-    model.revision, model.variant, model.offload = revision, variant, offload
-    return model

@@ -13,7 +13,7 @@ from ..schedules import as_float
 from .base import Conditioning, ImageSize
 from .stable_diffusion_3 import TransformerModel
 from .text_encoders import TextEncoder, stacked
-from .understood import FLUX, SHIFTED_VAE
+from .understood import FLUX
 
 _T5_TOKENS = 512
 _DEFAULT_SIZE = 128  # latents in height and width, which no file of the folder says
@@ -51,21 +51,15 @@ class FluxModel(TransformerModel):
         axes, head = transformer.config.axes_dims_rope, transformer.config.attention_head_dim
         if sum(axes) != head:
             raise ValueError(f"{file}: axes_dims_rope {list(axes)} must sum to attention_head_dim, {head}")
-        channels = transformer.config.in_channels / self.patch**2
-        packed = {"in_channels / 4": channels, "out_channels / 4": transformer.out_channels / self.patch**2}
-        vae = self._examined_vae(packed, file, understood=SHIFTED_VAE)
-        self._latent_shift = vae.config.shift_factor
-        self._set_shapes(
-            _DEFAULT_SIZE * self.scale_factor if image_size is None else image_size,
-            channels=int(channels),
-            patch=self.patch,
-            features=2 * transformer.inner_dim,
-            time_embedding=transformer.inner_dim,
-        )
+        channels = {
+            "in_channels / 4": transformer.config.in_channels / self.patch**2,
+            "out_channels / 4": transformer.out_channels / self.patch**2,
+        }
+        self._examine_latents(transformer, channels, image_size, default_size=_DEFAULT_SIZE)
         self._examine_flow(is_even=True)
         self.guidance = "embedded" if transformer.config.guidance_embeds else "none"
         self.default_guidance_scale = 3.5 if self.guidance == "embedded" else 1.0
-        self._text = TextEncoder(self.path, variant=self._variant)
+        self._text = TextEncoder(self.path, variant=self.variant)
         self._check_width(transformer, "pooled_projection_dim", self._text.config.hidden_size, self._text)
         self._text_2 = self._examined_t5(transformer, "text_encoder_2", limit=_T5_TOKENS)
 

@@ -14,7 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 _PICKLED = {"model": "pytorch_model"}  # transformers' names
-_SINGLE_FILES = {"conditioner.embedders.1.": "StableDiffusionXLPipeline"}  # by how a tensor's name begins
+_SINGLE_FILES = {  # by how a tensor's name begins
+    "conditioner.embedders.1.": "StableDiffusionXLPipeline",
+    "joint_blocks.": "StableDiffusion3Pipeline",
+    "double_blocks.": "FluxPipeline",
+}
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -62,10 +66,10 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, st
 
 
 def single_file_pipeline(file: Path) -> str:
-    """Return the name of the diffusers pipeline whose `from_single_file` opens a checkpoint, by its tensors' names."""
+    """Return the name of the diffusers pipeline that a single-file checkpoint is of, by its tensors' names."""
     try:
         with safe_open(file, "pt") as weights:
-            names = list(weights.keys())
+            names = [name.removeprefix("model.diffusion_model.") for name in weights.keys()]  # noqa: SIM118
     except (SafetensorError, OSError):  # not there, or pickled, and a pickle is not opened for this
         names = []
     pipelines = (pipeline for start, pipeline in _SINGLE_FILES.items() if any(name.startswith(start) for name in names))
@@ -108,7 +112,7 @@ def empty_network(build: Callable[[], nn.Module], config: Path) -> nn.Module:
 
 
 def check_weights(network: nn.Module, weights: Path, *, prefix: str = "") -> None:
-    """Check that a file holds all parameters of a network, in their shapes.
+    """Check that a file holds all parameters of a network, in their shapes, and no tables of other shapes.
 
     Args:
         network: A network, such as `empty_network` returns.
@@ -132,8 +136,15 @@ def check_weights(network: nn.Module, weights: Path, *, prefix: str = "") -> Non
             raise ValueError(
                 f"{weights} lacks {name}, which config.json beside it describes: the two do not belong together"
             )
-        if shape != tuple(parameter.shape):
-            raise ValueError(
-                f"{weights} holds {name} of shape {list(shape)}, config.json beside it describes "
-                f"{list(parameter.shape)}: the two do not belong together"
-            )
+        _check_shape(name, shape, tuple(parameter.shape), weights)
+    tensors = network.state_dict()
+    for name in tensors.keys() & shapes.keys():  # tables among them, such as of positions
+        _check_shape(name, shapes[name], tuple(tensors[name].shape), weights)
+
+
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], weights: Path) -> None:
+    if shape != expected:
+        raise ValueError(
+            f"{weights} holds {name} of shape {list(shape)}, config.json beside it describes {list(expected)}: the two "
+            "do not belong together"
+        )

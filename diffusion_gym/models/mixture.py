@@ -20,7 +20,7 @@ from typing_extensions import override
 from ..naming import unknown_name
 from ..schedules import as_float
 from ..transitions import draw_noise
-from .base import Conditioning, DiffusionModel, ImageSize, as_image_size, outside_inference_mode
+from .base import Conditioning, DiffusionModel, Origin, as_image_size, outside_inference_mode
 from .folders import check_weights, empty_network, find_weights, read_config
 from .lora import load_lora, save_lora
 from .schedulers import FLOW, discrete_schedule, flow_schedule
@@ -157,22 +157,13 @@ class MixtureModel(DiffusionModel):
     denoiser_folder = "denoiser"
     lora_targets = ("first", "second", "last")
 
-    def __init__(
-        self,
-        source: str,
-        path: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        image_size: ImageSize | None,
-        default_guidance_scale: float,
-        variant: str | None,
-    ) -> None:
-        super().__init__(source, path, device=device, dtype=dtype, default_guidance_scale=default_guidance_scale)
+    def __init__(self, origin: Origin) -> None:
+        super().__init__(origin)
+        path, image_size = self.path, origin.image_size
         file = path / self.denoiser_folder / "config.json"
         config = read_config(file)
         empty = empty_network(lambda: MixtureDenoiser.from_config(config), file)
-        check_weights(empty, find_weights(file.parent, "diffusion_pytorch_model", variant)[0])
+        check_weights(empty, find_weights(file.parent, "diffusion_pytorch_model", self.variant)[0])
         names = read_config(path / "model_index.json").get("names")
         if (
             not isinstance(names, list)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from ..loading import no_progress_bar
-from .base import Conditioning, DiffusionModel, ImageSize, as_image_size, outside_inference_mode
+from .base import Conditioning, DiffusionModel, ImageSize, Origin, as_image_size, outside_inference_mode
 from .folders import check_weights, empty_network, find_weights, read_config
 from .offloading import lent
 from .text_encoders import TextEncoder
@@ -49,7 +49,7 @@ class PipelineModel(DiffusionModel):
             understood, or parts that do not fit each other.
     """
 
-    can_offload = True
+    has_text_encoders = True
     components: ClassVar[Mapping[str, tuple[str, ...]]]
     network: ClassVar[type[ModelMixin]]
     feature_layers: ClassVar[tuple[str, str, str]]
@@ -58,24 +58,12 @@ class PipelineModel(DiffusionModel):
     _text: TextEncoder
     _text_2: TextEncoder  # of the families that have two
 
-    def __init__(
-        self,
-        source: str,
-        path: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        image_size: ImageSize | None,
-        default_guidance_scale: float,
-        variant: str | None,
-        without: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(source, path, device=device, dtype=dtype, default_guidance_scale=default_guidance_scale)
-        self._variant, self.without = variant, without
+    def __init__(self, origin: Origin) -> None:
+        super().__init__(origin)
         self._files: dict[str, tuple[Path, str | None]] = {}
-        self._index = read_config(path / "model_index.json")
-        check_components(self._index, self.components, path / "model_index.json")
-        self._examine(image_size)
+        self._index = read_config(self.path / "model_index.json")
+        check_components(self._index, self.components, self.path / "model_index.json")
+        self._examine(origin.image_size)
 
     @abstractmethod
     def _examine(self, image_size: ImageSize | None) -> None:
@@ -91,12 +79,12 @@ class PipelineModel(DiffusionModel):
         config = read_config(file)
         check_values(config, network, understood, file)
         empty = empty_network(lambda: network.from_config(config), file)
-        self._files[name] = find_weights(file.parent, "diffusion_pytorch_model", self._variant)
+        self._files[name] = find_weights(file.parent, "diffusion_pytorch_model", self.variant)
         check_weights(empty, self._files[name][0])
         return empty
 
     def _examined_vae(
-        self, latent_channels: Mapping[str, int], config: Path, *, understood: Mapping[str, Values] = VAE
+        self, latent_channels: Mapping[str, float], config: Path, *, understood: Mapping[str, Values] = VAE
     ) -> Any:
         """Return the autoencoder without its weights, after a check that the denoiser takes and returns its latents.
 
@@ -152,7 +140,7 @@ class PipelineModel(DiffusionModel):
             return self._frozen(loaded, dtype, is_offloaded=is_offloaded)
 
     def _loaded_text_encoder(self, encoder: TextEncoder) -> nn.Module:
-        """Return a text encoder's network, in float32."""
+        """Return a text encoder's network."""
         with outside_inference_mode(), no_progress_bar():
             loaded = encoder.network.from_pretrained(
                 self.path,
@@ -160,10 +148,11 @@ class PipelineModel(DiffusionModel):
                 variant=encoder.variant,
                 use_safetensors=".safetensors" in encoder.weights.name,
                 trust_remote_code=False,
-                **{_DTYPE: torch.float32},
+                **{_DTYPE: self.text_encoder_dtype},
             )
             encoder.device = self.device if self.offload else None
-            return self._frozen(loaded, torch.float32, is_offloaded=self.offload)
+            # In float16 transformers leaves some layers of T5 in float32, whose numbers would be too large.
+            return self._frozen(loaded, None, is_offloaded=self.offload)
 
     @override
     def release_text_encoders(self) -> None:

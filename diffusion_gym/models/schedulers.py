@@ -28,12 +28,37 @@ FLOW = FlowMatchEulerDiscreteScheduler.__name__
 _Schedule = TypeVar("_Schedule", bound=DiscreteVPSchedule)
 
 
-def _warn_of_two_classes(written: object, name: object, file: Path) -> None:
-    warnings.warn(
-        f"{file}: _class_name is {written!r}, model_index.json beside it says {name!r}, which is what diffusers' "
-        "pipeline takes, and this package: make them one",
-        stacklevel=3,
-    )
+def _class_of(
+    config: Mapping[str, Any], file: Path, *, asked: object, default: str, look_up: Callable[[object, Path], type]
+) -> type:
+    """Return a scheduler's class, with a warning where its file says another.
+
+    Args:
+        config: The file's content.
+        file: The file.
+        asked: The class that model_index.json names; None: there is none but the file's.
+        default: The class of a file that names none.
+        look_up: Returns the class of a name, or raises ValueError, which names the file.
+    """
+    name = config.get("_class_name", default) if asked is None else asked
+    scheduler = look_up(name, file)
+    written = config.get("_class_name", name)
+    if written != name:
+        warnings.warn(
+            f"{file}: _class_name is {written!r}, model_index.json beside it says {name!r}, which is what diffusers' "
+            "pipeline takes, and this package: make them one",
+            stacklevel=3,
+        )
+    return scheduler
+
+
+def _flow_class(name: object, file: Path) -> type:
+    if name != FLOW:
+        raise ValueError(
+            f"{file}: the scheduler {name!r} is not understood: allowed is {FLOW}. If the model can be sampled with "
+            "Euler's steps, write that there and in model_index.json"
+        )
+    return FlowMatchEulerDiscreteScheduler
 
 
 def discrete_schedule(
@@ -59,7 +84,8 @@ def discrete_schedule(
         FileNotFoundError, ValueError: the scheduler is not there, or none that is understood.
     """
     file = folder / "scheduler_config.json"
-    name = read_config(file).get("_class_name", "DDIMScheduler") if class_name is None else class_name
+    config = read_config(file)
+    scheduler = _class_of(config, file, asked=class_name, default="DDIMScheduler", look_up=scheduler_class)
 
     def make(alphas_cumprod: Tensor, values: Mapping[str, Any]) -> DiscreteVPSchedule:
         return DiscreteVPSchedule(
@@ -69,10 +95,8 @@ def discrete_schedule(
             ends_clean=values.get("set_alpha_to_one", True),
         )
 
-    schedule, values = _process(
-        file, scheduler_class(name, file), make, understood=understood, steps_offset=steps_offset
-    )
-    warn_of_other_times(str(name), schedule.spacing, file)
+    schedule, values = _process(file, config, scheduler, make, understood=understood, steps_offset=steps_offset)
+    warn_of_other_times(scheduler.__name__, schedule.spacing, file)
     return schedule, values["prediction_type"]
 
 
@@ -87,12 +111,15 @@ def consistency_schedule(folder: Path) -> tuple[LatentConsistencySchedule, Predi
         return LatentConsistencySchedule(alphas_cumprod, original_steps=values["original_inference_steps"])
 
     file = folder / "scheduler_config.json"
-    schedule, values = _process(file, LCMScheduler, make, understood=LCM_SCHEDULER)
+    config, name = read_config(file), LCMScheduler.__name__
+    scheduler = _class_of(config, file, asked=name, default=name, look_up=lambda *_: LCMScheduler)
+    schedule, values = _process(file, config, scheduler, make, understood=LCM_SCHEDULER)
     return schedule, values["prediction_type"], float(values["timestep_scaling"])
 
 
 def _process(
     file: Path,
+    config: Mapping[str, Any],
     scheduler: type,
     make: Callable[[Tensor, Mapping[str, Any]], _Schedule],
     *,
@@ -100,10 +127,6 @@ def _process(
     steps_offset: int | None = None,
 ) -> tuple[_Schedule, dict[str, Any]]:
     """Return the noise process of a scheduler's file, and the file's values, completed by the class's defaults."""
-    config = read_config(file)
-    written = config.get("_class_name", scheduler.__name__)
-    if written != scheduler.__name__:
-        _warn_of_two_classes(written, scheduler.__name__, file)
     check_values(config, scheduler, understood, file)
     defaults = keys_of(scheduler)
     ignored_keys = {key for key, known in understood.items() if not known.is_refused}  # the folder's own walk
@@ -149,19 +172,11 @@ def flow_schedule(
     """
     file = folder / "scheduler_config.json"
     config = read_config(file)
-    written = config.get("_class_name", FLOW if class_name is None else class_name)
-    name = written if class_name is None else class_name
-    if name != FLOW:
-        raise ValueError(
-            f"{file}: the scheduler {name!r} is not understood: allowed is {FLOW}. If the model can be sampled with "
-            "Euler's steps, write that there and in model_index.json"
-        )
-    if written != name:
-        _warn_of_two_classes(written, name, file)
+    scheduler = _class_of(config, file, asked=class_name, default=FLOW, look_up=_flow_class)
     if is_even and config.get("use_flow_sigmas"):  # no key of the class, but its pipeline looks for it
         raise ValueError(f"{file}: use_flow_sigmas={config['use_flow_sigmas']!r} is not understood: remove it")
-    check_values(config, FlowMatchEulerDiscreteScheduler, FLOW_SCHEDULER, file)
-    values: dict[str, Any] = {**keys_of(FlowMatchEulerDiscreteScheduler), **config}
+    check_values(config, scheduler, FLOW_SCHEDULER, file)
+    values: dict[str, Any] = {**keys_of(scheduler), **config}
     spacing: FlowSpacing = "even" if is_even else "twice_shifted"
     shift = values["shift"]
     if values["use_dynamic_shifting"]:

@@ -116,7 +116,7 @@ class StableDiffusionModel(UNetModel):
     def _examine_networks(self, understood: Mapping[str, Values], image_size: ImageSize | None) -> Any:
         """Check the UNet, the autoencoder and the text encoder; return the UNet without its weights."""
         unet = self._examine_unet(understood, image_size)
-        self._text = TextEncoder(self.path, variant=self._variant)
+        self._text = TextEncoder(self.path, variant=self.variant)
         self._check_text_width(unet, self._text)
         return unet
 

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: two CLIP text encoders and T5, KL autoencoder, transformer over patches of latents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,6 +56,28 @@ class TransformerModel(PipelineModel):
         """Height and width of the image in tokens."""
         return self.latent_shape[1] // self.patch, self.latent_shape[2] // self.patch
 
+    def _examine_latents(
+        self, transformer: Any, channels: Mapping[str, float], image_size: ImageSize | None, *, default_size: int
+    ) -> None:
+        """Check the autoencoder, and set all shapes.
+
+        Args:
+            transformer: The transformer without its weights.
+            channels: Its numbers of channels, as of latents, by their keys.
+            image_size: In pixels; None: that of `default_size`.
+            default_size: Latents in height and width.
+        """
+        file = self.path / self.denoiser_folder / "config.json"
+        vae = self._examined_vae(channels, file, understood=SHIFTED_VAE)
+        self._latent_shift = vae.config.shift_factor
+        self._set_shapes(
+            default_size * self.scale_factor if image_size is None else image_size,
+            channels=vae.config.latent_channels,
+            patch=self.patch,
+            features=2 * transformer.inner_dim,
+            time_embedding=transformer.inner_dim,
+        )
+
     def _examine_flow(self, *, is_even: bool = False) -> None:
         """Set the schedule for the image's size; `is_even` is of `flow_schedule`."""
         height, width = self._map_size
@@ -80,7 +102,7 @@ class TransformerModel(PipelineModel):
         t5 = TextEncoder(
             self.path,
             name,
-            variant=self._variant,
+            variant=self.variant,
             network=T5EncoderModel,
             config=T5Config,
             tokenizer=T5TokenizerFast,
@@ -144,19 +166,10 @@ class StableDiffusion3Model(TransformerModel):
 
     def _examine_transformer(self, image_size: ImageSize | None) -> Any:
         """Check the transformer and the autoencoder, and set all shapes; return the transformer without its weights."""
-        file = self.path / "transformer" / "config.json"
         transformer = self._examined(SD3Transformer2DModel, "transformer", {})
         channels = {"in_channels": transformer.config.in_channels, "out_channels": transformer.out_channels}
-        vae = self._examined_vae(channels, file, understood=SHIFTED_VAE)
-        self._latent_shift = vae.config.shift_factor
         self.patch = transformer.config.patch_size
-        self._set_shapes(
-            transformer.config.sample_size * self.scale_factor if image_size is None else image_size,
-            channels=transformer.config.in_channels,
-            patch=self.patch,
-            features=2 * transformer.inner_dim,
-            time_embedding=transformer.inner_dim,
-        )
+        self._examine_latents(transformer, channels, image_size, default_size=transformer.config.sample_size)
         most = transformer.config.pos_embed_max_size
         if most is not None and max(self._map_size) > most:
             raise ValueError(
@@ -167,9 +180,9 @@ class StableDiffusion3Model(TransformerModel):
 
     def _examined_clips(self, transformer: Any) -> tuple[TextEncoder, TextEncoder]:
         """Return the two CLIP text encoders, whose prompts the pipeline cuts to the length of the first."""
-        first = TextEncoder(self.path, variant=self._variant, network=CLIPTextModelWithProjection)
+        first = TextEncoder(self.path, variant=self.variant, network=CLIPTextModelWithProjection)
         second = TextEncoder(
-            self.path, "text_encoder_2", variant=self._variant, network=CLIPTextModelWithProjection, limit=first.limit
+            self.path, "text_encoder_2", variant=self.variant, network=CLIPTextModelWithProjection, limit=first.limit
         )
         if first.limit != second.limit:
             raise ValueError(

@@ -54,9 +54,9 @@ class StableDiffusionXLModel(UNetModel):
                 "the file that came with the model"
             )
         unet = self._examine_unet(XL_UNET, image_size, vae=XL_VAE)
-        self._text = TextEncoder(self.path, variant=self._variant)
+        self._text = TextEncoder(self.path, variant=self.variant)
         self._text_2 = TextEncoder(
-            self.path, "text_encoder_2", variant=self._variant, network=CLIPTextModelWithProjection
+            self.path, "text_encoder_2", variant=self.variant, network=CLIPTextModelWithProjection
         )
         self._check_texts(unet)
         self.schedule, self.prediction_type = discrete_schedule(

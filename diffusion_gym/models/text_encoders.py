@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Pretraine
 
 from .folders import check_weights, empty_network, find_weights, read_config
 from .offloading import lent
+from .understood import Values, is_count
 
 
 class TextEncoder:
@@ -54,8 +55,13 @@ class TextEncoder:
         self._tokenizer_type = tokenizer
         file = self._folder / "config.json"
         values = read_config(file)
+        if not isinstance(values.get("model_type", ""), str | None):
+            raise ValueError(f"{file}: model_type must be a text, got {values['model_type']!r}: {Values.cure}")
         empty = empty_network(lambda: network(config.from_dict(values)), file)
         self.config: Any = empty.config
+        end = getattr(self.config, "eos_token_id", None)
+        if config is CLIPTextConfig and not is_count(end, minimum=0):
+            raise ValueError(f"{file}: eos_token_id must be a whole number, got {end!r}: {Values.cure}")
         self.weights, self.variant = find_weights(self._folder, "model", variant)
         check_weights(empty, self.weights, prefix="text_model.")
         self.limit = self._examined_limit(limit)

@@ -59,9 +59,17 @@ def folder(tmp_path_factory):
 def make(folder):
     """Return a function that makes an environment and a policy of a model that no other test has."""
 
-    def made(num_steps=2, **arguments):
-        env = gym.make_vec("DenoisingMDP-v0", num_envs=3, num_steps=num_steps, model=folder, reward="brightness")
-        return env, DenoisingPolicy(env.unwrapped.model, seed=0, **arguments)
+    def made(num_steps=2, observe_embeds=True, **arguments):
+        env = gym.make_vec(
+            "DenoisingMDP-v0",
+            num_envs=3,
+            num_steps=num_steps,
+            model=folder,
+            reward="brightness",
+            observe_embeds=observe_embeds,
+        )
+        prompts = () if observe_embeds else env.unwrapped.prompts.texts
+        return env, DenoisingPolicy(env.unwrapped.model, prompts=prompts, seed=0, **arguments)
 
     return made
 
@@ -100,6 +108,13 @@ def test_a_rollout_and_an_update_wait_in_named_places(make, on_device, waits, al
     assert {p.grad is None for p in policy.parameters()} == {True}
     assert learner.updates.optimizer.state_dict()["state"][0]["exp_avg"].device.type == DEVICE
     assert waits.shapes == [*REWARDED, *([(3,)] if advantages == PerPrompt() else []), *UPDATED]
+
+
+def test_prompts_are_looked_up_without_a_wait(make, on_device, waits):
+    env, policy = make(observe_embeds=False)
+    on_device(env, policy)
+    DDPOIS(policy, env, advantages=Batch(), log=Log(images=0), **SIZES).learn(6, log_interval=0)
+    assert waits.shapes == [*REWARDED, *UPDATED]
 
 
 def test_a_log_waits_once(make, on_device, waits):

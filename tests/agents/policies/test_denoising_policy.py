@@ -3,6 +3,7 @@ import warnings
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents import DDPOSF, Batch, DenoisingPolicy, Full, LoRA, Only, Rollouts, collect
 from agents.policies import denoising
@@ -181,6 +182,31 @@ def test_embeddings_are_looked_up_where_they_are_not_observed(emoji, make_env):
             DenoisingPolicy(emoji).distribution(batch(without))
 
 
+class Made(TorchDispatchMode):
+    """Counts the bytes of the results of operations in this context."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not func._schema.is_mutable:
+            self.num_bytes += result.nbytes
+        return result
+
+
+def test_looking_prompts_up_takes_no_more_memory_with_more_of_them(emoji):
+    observation = {"latents": torch.zeros(2, *emoji.latent_shape), "prompt_id": torch.tensor([[1], [-1]])}
+    made = {}
+    for number in (2, 20):
+        policy = DenoisingPolicy(emoji, prompts=[f"a cat {index}" for index in range(number)])
+        policy._conditioning(observation)
+        with Made() as made[number]:
+            conditioning = policy._conditioning(observation)
+    embeddings = sum(value.nbytes for value in conditioning.values())
+    assert embeddings <= made[2].num_bytes == made[20].num_bytes < 1.1 * embeddings
+    assert [bool(row.isnan().all()) for row in conditioning["prompt_embeds"]] == [False, True]
+
+
 def test_noised_latents_are_predicted_with_the_guidance_that_is_asked_for(emoji, make_env):
     observation = batch(make_env(num_envs=2))
     conditioning = emoji_conditioning(observation)
@@ -286,6 +312,12 @@ def test_saved_policy_comes_back_the_same(emoji, make_env, tmp_path, adaptation)
             assert torch.equal(again.distribution(observation).mean, policy.distribution(observation).mean)
     with pytest.raises(FileNotFoundError, match="is not a saved policy"):
         DenoisingPolicy.load(tmp_path)
+
+
+def test_a_saved_policy_keeps_the_precision_of_the_text_encoder(tmp_path):
+    model = load_model(make_tiny_stable_diffusion(tmp_path / "model"), text_encoder_dtype="bfloat16")
+    DenoisingPolicy(model, adaptation=LoRA(rank=1)).save(tmp_path / "policy")
+    assert DenoisingPolicy.load(tmp_path / "policy").model.text_encoder_dtype == torch.bfloat16
 
 
 def test_weights_of_another_adaptation_are_refused(emoji, tmp_path):

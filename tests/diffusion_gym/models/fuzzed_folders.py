@@ -1,6 +1,7 @@
 """Model folders whose configurations are changed at random, and what becomes of each here and in diffusers.
 
-    python -m tests.diffusion_gym.models.fuzzed_folders 0 1000        # or 0 1000 all, to see every one
+    python -m tests.diffusion_gym.models.fuzzed_folders 0 1000                  # of all families
+    python -m tests.diffusion_gym.models.fuzzed_folders 0 1000 flux-dev all     # of one, and to see every folder
 
 counts the folders that load and equal diffusers' own pipeline, that are warned about and that are refused, and names
 all others: there should be none. Each folder has a seed of its own, which draws it again.
@@ -15,21 +16,22 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from diffusion_gym.models import load_model
-from diffusion_gym.sampling import sample_latents
+from tests.families import FAMILIES, Family, open_pipeline
 from tests.tiny import make_tiny_stable_diffusion
 
 PROMPTS = ["a cat", "an ant on a pink background"]
-GUIDANCE_SCALE = 4.0
 TOLERANCE = 2e-3
 
 # Some read by a scheduler of another class than DDIM's: the folder of each is what diffusers' `save_pretrained` writes.
@@ -40,13 +42,15 @@ SCHEDULERS = (
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
 )
+# How often each file is changed; others of its name as often as the last.
 FILES = {
     "model_index.json": 3,
     "scheduler/scheduler_config.json": 8,
     "unet/config.json": 6,
+    "transformer/config.json": 6,
     "vae/config.json": 4,
-    "text_encoder/config.json": 4,
-    "tokenizer/tokenizer_config.json": 3,
+    "config.json": 4,
+    "tokenizer_config.json": 3,
 }
 ANYTHING = (None, True, False, 0, 1, 2, -1, 0.5, 8.0, 1e30, "", "1", "nonsense", [], [1], [8, 8], [8, 16], {}, {"a": 1})
 LIKELY = {
@@ -97,6 +101,46 @@ LIKELY = {
     "vae": [["diffusers", "AutoencoderTiny"], [None, None]],
     "text_encoder": [["transformers", "CLIPTextModelWithProjection"], [None, None]],
     "scheduler": [["diffusers", name] for name in ("LCMScheduler", "PNDMScheduler", "EulerDiscreteScheduler")],
+    "model_type": [["a"], "t5", "clip_text_model", "bert", None],
+    "eos_token_id": [[], [3036], None, 1, 2, 3036, 49407],
+    "projection_dim": [16, 24],
+    "force_zeros_for_empty_prompt": [True, False],
+    "addition_time_embed_dim": [8, 16],
+    "transformer_layers_per_block": [1, [1, 2]],
+    "original_inference_steps": [2, 10, 50],
+    "timestep_scaling": [1.0, 10.0],
+    "shift": [1.0, 3.0, 0, -1],
+    "use_dynamic_shifting": [True, False],
+    "base_shift": [0.5, 1.0, None],
+    "max_shift": [0.5, 1.15, None],
+    "base_image_seq_len": [4, 256],
+    "max_image_seq_len": [256, 4096],
+    "time_shift_type": ["exponential", "linear", "cubic"],
+    "shift_terminal": [0.1, 0],
+    "invert_sigmas": [True],
+    "stochastic_sampling": [True],
+    "patch_size": [1, 2, 4],
+    "num_layers": [0, 1, 2, 3],
+    "num_single_layers": [0, 1, 2],
+    "joint_attention_dim": [48, 80, 128],
+    "caption_projection_dim": [32, 64],
+    "pooled_projection_dim": [24, 32, 48],
+    "pos_embed_max_size": [2, 4, 8, 96],
+    "dual_attention_layers": [[], [0], [1], [0, 1]],
+    "qk_norm": ["rms_norm", None, "layer_norm"],
+    "guidance_embeds": [True, False],
+    "axes_dims_rope": [[4, 6, 6], [6, 4, 6], [8, 8], [16], [2, 8, 6]],
+    "_max_sequence_length": [0, 16, 77, 256, 1000],
+    "feed_forward_proj": ["relu", "gelu", "gated-gelu"],
+    "relative_attention_num_buckets": [8, 32],
+    "relative_attention_max_distance": [16, 128],
+    "layer_norm_epsilon": [1e-3],
+    "d_kv": [8, 16],
+    "d_model": [48, 80],
+    "num_heads": [1, 2, 4],
+    "text_encoder_2": [["transformers", "CLIPTextModel"], ["transformers", "T5EncoderModel"], [None, None]],
+    "text_encoder_3": [["transformers", "T5EncoderModel"], [None, None], None],
+    "tokenizer_3": [["transformers", "T5TokenizerFast"], [None, None], ["transformers", "CLIPTokenizer"]],
 }  # fmt: skip
 STRAY = {"clip_sample": True, "set_alpha_to_one": False, "skip_prk_steps": True, "solver_order": 3, "made_up": 1}
 
@@ -135,7 +179,7 @@ class StepsToTheNextTime(DDIMScheduler):
         return result
 
 
-def write_base_folder(folder: Path, scheduler: str) -> Path:
+def _write_stable_diffusion(folder: Path, scheduler: str) -> Path:
     """Write a small folder with the whole configuration of a scheduler."""
     import diffusers
 
@@ -145,6 +189,12 @@ def write_base_folder(folder: Path, scheduler: str) -> Path:
         numbers["timestep_spacing"] = "trailing"  # with its other spacings it is always warned about
     getattr(diffusers, scheduler)(**numbers).save_pretrained(folder / "scheduler")
     return folder
+
+
+STABLE_DIFFUSION = tuple(
+    replace(FAMILIES[0], name=name, write=partial(_write_stable_diffusion, scheduler=name)) for name in SCHEDULERS
+)
+BASES = (*STABLE_DIFFUSION, *FAMILIES[1:])
 
 
 def changed(config: dict, rng: random.Random) -> str:
@@ -167,14 +217,18 @@ def changed(config: dict, rng: random.Random) -> str:
     return f"{key} = {str(config[key])[:60]}"
 
 
-def fuzz(folder: Path, bases: dict[str, Path], seed: int) -> str:
-    """Write the folder of a seed; return what was changed."""
-    rng = random.Random(seed)
-    base = bases[rng.choice(sorted(bases))]
+def _weight(name: str) -> int:
+    """Return how often a file is changed, 0 for none."""
+    return next((weight for end, weight in FILES.items() if name == end or name.endswith(f"/{end}")), 0)
+
+
+def fuzz(folder: Path, base: Path, rng: random.Random) -> str:
+    """Write a changed copy of a base folder; return what was changed."""
     shutil.copytree(base, folder, copy_function=os.link)
+    weights = {name: _weight(name) for name in sorted(str(file.relative_to(base)) for file in base.rglob("*.json"))}
     changes = []
     for _ in range(rng.choice([1, 1, 2])):
-        name = rng.choices(list(FILES), weights=list(FILES.values()))[0]
+        name = rng.choices(list(weights), weights=list(weights.values()))[0]
         config = json.loads((folder / name).read_text())
         changes.append(f"{name}: {changed(config, rng)}")
         (folder / name).unlink()
@@ -182,16 +236,20 @@ def fuzz(folder: Path, bases: dict[str, Path], seed: int) -> str:
     return f"{base.name}; " + "; ".join(changes)
 
 
-def reference(
-    folder: Path, noise_shape: tuple[int, ...], num_steps: int
-) -> tuple[torch.Tensor, list[float], list[float]]:
-    """Return the images of diffusers' pipeline with DDIM's steps, its times, and those of the folder's scheduler."""
-    unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **unused)
-    pipeline.set_progress_bar_config(disable=True)
-    # Without a length, or with one beyond the text encoder's, the pipeline itself fails.
-    limit = pipeline.text_encoder.config.max_position_embeddings
-    pipeline.tokenizer.model_max_length = min(pipeline.tokenizer.model_max_length, limit)
+def _with_its_own_limits(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Set tokenizers' lengths to the text encoders': with none, or one beyond that, the pipeline itself fails."""
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        config = getattr(getattr(pipeline, name.replace("tokenizer", "text_encoder"), None), "config", None)
+        if tokenizer is not None and hasattr(config, "max_position_embeddings"):
+            tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    if hasattr(pipeline, "tokenizer_max_length"):
+        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+    return pipeline
+
+
+def _with_ddim(pipeline: DiffusionPipeline, num_steps: int) -> tuple[list[float], list[float]]:
+    """Give a pipeline DDIM's steps; return its times, and those of the scheduler that it had."""
     own = pipeline.scheduler
     config = {key: value for key, value in own.config.items() if not key.startswith("_")} | {"clip_sample": False}
     if not hasattr(own, "final_alpha_cumprod"):
@@ -200,60 +258,60 @@ def reference(
         config.get("timestep_spacing") == "trailing" and own.config.num_train_timesteps % num_steps == 0
     )
     pipeline.scheduler = (DDIMScheduler if evenly else StepsToTheNextTime).from_config(config)
-    noise = torch.randn(noise_shape, generator=torch.Generator().manual_seed(0))
-    images = pipeline(
-        PROMPTS, num_inference_steps=num_steps, guidance_scale=GUIDANCE_SCALE, latents=noise, output_type="pt"
-    ).images
+    pipeline.scheduler.set_timesteps(num_steps)
     grid = pipeline.scheduler.timesteps.double().tolist()
     if num_steps < 4:  # too few for some
-        return images, grid, grid
+        return grid, grid
     own.set_timesteps(num_steps)
-    return images, grid, sorted(set(own.timesteps.double().tolist()), reverse=True)
+    return grid, sorted(set(own.timesteps.double().tolist()), reverse=True)
 
 
-def judge(folder: Path, change: str) -> Outcome:
+def judge(folder: Path, change: str, family: Family) -> Outcome:
     """Load and sample a folder here and there, and compare."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            model = load_model(folder)
+            model = load_model(folder, image_size=family.told_size)
         except Exception as error:
             is_named = type(error) in (ValueError, FileNotFoundError) and str(folder) in str(error)
             return Outcome("refused" if is_named else "unnamed", change, f"{type(error).__name__}: {error}")
     said = [str(warning.message) for warning in caught if str(folder) in str(warning.message)]
     num_steps = max(1, min(4, model.schedule.num_train_timesteps // 2))
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    times = model.schedule.timesteps(num_steps)
     try:
-        conditioning = model.encode_prompts(PROMPTS)
-        images = model.decode(sample_latents(model, noise, conditioning, times, guidance_scale=GUIDANCE_SCALE))
+        images = family.sample(model, PROMPTS, noise, num_steps=num_steps)
     except Exception as error:
         return Outcome("late", change, f"{type(error).__name__}: {error}")
     if said:
         return Outcome("warned", change, said[0])
+    grid = walked = ours = model.schedule.timesteps(num_steps)[:-1].tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            expected, grid, walked = reference(folder, noise.shape, num_steps)
+            pipeline = _with_its_own_limits(open_pipeline(folder, torch_dtype=torch.float32))
+            if model.prediction_type != "flow" and model.guidance == "classifier_free":
+                grid, walked = _with_ddim(pipeline, num_steps)
+            size = model.image_size
+            images_there = family.draw(folder, PROMPTS, noise, num_steps=num_steps, pipeline=pipeline, image_size=size)
         except Exception as error:
             return Outcome("only here", change, f"{type(error).__name__}: {error}")
-    ours = times[:-1].tolist()
     apart = max(abs(a - b) for a, b in zip(ours, walked, strict=False)) if len(walked) == len(ours) else 0.0
     if ours != grid or apart > 0.5:  # Euler's own linspace is not rounded
         return Outcome("other times", change, f"here {ours}, DDIM {grid}, the folder's own scheduler {walked}")
-    if images.shape != expected.shape or not (images - expected).abs().max() <= TOLERANCE:
-        return Outcome("other images", change, f"{(images - expected).abs().max():.2g}")
+    if images.shape != images_there.shape or not (images - images_there).abs().max() <= TOLERANCE:
+        return Outcome("other images", change, f"{(images - images_there).abs().max():.2g}")
     return Outcome("equal", change)
 
 
-def outcomes(seeds: range):
-    """Yield the outcome of each seed's folder."""
+def outcomes(seeds: range, families: tuple[Family, ...] = BASES) -> Iterator[tuple[int, Outcome]]:
+    """Yield the outcome of each seed's folder, of one of the families."""
     with tempfile.TemporaryDirectory() as root:
-        bases = {name: write_base_folder(Path(root) / "bases" / name, name) for name in SCHEDULERS}
+        bases = [(family, family.write(Path(root) / "bases" / family.name)) for family in families]
         for seed in seeds:
-            folder = Path(root) / f"folder{seed}"
-            change = fuzz(folder, bases, seed)
-            yield seed, judge(folder, change)
+            rng, folder = random.Random(seed), Path(root) / f"folder{seed}"
+            family, base = rng.choice(bases)
+            change = fuzz(folder, base, rng)
+            yield seed, judge(folder, change, family)
             shutil.rmtree(folder)
 
 
@@ -264,9 +322,10 @@ if __name__ == "__main__":
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
-    for number, outcome in outcomes(range(*map(int, sys.argv[1:3]))):
+    named = tuple(family for family in BASES if family.name in sys.argv[3:])
+    for number, outcome in outcomes(range(*map(int, sys.argv[1:3])), named or BASES):
         counts[outcome.kind] += 1
-        if outcome.is_fault or sys.argv[3:]:
+        if outcome.is_fault or "all" in sys.argv[3:]:
             print(number, outcome.kind, "|", outcome.change, "|", outcome.message[:300], flush=True)
     print(dict(counts))
     sys.exit(any(Outcome(kind, "").is_fault for kind in counts))

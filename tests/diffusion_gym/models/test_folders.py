@@ -1,6 +1,7 @@
 """What a model's folder says is understood, or refused, or warned about: when it is loaded, by name."""
 
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -356,6 +357,19 @@ def test_absurd_lengths_are_named(folder, length):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "wrong", "words"),
+    [("model_type", ["a"], "a text"), ("model_type", {}, "a text"), ("eos_token_id", [], "a whole number"),
+     ("eos_token_id", None, "a whole number")],
+)  # fmt: skip
+def test_text_encoders_that_would_fail_late_are_refused(folder, key, wrong, words):
+    change(folder / "text_encoder" / "config.json", **{key: wrong})
+    with pytest.raises(
+        ValueError, match=rf"text_encoder/config\.json: {key} must be {words}, got {re.escape(str(wrong))}"
+    ):
+        load_model(folder)
+
+
 def test_tokenizers_without_a_vocabulary_are_named(folder):
     (folder / "tokenizer" / "tokenizer.json").unlink()
     load_model(folder).encode_prompts(["a cat"])
@@ -380,8 +394,16 @@ def test_a_tokenizer_of_another_text_encoder_is_named(folder):
 def test_single_files_are_told_how_to_become_folders(tmp_path):
     (tmp_path / "model.safetensors").touch()
     for source in (tmp_path / "model.safetensors", "nowhere/model.ckpt"):
-        with pytest.raises(FileNotFoundError, match=r"is a single file: .*from_single_file\(.*\)\.save_pretrained"):
+        with pytest.raises(FileNotFoundError, match=r"is a single file, .* `python -m diffusion_gym.models.convert '"):
             load_model(source)
+    for name, pipeline in (
+        ("conditioner.embedders.1.model.ln_final.bias", "StableDiffusionXLPipeline"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.bias", "StableDiffusion3Pipeline"),
+        ("double_blocks.0.img_attn.qkv.bias", "FluxPipeline"),
+    ):
+        save_file({name: torch.zeros(1)}, tmp_path / "model.safetensors")
+        with pytest.raises(FileNotFoundError, match=f"is a single file, as of a {pipeline},"):
+            load_model(tmp_path / "model.safetensors")
 
 
 def test_mixtures_are_looked_at_too(tmp_path):

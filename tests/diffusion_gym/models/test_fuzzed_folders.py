@@ -2,7 +2,7 @@ import pytest
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from tests.diffusion_gym.models.fuzzed_folders import SCHEDULERS, judge, outcomes, write_base_folder
+from tests.diffusion_gym.models.fuzzed_folders import STABLE_DIFFUSION, judge, outcomes
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def test_fuzzed_folders_equal_the_pipeline_or_are_warned_about_or_refused_by_nam
     assert {outcome.kind for _, outcome in found} == {"equal", "warned", "refused"}
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_folders_as_diffusers_writes_them_equal_the_pipeline(tmp_path, scheduler):
-    outcome = judge(write_base_folder(tmp_path / "model", scheduler), "nothing")
+@pytest.mark.parametrize("family", STABLE_DIFFUSION, ids=lambda family: family.name)
+def test_folders_as_diffusers_writes_them_equal_the_pipeline(tmp_path, family):
+    outcome = judge(family.write(tmp_path / "model"), "nothing", family)
     assert outcome.kind == "equal", outcome

@@ -18,16 +18,8 @@ class Embedded(MixtureModel):
     guidance = "embedded"
 
     def __init__(self):
-        plain = load_model("mixture")
-        super().__init__(
-            plain.source,
-            plain.path,
-            device=plain.device,
-            dtype=plain.dtype,
-            image_size=None,
-            default_guidance_scale=3.0,
-            variant=None,
-        )
+        super().__init__(load_model("mixture").origin)
+        self.default_guidance_scale = 3.0
         self.passes = []
 
     def _encode(self, prompts):

@@ -1,4 +1,4 @@
-"""Text encoders and autoencoders that stay on the CPU, or go once the prompts are encoded."""
+"""Text encoders and autoencoders that stay on the CPU, in half the memory, or go once the prompts are encoded."""
 
 import pickle
 import weakref
@@ -96,3 +96,30 @@ def test_what_has_no_text_encoder_releases_none_and_has_nothing_to_offload():
     load_model("mixture").release_text_encoders()
     with pytest.raises(ValueError, match="offload=True has no effect: 'mixture' has no text encoder"):
         load_model("mixture", offload=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_text_encoders_of_lower_precision_take_half_the_memory_and_say_nearly_the_same(folder, dtype):
+    plain, model = load_model(folder), load_model(folder, text_encoder_dtype=dtype)
+    embeddings = model.encode_prompts(PROMPTS)
+    for key, value in plain.encode_prompts(PROMPTS).items():
+        assert embeddings[key].dtype == value.dtype == torch.float32
+        error = float((embeddings[key] - value).norm())
+        assert error == 0 or value.any()
+        assert error <= float(value.norm()) * 10 * torch.finfo(getattr(torch, dtype)).eps
+    assert any(not torch.equal(embeddings[key], value) for key, value in plain.encode_prompts(PROMPTS).items())
+    for name, network in text_encoders(model).items():
+        shares = {parameter.element_size() / 4 for parameter in network.parameters()}
+        has_large_numbers = dtype == "float16" and "T5" in type(network).__name__
+        assert shares == ({0.5, 1.0} if has_large_numbers else {0.5}), name
+    again = pickle.loads(pickle.dumps(model))
+    assert again.text_encoder_dtype == getattr(torch, dtype)
+    assert all(torch.equal(again.encode_prompts(PROMPTS)[key], value) for key, value in embeddings.items())
+    assert again.denoiser.dtype == torch.float32
+
+
+def test_a_text_encoders_precision_is_one_and_has_an_effect(folder):
+    with pytest.raises(ValueError, match=r"text_encoder_dtype=torch\.float16 has no effect: 'mixture' has no text enc"):
+        load_model("mixture", text_encoder_dtype="float16")
+    with pytest.raises(ValueError, match=r"text_encoder_dtype must be a floating-point dtype .*, got 'half a byte'"):
+        load_model(folder, text_encoder_dtype="half a byte")

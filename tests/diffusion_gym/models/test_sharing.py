@@ -208,6 +208,31 @@ def test_what_was_not_asked_for_longest_is_forgotten_first(encoded, monkeypatch)
     assert sum(value.untyped_storage().nbytes() for rows in model._rows.values() for value in rows.values()) == 3 * row
 
 
+def held(model):
+    """Return the bytes of all embeddings that a model keeps."""
+    _, table = model._table
+    kept = [*table.values(), *(value for rows in model._rows.values() for value in rows.values())]
+    return sum({value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in kept}.values())
+
+
+def test_a_table_is_made_once_and_its_embeddings_are_held_once(encoded):
+    model, texts = encoded
+    prompts = ["a cat", "a dog", "a cat", "a fox"]
+    expected = model.encode_prompts(prompts, "dark")
+    row = expected["prompt_embeds"][0].nbytes
+    texts.clear()
+    table = model.prompt_table(prompts, "dark")
+    assert model.prompt_table(list(prompts), "dark") is table
+    assert all(torch.equal(table[key], value) for key, value in expected.items())
+    assert held(model) == (len(prompts) + 1) * row
+    assert torch.equal(model.encode_prompts(["a fox"], "dark")["prompt_embeds"], expected["prompt_embeds"][3:])
+    other = model.prompt_table(["a dog"], "dark")
+    assert other is not table
+    assert torch.equal(other["prompt_embeds"], expected["prompt_embeds"][1:2])
+    assert texts == []
+    assert held(model) == 4 * row  # of three prompts and the negative one: none of the old table
+
+
 def test_no_prompts_are_no_rows(encoded):
     model, _ = encoded
     assert {key: value.shape for key, value in model.encode_prompts([]).items()} == {

@@ -5,12 +5,15 @@ import pickle
 import shutil
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from gymnasium.envs.registration import EnvSpec
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
+import diffusion_gym  # noqa: F401
 from agents import DenoisingPolicy, LoRA
 from diffusion_gym.models import load_model
 from diffusion_gym.models.base import DiffusionModel
@@ -69,6 +72,21 @@ def test_t5_can_be_left_out(folder, tmp_path):
         assert not found["prompt_embeds"][:, 16:].any()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("env_id", ["DenoisingMDP-v0", "TimePredictionMDP-v0"])
+def test_environments_leave_out_what_a_model_can_do_without(original, env_id):
+    arguments = {"without": ("text_encoder_3",), "offload": True, "text_encoder_dtype": torch.bfloat16}
+    env = gym.make(env_id, model=str(original), reward="brightness", **arguments)
+    again = gym.make(EnvSpec.from_json(env.spec.to_json()))
+    for model in (env.unwrapped.model, again.unwrapped.model):
+        assert {name: getattr(model, name) for name in arguments} == arguments
+    assert gym.make(env_id, model=model, **arguments).unwrapped.model is model
+    for name, value in {"without": (), "offload": False, "text_encoder_dtype": "float16"}.items():
+        with pytest.raises(ValueError, match=f"{name}=.* differs from the loaded model's"):
+            gym.make(env_id, model=model, **{name: value})
+    with pytest.raises(TypeError, match="offload must be True or False, got 'no'"):
+        gym.make(env_id, model=str(original), offload="no")
 
 
 def test_only_what_a_model_can_do_without_is_left_out(original):
@@ -179,3 +197,12 @@ def test_a_lora_file_of_another_alpha_is_refused(original, tmp_path):
     model.load_lora(one.denoiser, tmp_path)
     with pytest.raises(ValueError, match=r"has lora_alpha \[2\.0\], this denoiser's LoRA layers 4\.0"):
         model.load_lora(other.denoiser, tmp_path)
+
+
+def test_a_table_of_positions_of_another_size_is_refused(folder):
+    config = folder / "transformer" / "config.json"
+    change(config, pos_embed_max_size=96)
+    with pytest.raises(
+        ValueError, match=r"pos_embed\.pos_embed of shape \[1, 64, 32\], config.json beside it describes"
+    ):
+        load_model(folder)

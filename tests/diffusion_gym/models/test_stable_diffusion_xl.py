@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
 
 from agents import DenoisingPolicy, LoRA
 from diffusion_gym.models import load_model
@@ -121,10 +120,3 @@ def test_a_lora_file_is_whole_in_the_plain_pipeline_whatever_its_targets(origina
     again = DenoisingPolicy.load(tmp_path, model)
     for one, other in zip(policy.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
-
-
-def test_a_single_file_is_said_to_be_one_of_this_pipeline(tmp_path):
-    file = tmp_path / "xl.safetensors"
-    save_file({"conditioner.embedders.1.model.ln_final.bias": torch.zeros(1)}, file)
-    with pytest.raises(FileNotFoundError, match=r"is a single file: diffusers' StableDiffusionXLPipeline\.from_single"):
-        load_model(file)
