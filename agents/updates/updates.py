@@ -115,8 +115,8 @@ def _check_shards(parameters: Sequence[nn.Parameter], part: Optimizer, *, scale_
         )
     if not part.takes_shards:
         raise ValueError(
-            f"{part} needs whole weights, and all of the denoiser's are divided among the processes here: give AdamW(), "
-            "or train LoRA layers, which are whole"
+            f"{part} needs whole weights, and all of the denoiser's are divided among the processes here: give "
+            "AdamW(), or train LoRA layers, which are whole"
         )
     if scale_losses:
         raise ValueError(

@@ -40,7 +40,9 @@ def is_asked_for() -> bool:
     for name, (allowed, cure) in _REFUSED.items():
         value = os.environ.get(name, allowed).lower()
         if value != allowed:
-            raise ValueError(f"{name} must be {allowed!r} to divide weights among processes, got {value!r}: give {cure}")
+            raise ValueError(
+                f"{name} must be {allowed!r} to divide weights among processes, got {value!r}: give {cure}"
+            )
     return True
 
 
@@ -74,15 +76,19 @@ def shard(network: nn.Module, device: torch.device) -> None:
             "met: create agents.Processes() first, and the model on its device"
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    shards: dict[int, nn.Parameter] = {}  # modules may have a weight in common
     for module in network.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
         for name, whole in module._parameters.items():
-            if whole is not None and not is_shard(whole):
+            if whole is None:
+                continue
+            if id(whole) not in shards:
                 part = _part_of(whole.detach(), device)
                 shape, stride = whole.shape, whole.stride()
                 divided = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-                module._parameters[name] = nn.Parameter(divided, requires_grad=whole.requires_grad)
+                shards[id(whole)] = nn.Parameter(divided, requires_grad=whole.requires_grad)
+            module._parameters[name] = shards[id(whole)]
 
 
 def _part_of(whole: Tensor, device: torch.device) -> Tensor:
@@ -116,14 +122,14 @@ def runner(network: nn.Module) -> nn.Module:
     return counterpart
 
 
-def _without_memory(weight: nn.Parameter) -> nn.Parameter:
+def _without_memory(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(
         torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=weight.requires_grad
     )
 
 
 def _unit_names(network: nn.Module) -> Iterable[str]:
-    return network._no_split_modules or ()  # type: ignore[union-attr,return-value]
+    return network._no_split_modules or ()  # type: ignore[return-value]
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,10 +139,11 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     values = {}
     for name, tensor in tensors.items():
-        value = tensor.detach().full_tensor() if is_shard(tensor) else tensor
         if not is_shard(tensor):
-            values[name] = value
-        elif dist.get_rank() == 0:
+            values[name] = tensor
+            continue
+        value = tensor.full_tensor().detach()
+        if dist.get_rank() == 0:
             values[name] = value.cpu()
     return values
 

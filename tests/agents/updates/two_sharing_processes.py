@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ LANES = 2
 # Passes of one transition are rounded alike, whoever makes them.
 FOUR = Rollouts(samples=4, micro_batch_size=1)
 FAMILY = {family.name: family for family in FAMILIES}
-SD, XL, SD3, FLUX = "stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux-dev"
+SD, SD3, FLUX = "stable-diffusion", "stable-diffusion-3", "flux-dev"
 GROUPS = {"rollouts": replace(FOUR, group_size=2), "advantages": Groups()}
 # Which family, what is trained of it, and by what.
 CASES = {
@@ -50,7 +51,13 @@ CASES = {
         SD,
         {"adaptation": Full()},
         DDPOIS,
-        {"batch_size": 2, "steps": Steps(fraction=0.5), "advantages": Batch(), "kl": KL(0.1), "clip_range": 0.1},
+        {
+            "batch_size": 2,
+            "steps": Steps(fraction=0.5),
+            "advantages": Batch(),
+            "kl": KL(0.1),
+            "clip_range": 0.1,
+        },
     ),
     # One episode an update: one process makes passes of nothing.
     "full-checkpointing": (
@@ -68,7 +75,7 @@ CASES = {
     ),
     # Which of the images count, and so whose they are, is known when they are drawn.
     "sparse": (
-        XL,
+        FLUX,
         {"adaptation": Full()},
         RWR,
         {"rollouts": FOUR, "batch_size": 2, "weights": Best(0.3), "n_epochs": 2},
@@ -77,17 +84,19 @@ CASES = {
         FLUX,
         {"adaptation": LoRA(rank=2)},
         GRPO,
-        {"batch_size": 2, "kl": KL(0.1), "steps": Steps(window=Window(1)), **GROUPS},
+        {"batch_size": 2, "kl": KL(0.1, place="exact"), "steps": Steps(window=Window(1)), **GROUPS},
     ),
     "lora-checkpointing": (
         SD,
         {"adaptation": LoRA(rank=2), "gradient_checkpointing": True},
         DDPOIS,
-        {"batch_size": 2, "advantages": Batch(), "kl": KL(0.1, place="exact"), "clip_range": 0.1, "n_epochs": 2},
+        {"batch_size": 2, "advantages": Batch(), "clip_range": 0.1, "n_epochs": 2},
     ),
     "bf16": (SD3, {"adaptation": Full(), "precision": "bf16"}, GRPO, {"batch_size": 2, **GROUPS}),
 }
-CLOSE = {"bf16": 0.03}  # relative distances of gradients; 1e-5 for the others
+ADAPTATIONS = {"full": Full(), "lora": LoRA(rank=2)}
+PLAIN = {"rollouts": FOUR, "batch_size": 2, "advantages": Batch(), "seed": 5}
+CLOSE = {"bf16": 0.03}  # relative distances; 1e-5 for the others
 
 
 def make_env(folder, family, **more):
@@ -106,12 +115,23 @@ def make(folder, name, **more):
     env = make_env(folder, family)
     scale = FAMILY[family].guidance_scale
     policy = DenoisingPolicy(env.unwrapped.model, guidance_scale=scale, seed=0, **arguments)
+    move(policy)
     shared = {"rollouts": FOUR, "optimizer": SGD(ema_decay=0.5), "learning_rate": 0.003, "seed": 5}
-    return algorithm(policy, env, **{**shared, **settings, **more})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ratios of whole trajectories are far from 1 after an update
+        return algorithm(policy, env, **{**shared, **settings, **more})
 
 
-def trained(learner):
-    return [parameter for parameter in learner.policy.parameters() if parameter.requires_grad]
+@torch.no_grad()
+def move(policy):
+    """Move a policy away from the pretrained model: next to it a KL divergence is a difference of near-equals."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trained(policy):
+        parameter += sharding.like(parameter, 0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def trained(policy):
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
 
 def whole(tensor):
@@ -125,15 +145,15 @@ def run(folder, name):
     found = {}
 
     def remember(*_):
-        for index, parameter in enumerate(trained(learner)):
+        for index, parameter in enumerate(trained(learner.policy)):
             if parameter.grad is not None:
                 found[f"gradient/{learner.num_updates:03d}/{index}"] = whole(parameter.grad)
 
     learner.updates.optimizer.register_step_pre_hook(remember)
     learner.learn(10**6, StopAfter(1), log_interval=0)
-    found |= {f"weight/{index}": whole(parameter) for index, parameter in enumerate(trained(learner))}
+    found |= {f"weight/{index}": whole(parameter) for index, parameter in enumerate(trained(learner.policy))}
     with learner.averaged_weights():
-        found |= {f"average/{index}": whole(parameter) for index, parameter in enumerate(trained(learner))}
+        found |= {f"average/{index}": whole(parameter) for index, parameter in enumerate(trained(learner.policy))}
     return found | {"counters": torch.tensor([learner.iteration, learner.num_updates, learner.num_timesteps])}
 
 
@@ -146,15 +166,12 @@ def state_of(learner):
 
 
 def going_on(folder, name):
-    """Return states: after two iterations, after two with a checkpoint in between, and of what was saved by others."""
-    adaptation = {"full": Full(), "lora": LoRA(rank=2)}[name]
+    """Return states: after two iterations, after two with a checkpoint in between, and at that checkpoint."""
 
     def fresh():
-        env = make_env(folder, SD)
-        policy = DenoisingPolicy(env.unwrapped.model, adaptation=adaptation, guidance_scale=4.0, seed=0)
-        optimizer = AdamW(epsilon=1e-2, ema_decay=0.5)
-        settings = {"rollouts": FOUR, "batch_size": 2, "advantages": Batch(), "optimizer": optimizer}
-        return DDPOIS(policy, env, learning_rate=0.01, seed=5, **settings)
+        env = make_env(folder, FLUX)
+        policy = DenoisingPolicy(env.unwrapped.model, adaptation=ADAPTATIONS[name], guidance_scale=4.0, seed=0)
+        return DDPOIS(policy, env, learning_rate=0.01, optimizer=AdamW(epsilon=1e-2, ema_decay=0.5), **PLAIN)
 
     def learn(learner):
         learner.learn(FOUR.samples * 2, Checkpoints(path), log_interval=0, reset_num_timesteps=False)
@@ -166,7 +183,7 @@ def going_on(folder, name):
     learn(straight)
     path = folder / f"{name}-checkpoints"
     learn(fresh())
-    saved = DDPOIS.load(path, make_env(folder, SD))
+    saved = DDPOIS.load(path, make_env(folder, FLUX))
     after_one = state_of(saved)
     learn(saved)
     return {"straight": state_of(straight), "resumed": state_of(saved), "after_one": after_one}
@@ -174,29 +191,27 @@ def going_on(folder, name):
 
 def saved_by_others(folder, other, name):
     """Return the state of a run that was saved by another number of processes."""
-    return state_of(DDPOIS.load(other / f"{name}-checkpoints" / "iteration_00000001", make_env(folder, SD)))
+    return state_of(DDPOIS.load(other / f"{name}-checkpoints" / "iteration_00000001", make_env(folder, FLUX)))
 
 
 def alive():
     """Return the bytes of all tensors that are alive in this process, each memory counted once."""
     gc.collect()
-    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
     parts = [one.to_local() if sharding.is_shard(one) else one for one in tensors]
     memories = [one.untyped_storage() for one in parts if one.device.type != "meta"]
     return sum({memory.data_ptr(): memory.nbytes() for memory in memories}.values())
 
 
 def memory(folder, name):
-    """Return the bytes that policy, model and reference take after an update, over the denoiser's own."""
-    adaptation = {"full": Full(), "lora": LoRA(rank=2)}[name]
-    env = make_env(folder, XL)
+    """Return the memory that model, policy, reference and optimizer hold after an update, over the denoiser's size."""
+    env = make_env(folder, SD3)
     model = env.unwrapped.model
     model.encode_prompts(env.unwrapped.prompts.texts)
     env.reset(seed=0)
     before = alive()
-    policy = DenoisingPolicy(model, adaptation=adaptation, guidance_scale=4.0, seed=0)
-    settings = {"rollouts": FOUR, "batch_size": 2, "advantages": Batch(), "kl": KL(0.1), "optimizer": SGD()}
-    learner = DDPOIS(policy, env, seed=5, **settings)
+    policy = DenoisingPolicy(model, adaptation=ADAPTATIONS[name], guidance_scale=4.0, seed=0)
+    learner = DDPOIS(policy, env, kl=KL(0.1), optimizer=SGD(), **PLAIN)
     learner.learn(FOUR.samples, log_interval=0)
     size = sum(weight.numel() * weight.element_size() for weight in model.denoiser.parameters())
     return (alive() - before) / size
@@ -208,8 +223,6 @@ def copies(folder):
     policy, env = learner.policy, learner.env
     observation, _ = env.reset(seed=0)
     with torch.no_grad():
-        for parameter in trained(learner):
-            parameter += 0.1
         means = [
             one.distribution(observation).mean
             for one in (policy, copy.deepcopy(policy), policy.windowed(1.0, 0.0), policy.reference())
@@ -222,7 +235,7 @@ def copies(folder):
 
 def one_stops_for_all(folder):
     """Return the counters when the last process alone ends the training."""
-    learner = make(folder, "full")
+    learner = make(folder, "bf16")
     last = learner.processes.rank == learner.processes.count - 1
     learner.learn(10**6, StopAfter(1, has_a_say=last), log_interval=0)
     return [learner.iteration, learner.num_timesteps]
@@ -245,7 +258,7 @@ def refusals(folder):
 
     def fp16():
         env = make_env(folder, SD)
-        DDPOIS(DenoisingPolicy(env.unwrapped.model, precision="fp16"), env, rollouts=FOUR, batch_size=4)
+        DDPOIS(DenoisingPolicy(env.unwrapped.model, precision="fp16"), env, **PLAIN)
 
     note(lambda: make(folder, "full", optimizer=Muon()))
     note(lambda: make(folder, "lora", optimizer=Muon()))
@@ -260,14 +273,14 @@ def main(folder, other=None):
     for name in CASES:
         save_file(run(folder, name), folder / f"{name}-{rank}.safetensors")
     results = {
-        "going_on": {name: going_on(folder, name) for name in ("full", "lora")},
-        "memory": {name: memory(folder, name) for name in ("full", "lora")},
+        "going_on": {name: going_on(folder, name) for name in ADAPTATIONS},
+        "memory": {name: memory(folder, name) for name in ADAPTATIONS},
         "copies": copies(folder),
         "one_stops_for_all": one_stops_for_all(folder),
         "refusals": refusals(folder),
     }
     if other is not None:
-        results["saved_by_others"] = {name: saved_by_others(folder, other, name) for name in ("full", "lora")}
+        results["saved_by_others"] = {name: saved_by_others(folder, other, name) for name in ADAPTATIONS}
     (folder / f"results-{rank}.json").write_text(json.dumps(results))
 
 
