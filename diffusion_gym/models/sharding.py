@@ -61,7 +61,7 @@ def shard(network: nn.Module, device: torch.device) -> None:
     Each parameter is divided along its first dimension, as `fully_shard` does.
 
     Args:
-        network: The network, on the CPU: no more than one whole weight at a time is on the device.
+        network: The network, on the CPU: only shares go to the device.
         device: The device of the shards.
 
     Raises:
