@@ -15,6 +15,11 @@ has to hold. The rest is a formula:
     rollout     4·(T + 1)·B·C·h·w               on the device; 0 with Rollouts(device="cpu")
     prompts     4·(tokens·width + pooled)       of each prompt that is kept, and that a lane holds
     text        bytes·P                         on the device until release_text_encoders(); on the CPU with offload
+
+With `--processes N` (`accelerate launch --use_fsdp`) it is what each of N processes holds: frozen weights, and what is
+trained by `Full()`, divided by N; LoRA's layers are whole. What is gathered for a pass comes on top: bytes a weight
+(4 for a copy that is trained) of the largest unit with all units around it, and of the largest unit once more, which is
+the next one under way; with the gradient of the largest, where it is trained.
 """
 
 import weakref
@@ -230,6 +235,8 @@ class Args:
     """Samples in a backward pass."""
     checkpointing: tuple[bool, ...] = (True, False)
     """Gradient checkpointing."""
+    processes: int = 1
+    """Processes that share the weights."""
     num_steps: int = 28
     """Denoising steps, for the rollout."""
     samples: int = 64
@@ -273,6 +280,25 @@ def passes(model: Published, network: torch.nn.Module, batch: int, dtype: torch.
     output.float().square().sum().backward()
 
 
+def unit_sizes(network: torch.nn.Module) -> dict[str, int]:
+    """Return the number of weights of each unit that is gathered as one, by its name; "" is what is in none."""
+    names = [name for name, module in network.named_modules() if type(module).__name__ in network._no_split_modules]
+    sizes = dict.fromkeys(["", *names], 0)
+    for name, weight in network.named_parameters():
+        if "lora_" not in name:
+            sizes[max((unit for unit in sizes if name.startswith(f"{unit}.")), key=len, default="")] += weight.numel()
+    return sizes
+
+
+def gathered(sizes: dict[str, int]) -> int:
+    """Return the number of weights that are whole at once, of the units' sizes."""
+    around = [
+        sum(size for other, size in sizes.items() if other in ("", unit) or unit.startswith(f"{other}."))
+        for unit in sizes
+    ]
+    return max(around) + max(size for unit, size in sizes.items() if unit)
+
+
 def row(name: str, model: Published, args: Args, adaptation: str, *, checkpointing: bool) -> list[str]:
     """Return a line of the table, in GiB."""
     dtype = torch.float32 if args.check else torch.bfloat16
@@ -282,13 +308,25 @@ def row(name: str, model: Published, args: Args, adaptation: str, *, checkpointi
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     with FakeTensorMode():
         on_shapes_alone(network)
+        if args.processes > 1:
+            for parameter in network.parameters():
+                if parameter.requires_grad:  # divided at once, and so in "trained"
+                    parameter.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
         with PeakMemory() as memory:
             passes(model, network, model.passes * args.micro_batch, dtype)
     frozen = total if adaptation == "full" else total - trained
-    gradients = trained * dtype.itemsize  # already in the peak
+    gradients = trained * dtype.itemsize if args.processes == 1 else 0  # already in the peak
+    is_full = adaptation == "full"
+    whole = 0
+    if args.processes > 1:
+        sizes = unit_sizes(network)
+        largest = max(size for unit, size in sizes.items() if unit)
+        whole = 4 * (gathered(sizes) + largest) if is_full else dtype.itemsize * gathered(sizes)
     parts = {
-        "frozen": frozen * dtype.itemsize,
-        "trained": 16 * trained - (4 * trained if adaptation == "full" and dtype == torch.float32 else 0),
+        "frozen": frozen * dtype.itemsize / args.processes,
+        "trained": (16 * trained - (4 * trained if is_full and dtype == torch.float32 else 0))
+        / (args.processes if is_full else 1),
+        "gathered": whole,
         "passes": memory.peak - gradients,
         "rollout": 4 * (args.num_steps + 1) * args.samples * torch.Size(model.latents).numel(),
     }
@@ -324,7 +362,8 @@ def main() -> None:
     if args.text_encoders:
         print_text_encoders(args.names)
         return
-    header = ["model", "parameters (10⁹)", "trained", "checkpointing", "frozen", "trained", "passes", "rollout", "all"]
+    header = ["model", "parameters (10⁹)", "trained", "checkpointing", "frozen", "trained", "gathered", "passes"]
+    header += ["rollout", "all"]
     print("| " + " | ".join([*header, *(["passes, measured"] if args.check else [])]) + " |")
     print("|" + "---|" * (len(header) + args.check))
     for name in args.names:

@@ -154,6 +154,7 @@ def train(args: Training, reward: Reward) -> None:
     remaining = args.reward_queries * args.num_steps - algorithm.num_timesteps
     algorithm.learn(remaining, checkpoints, reset_num_timesteps=False, progress_bar=True)
     after = evaluate(env, algorithm.policy, seeds=range(args.num_eval))
+    algorithm.save(args.output / "model")
     if not processes.is_main:
         return
     gain, error = after.gain_over(before)
@@ -162,7 +163,6 @@ def train(args: Training, reward: Reward) -> None:
         f"paired difference: {gain:+.4f} ± {error:.4f} after {algorithm.reward_queries} reward queries; the error is "
         "over prompts, and of this one policy"
     )
-    algorithm.save(args.output / "model")
     draw_before_after(before, after, args.output / "before_after.png", unit="")
     print(f"{args.output}: before_after.png, model/, tensorboard/; {(time.monotonic() - started) / 60:.1f} minutes")
 

@@ -187,6 +187,7 @@ def main() -> None:
     stop = StopEarly(first + args.target_gain * abs(first), max_minutes=args.max_minutes)
     algorithm.learn(args.reward_queries * args.num_steps, callback=stop, progress_bar=True)
     after = judge(env, policy, sets, args.num_eval)
+    algorithm.save(args.output / "model")
     if not processes.is_main:
         return
     print(f"after {algorithm.reward_queries} reward queries, errors over prompts and of this one policy:")
@@ -197,7 +198,6 @@ def main() -> None:
             f"{gain:+.3f} ± {error:.3f} {unit} = {100 * gain / abs(before[name].mean):+.1f} %, "
             f"{gain / error:.1f} standard errors"
         )
-    algorithm.save(args.output / "model")
     draw_before_after(before[unseen], after[unseen], args.output / "before_after.png")
     print(f"{args.output}: before_after.png, model/, tensorboard/; {(time.monotonic() - started) / 60:.1f} minutes")
 

@@ -119,6 +119,7 @@ class Rollout:
         ends: [B, …] each episode's last action: x_0, where the action is the next latents.
         images: [k, 3, H, W] of the first k episodes.
         first_episode: The index of the first episode whose observations and actions are here.
+        are_passes_shared: Every process makes as many passes as any other, see `micro_batches`.
         storage: How the large values among observations, and actions that are latents, are kept.
     """
 
@@ -135,6 +136,7 @@ class Rollout:
     ends: Tensor
     images: Tensor
     first_episode: int = 0
+    are_passes_shared: bool = False
     storage: Storage = field(default_factory=Storage)
 
     @property
@@ -171,7 +173,14 @@ class Rollout:
         return self.storage.read(kept, self.returns.device)
 
     def micro_batches(self, steps: np.ndarray, lanes: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the indices (steps, lanes) of those transitions that are here, on the device, `size` at a time."""
+        """Yield the indices (steps, lanes) of those transitions that are here, on the device, `size` at a time.
+
+        Where passes are shared, empty ones follow until every process has had as many.
+        """
         here = self.is_here(lanes)
         index = to_device(np.stack([steps[here], lanes[here]]).astype(np.int64), self.returns.device)
         yield from ((part[0], part[1]) for part in index.split(size, dim=1) if part.shape[1])
+        if self.are_passes_shared:
+            longest = np.bincount(lanes // self.actions.shape[1], minlength=1).max()
+            for _ in range(-(-longest // size) - -(-here.sum() // size)):
+                yield index[0, :0], index[1, :0]

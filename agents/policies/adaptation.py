@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch import nn
 
 from diffusion_gym.checks import checked_integer, checked_number
+from diffusion_gym.models import sharding
 from diffusion_gym.models.base import DiffusionModel
 from diffusion_gym.models.weights import read_weights, require_weights
 from diffusion_gym.parts import Part
@@ -96,8 +97,13 @@ class _Copy(Adaptation):
         return torch.float32
 
     def save(self, network: nn.Module, folder: Path, *, model: DiffusionModel) -> None:
-        """Write the whole network in diffusers' format, such as `unet/`."""
-        network.save_pretrained(folder / model.denoiser_folder)  # type: ignore[operator]
+        """Write the whole network in diffusers' format, such as `unet/`.
+
+        Processes that share its weights have to call it all; the main one writes.
+        """
+        whole = sharding.whole_network(network)
+        if whole is not None:
+            whole.save_pretrained(folder / model.denoiser_folder)  # type: ignore[operator]
 
     def load(self, network: nn.Module, folder: Path, *, model: DiffusionModel, trained_on: str) -> None:
         """Read the whole network."""
@@ -105,7 +111,7 @@ class _Copy(Adaptation):
         weights = read_weights(file) if file.is_dir() else {}
         owner, origin = f"a policy of the model {model.source!r}", f"; it was saved from one of {trained_on!r}"
         require_weights(weights, network.state_dict(), file=file, owner=owner, origin=origin)
-        network.load_state_dict(weights)
+        sharding.load_weights(network, weights)
 
     def reads(self, saved: Adaptation) -> bool:
         """Whether it is a whole network too, whatever was trained of it."""

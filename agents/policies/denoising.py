@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction
 from diffusion_gym.models.loading import load_model
-from diffusion_gym.models.weights import is_same_sample, sample_weights
+from diffusion_gym.models.weights import is_same_sample
 from diffusion_gym.parts import described, made
 from diffusion_gym.precision import has_fast_bf16
 from diffusion_gym.predictions import broadcast_to
@@ -130,7 +130,7 @@ class DenoisingPolicy(Policy):
         return self._predict(alpha * clean + sigma * noise, t, constants, guidance_scale=scale)
 
     def _predict(self, latents: Tensor, t: Tensor, observation: Observation, *, guidance_scale: float) -> Prediction:
-        with torch.autocast(self.device.type, _DTYPE[self.precision]) if self.precision else contextlib.nullcontext():
+        with self._autocast():
             return self.model.denoise(
                 latents,
                 t,
@@ -138,6 +138,14 @@ class DenoisingPolicy(Policy):
                 guidance_scale=guidance_scale,
                 denoiser=self.denoiser,
             )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision is None:
+            return contextlib.nullcontext()
+        # The cache would keep a copy of every layer that a divided network gathers, until the end of the pass.
+        return torch.autocast(
+            self.device.type, _DTYPE[self.precision], cache_enabled=False if self.model.is_sharded else None
+        )
 
     def sensitivity(self, t: Tensor, s: Tensor) -> Tensor:
         """By how many standard deviations a step's mean moves when the denoiser's output moves by 1, [...].
@@ -224,7 +232,10 @@ class DenoisingPolicy(Policy):
         }
 
     def save(self, folder: Path) -> None:
-        """Write the trained weights: `unet/` in diffusers' format, or a LoRA file for `load_lora_weights`."""
+        """Write the trained weights: `unet/` in diffusers' format, or a LoRA file for `load_lora_weights`.
+
+        Processes that share weights which are trained (all or `Only` some, not LoRA's) have to call it all.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._save_further(folder, "denoiser")
@@ -240,7 +251,7 @@ class DenoisingPolicy(Policy):
                 "variant": self.model.variant,
                 "without": list(self.model.without),
                 "text_encoder_dtype": str(self.model.text_encoder_dtype).removeprefix("torch."),
-                "sample": sample_weights(self.model.denoiser),
+                "sample": self.model.sample_weights(),
             },
             sampler=described(self.sampler),
             adaptation=described(self.adaptation),
@@ -266,7 +277,7 @@ class DenoisingPolicy(Policy):
         self.adaptation.load(self.denoiser, folder, model=self.model, trained_on=origin["source"])
         self._load_further(folder, "denoiser")
         is_rounded = origin["dtype"] != str(self.model.dtype).removeprefix("torch.")
-        sample = sample_weights(self.model.denoiser)
+        sample = self.model.sample_weights()
         if not is_same_sample(origin.get("sample", sample), sample, is_rounded=is_rounded):
             warnings.warn(
                 f"{folder} was trained on a model ({origin['source']!r}) whose denoiser has other weights than that of "

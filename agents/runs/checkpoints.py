@@ -25,8 +25,8 @@ class Checkpoints(BaseCallback):
     is a script that can be killed at any moment and started again: on a CPU it ends with the same weights, bit for bit.
 
     An error of the disk (it is full, for instance) does not end the training: a warning says so, `checkpoint/failed` in
-    the log counts it, and the older checkpoints stay. The disk needs room for `keep` + 1. The main process alone
-    writes; all have to be able to read the folder, to go on.
+    the log counts it, and the older checkpoints stay. (Where processes share weights it does end.) The disk needs room
+    for `keep` + 1. The main process alone writes; all have to be able to read the folder, to go on.
 
     Args:
         folder: The folder of the checkpoints, `iteration_00000010` …; each is a folder that `Algorithm.save` writes.
@@ -64,11 +64,11 @@ class Checkpoints(BaseCallback):
 
     def _on_training_start(self) -> None:
         require_savable(self._algorithm)
+        self._last_saved = self._algorithm.iteration
         if not self._algorithm.processes.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(self.folder, CHECKPOINT_PREFIX)
-        self._last_saved = self._algorithm.iteration
         # Hashes of many gigabytes take minutes: `load` looks at those of the one that it takes, and here they matter
         # only where a checkpoint would be another run's.
         self._whole = [
@@ -96,14 +96,16 @@ class Checkpoints(BaseCallback):
     def _save(self) -> None:
         """Write a checkpoint of this iteration, unless there is one, and remove the oldest."""
         iteration = self._algorithm.iteration
-        if iteration == self._last_saved or not self._algorithm.processes.is_main:
+        processes = self._algorithm.processes
+        if iteration == self._last_saved or not (processes.is_main or processes.share_weights):
             return
         path = self.folder / checkpoint_name(iteration)
         try:
             self._algorithm.save(path)
             self._last_saved = iteration
-            self._whole.append(path)
-            self._rotate()
+            if processes.is_main:
+                self._whole.append(path)
+                self._rotate()
         except OSError as error:
             self.failed += 1
             warnings.warn(f"checkpoint {path}: {error}; the training goes on, older checkpoints stay", stacklevel=2)

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from diffusion_gym.models import sharding
+
 from .manifest import top_level_names
 
 _PREVIOUS = ".previous"
@@ -122,13 +124,17 @@ def existing_folder(path: Path) -> Path:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Write an optimizer's state as safetensors: "<parameter>.<name>", with the group settings in the header."""
+    """Write an optimizer's state as safetensors: "<parameter>.<name>", with the group settings in the header.
+
+    All processes have to call it where the state is divided among them; the main one writes what is divided.
+    """
     state = optimizer.state_dict()
     tensors = {
-        f"{parameter}.{name}": torch.as_tensor(value).contiguous()
+        f"{parameter}.{name}": torch.as_tensor(value)
         for parameter, values in state["state"].items()
         for name, value in values.items()
     }
+    tensors = {name: value.contiguous() for name, value in sharding.whole_tensors(tensors).items()}
     save_file(tensors, file, metadata={"param_groups": json.dumps(state["param_groups"])})
 
 
@@ -155,4 +161,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
             f"{file} is the state of other weights ({count}) than those that are trained ({len(weights)}): give the "
             "run's load a policy that trains the same ones"
         )
+    for index, values in state.items():
+        for name in values.keys() & set(_OF_EACH_WEIGHT):
+            values[name] = sharding.like(weights[index], values[name])
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,11 +1,13 @@
 """Saving and loading of a run, as safetensors and JSON: nothing that could run code."""
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,21 +56,23 @@ def save_run(algorithm: "Algorithm", path: str | Path) -> None:
 
     The folder takes the place of an earlier one only when it is whole. `unet/` (or the LoRA file) in it opens in
     plain diffusers. A ".zip" at the end of `path`, which SB3's CheckpointCallback adds, is dropped. The
-    main process alone writes, and does not wait for the others; call `processes.wait()` before another reads.
+    main process alone writes, and does not wait for the others; call `processes.wait()` before another reads. Where
+    processes share weights, all have to call it, for it gathers them.
 
     Raises:
         FileExistsError: there is a file at `path`.
         OSError: the disk is full, or the like; an earlier checkpoint at `path` is still there.
         TypeError: as `require_savable`.
-        RuntimeError: the policy has its averaged weights: `policy.save` writes these.
+        RuntimeError: the policy has its averaged weights: `policy.save` writes these. Or the disk refused, and other
+            processes wait in vain: the run cannot go on.
     """
     updates = algorithm.updates
     if updates.average is not None and updates.average.is_applied:
         raise RuntimeError("within averaged_weights() the run cannot be saved: policy.save writes these weights")
     require_savable(algorithm)
-    if not algorithm.processes.is_main:
+    if not algorithm.processes.is_main and not algorithm.processes.share_weights:
         return
-    with replaced_folder(_without_zip(path)) as folder:
+    with _folder_of(algorithm, _without_zip(path)) as folder:
         algorithm.policy.save(folder)
         if not (folder / CONFIG_FILE).exists():
             write_config(folder, algorithm.policy)
@@ -80,6 +84,22 @@ def save_run(algorithm: "Algorithm", path: str | Path) -> None:
         text = json.dumps(_state_of(algorithm), indent=2, default=_plain)
         (folder / STATE_FILE).write_text(text)
         write_manifest(folder)
+
+
+@contextlib.contextmanager
+def _folder_of(algorithm: "Algorithm", path: Path) -> Iterator[Path]:
+    """The folder that this process writes to: a passing one where it only gives its share to the main process."""
+    if not algorithm.processes.is_main:
+        with tempfile.TemporaryDirectory() as passing:
+            yield Path(passing)
+        return
+    try:
+        with replaced_folder(path) as folder:
+            yield folder
+    except OSError as error:
+        if not algorithm.processes.share_weights:
+            raise
+        raise RuntimeError(f"{path} could not be written ({error}) while other processes gave their weights") from error
 
 
 def _state_of(algorithm: "Algorithm") -> dict[str, Any]:

@@ -420,7 +420,9 @@ class Algorithm(ABC):
             taken += lanes
             self.num_timesteps = before + taken * self.processes.count
             callbacks.update_locals({"self": self})
-            return callbacks.on_step()
+            goes_on = callbacks.on_step()
+            # Where weights are shared, nobody can go on drawing without the others.
+            return self.processes.totals(not goes_on) == (0,) if self.processes.share_weights else goes_on
 
         callbacks.on_rollout_start()
         episodes = self.processes.share(self.sizes.samples)
@@ -527,6 +529,8 @@ class Algorithm(ABC):
 
     def save(self, path: str | Path) -> None:
         """Write the trained weights and all that is needed to go on, into a folder: see `agents.runs.saving.save_run`.
+
+        Processes that share weights have to call it all.
 
         Raises:
             FileExistsError: there is a file at `path`.

@@ -201,7 +201,8 @@ class Regression(Algorithm):
     def _noised(self, replay: Replay, rows: np.ndarray, rng: np.random.Generator) -> Iterator[Noised]:
         """Yield the samples in micro-batches, a time and a noise drawn for each.
 
-        Times and noises are drawn for all rows, and only those yielded whose latents are here.
+        Times and noises are drawn for all rows, and only those yielded whose latents are here. Processes that share
+        weights yield equally often, some of them nothing.
         """
         schedule, device = self.policy.model.schedule, self.policy.device
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
@@ -211,7 +212,8 @@ class Regression(Algorithm):
         times = schedule.training_times(uniform, within=self.noising.time_range)[alike]
         noise = torch.randn(count, *replay.latents.shape[1:], generator=generator)[alike]
         here = np.flatnonzero(replay.is_here(rows))
-        for start in range(0, len(here), self.sizes.micro_batch):
+        longest = self.processes.most(len(here)) if self.processes.share_weights else len(here)
+        for start in range(0, longest, self.sizes.micro_batch):
             part = here[start : start + self.sizes.micro_batch]
             index = torch.from_numpy(rows[part]).to(device)
             latents, constants = replay.inputs(index)

@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from diffusion_gym.models import sharding
+
 _STEPS = "optimization_step"
 
 
@@ -37,8 +39,9 @@ class WeightAverage:
             raise ValueError(f"ema_decay must be None or in (0, 1), got {decay}")
         self.is_applied = False
         self._parameters = parameters
+        together = not any(map(sharding.is_shard, parameters))  # shards cannot be copied so
         self._ema = EMAModel(
-            parameters, decay=decay, min_decay=0.0, update_after_step=0, use_ema_warmup=False, foreach=True
+            parameters, decay=decay, min_decay=0.0, update_after_step=0, use_ema_warmup=False, foreach=together
         )
 
     def update(self) -> None:
@@ -66,8 +69,12 @@ class WeightAverage:
             self.is_applied = False
 
     def save(self, file: Path) -> None:
-        """Write the averages as safetensors, "<parameter>", with the number of updates in the header."""
-        tensors = {str(index): average.contiguous() for index, average in enumerate(self._ema.shadow_params)}
+        """Write the averages as safetensors, "<parameter>", with the number of updates in the header.
+
+        All processes have to call it where the parameters are divided among them; the main one writes what is divided.
+        """
+        averages = sharding.whole_tensors({str(index): one for index, one in enumerate(self._ema.shadow_params)})
+        tensors = {name: average.contiguous() for name, average in averages.items()}
         save_file(tensors, file, metadata={_STEPS: str(self._ema.optimization_step)})
 
     @torch.no_grad()
@@ -76,4 +83,4 @@ class WeightAverage:
         with safe_open(file, framework="pt") as opened:
             self._ema.optimization_step = int(opened.metadata()[_STEPS])
             for index, average in enumerate(self._ema.shadow_params):
-                average.copy_(opened.get_tensor(str(index)))
+                average.copy_(sharding.like(average, opened.get_tensor(str(index))))

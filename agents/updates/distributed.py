@@ -4,6 +4,9 @@ Their number changes nothing but the speed. All sizes are those of all processes
 the mask of steps) are gathered from all, in one order, so that every process computes the same advantages and the same
 shuffles. Large data (latents, embeddings) stay in the process that drew them, which computes their gradients. Gradients
 are summed before they are clipped.
+
+Launched with `--use_fsdp` the processes also share one denoiser (`diffusion_gym.models.sharding`), which sums the
+gradients of its shards itself. Each pass then needs all of them: they make the same number of passes, some of nothing.
 """
 
 import logging
@@ -22,6 +25,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from diffusion_gym import transfer
+from diffusion_gym.models import sharding
 
 from ..experience.rollouts import Rollout
 
@@ -65,18 +69,24 @@ class Processes:
         rank: The index of this process, from 0.
         count: The number of processes.
         device: The device that accelerate gave to this process; None alone.
+        share_weights: They were launched with `--use_fsdp`: a denoiser's weights are divided among them.
 
     Raises:
         RuntimeError: `WORLD_SIZE` is no number, or there without what else a launcher sets; or accelerate does not see
             the processes that were launched.
+        ValueError: options of `--use_fsdp` are not understood here.
     """
 
     def __init__(self) -> None:
         self.rank, self.count = 0, 1
+        self.share_weights = sharding.is_asked_for()
         self.device: torch.device | None = None
         launched = _launched()
         if launched == 1:
             return
+        if self.share_weights:
+            # transformers would leave the text encoders of all processes but the first without weights.
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         # accelerate itself would let the processes of a machine without a GPU train alone, each for itself.
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (
             torch.cuda.is_available() or torch.xpu.is_available()
@@ -149,8 +159,12 @@ class Processes:
         """Return the sum over the processes of each number."""
         return values if self.count == 1 else tuple(self.sum(torch.tensor(values)).tolist())
 
+    def most(self, value: int) -> int:
+        """Return the largest of the processes' numbers."""
+        return value if self.count == 1 else int(self.gather(torch.tensor([value])).max())
+
     def join(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give parameters the main process's values.
+        """Give parameters the main process's values; those that are divided are one already.
 
         Raises:
             ValueError: they are not on the device that accelerate gave to this process.
@@ -164,11 +178,16 @@ class Processes:
                 "environment with device=Processes().device"
             )
         for parameter in parameters:
-            dist.broadcast(parameter.data, src=0)
+            if not sharding.is_shard(parameter):
+                dist.broadcast(parameter.data, src=0)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over the processes; None where none of them has one."""
-        if self.count == 1:
+        """Replace each gradient by its sum over the processes; None where none of them has one.
+
+        Those of divided parameters are sums already.
+        """
+        parameters = [parameter for parameter in parameters if not sharding.is_shard(parameter)]
+        if self.count == 1 or not parameters:
             return
         bucket: list[nn.Parameter] = []
         for parameter in parameters:
@@ -221,4 +240,5 @@ def gathered(rollout: Rollout, processes: Processes) -> Rollout:
         # The first episodes are the main process's: others' images are needed only if it has too few.
         images=processes.gather(rollout.images) if len(rollout.images) == rollout.num_episodes else rollout.images,
         first_episode=processes.rank * rollout.num_episodes,
+        are_passes_shared=processes.share_weights,
     )

@@ -65,6 +65,11 @@ class Optimizer(Part, ABC):
     def make(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
         """Return torch's optimizer of some parameters."""
 
+    @property
+    def takes_shards(self) -> bool:
+        """Whether weights may be divided among processes: each number's step depends on its own gradient alone."""
+        return True
+
     def warmed(self, learning_rate: float, num_updates: int) -> float:
         """Return the learning rate of the update that follows `num_updates` others."""
         return min(1.0, (num_updates + 1) / max(1, self.warmup_updates)) * learning_rate
@@ -98,6 +103,11 @@ class AdamW(Optimizer):
             kind = AdamW8bit
         return kind(parameters, lr=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.epsilon)
 
+    @property
+    def takes_shards(self) -> bool:
+        """With states in 32 bits; bitsandbytes knows no shards."""
+        return not self.eight_bit
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +136,11 @@ class Muon(Optimizer):
         return MuonWithAdamW(
             weights, lr=learning_rate, betas=self.betas, weight_decay=self.weight_decay, eps=self.epsilon
         )
+
+    @property
+    def takes_shards(self) -> bool:
+        """No: it orthogonalises whole matrices."""
+        return False
 
 
 class _InFloat32(TorchFunctionMode):

@@ -6,6 +6,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from diffusion_gym.models import sharding
+
 from .averaging import WeightAverage
 from .distributed import Processes
 from .guard import GradientGuard
@@ -29,6 +31,9 @@ class Updates:
         guard: Counts the updates that were left out.
         average: The average of the weights; None: there is none.
         num_updates: Optimizer steps so far.
+
+    Raises:
+        ValueError: the parameters are divided among processes, and cannot be trained so.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Updates:
         self._steps = self._applied = 0
         self._learning_rate = learning_rate
         self._processes = processes
+        _check_shards(parameters, part, scale_losses=scale_losses)
         self.optimizer = part.make(parameters, self.learning_rate)
         self.optimizer.register_step_post_hook(self._count_step)
         device = parameters[0].device
@@ -74,6 +80,7 @@ class Updates:
         self.guard.unscale(self.optimizer)
         max_norm = self.part.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+        norm = norm.full_tensor() if sharding.is_shard(norm) else norm
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if self.guard.step(self.optimizer, norm, where=f"{self._where()}, after {self.num_updates} updates"):
@@ -94,3 +101,25 @@ class Updates:
 
     def _count_step(self, *_: object) -> None:
         self._steps += 1
+
+
+def _check_shards(parameters: Sequence[nn.Parameter], part: Optimizer, *, scale_losses: bool) -> None:
+    """Raise ValueError if parameters are divided among processes and this cannot be done with shards."""
+    are_shards = {sharding.is_shard(parameter) for parameter in parameters}
+    if True not in are_shards:
+        return
+    if False in are_shards:
+        raise ValueError(
+            "the policy trains weights beside a denoiser that is divided among the processes: give it a LoRA "
+            "adaptation, whose layers are whole too, or launch without --use_fsdp"
+        )
+    if not part.takes_shards:
+        raise ValueError(
+            f"{part} needs whole weights, and all of the denoiser's are divided among the processes here: give "
+            "AdamW(), or train LoRA layers, which are whole"
+        )
+    if scale_losses:
+        raise ValueError(
+            'the scale of losses in "fp16" would differ between processes that share the trained weights: give '
+            'precision="bf16", or train LoRA layers, which are whole'
+        )

@@ -91,7 +91,15 @@ class ReferenceDistance(Reward):
             conditioning: [B, ...] each, of the prompts.
             negative_prompt: The environment's.
             guidance_scale: The environment's, for a reward that has none of its own.
+
+        Raises:
+            ValueError: the model's weights are divided among processes, which remember different references.
         """
+        if model.is_sharded:
+            raise ValueError(
+                f"{self.name} makes a reference for a new noise alone, and a denoiser whose weights are divided among "
+                "processes needs the same passes in all: give another reward, or launch without --use_fsdp"
+            )
         scale = guidance_scale if self.guidance_scale is None else self.guidance_scale
         samples_of = self._samples.setdefault(model, OrderedDict())
         keys = [

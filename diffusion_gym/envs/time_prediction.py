@@ -151,6 +151,11 @@ class TimePredictionVectorEnv(DiffusionVectorEnv, EzPickle):
                 f"(ReferenceDistance itself takes num_steps); got the reward {reward!r}"
             )
         super().__init__(num_envs, **options)
+        if self.model.is_sharded:
+            raise ValueError(
+                "episodes differ in length here, and a denoiser whose weights are divided among processes needs the "
+                "same passes in all: launch without --use_fsdp, each process with all of the weights"
+            )
         self.guidance_scale = self.model.guidance_scale_of(guidance_scale)
         if self.negative_prompt and self.guidance_scale <= 1:
             raise ValueError(

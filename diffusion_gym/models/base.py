@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from ..predictions import PredictionType, to_x0_and_epsilon
 from ..samplers import DDIM, Sampler
 from ..schedules import NoiseSchedule, as_float
+from . import sharding
+from .weights import sample_weights
 
 Conditioning = Mapping[str, Tensor]
 ImageSize = int | tuple[int, int]
@@ -107,6 +110,9 @@ class DiffusionModel(ABC):
         optional_parts: The parts of the folder that can be left out.
         has_text_encoders: There are text encoders and an autoencoder, which have a precision and may stay on the CPU.
         default_guidance_scale: The guidance scale of policies that are given none.
+        is_sharded: The denoiser's weights are divided among the processes that `accelerate launch --use_fsdp` started
+            (see `diffusion_gym.models.sharding`). All of them have to make the same passes, and call `denoise` for it:
+            a network itself cannot be called.
         schedule: The noise process.
         prediction_type: The quantity that the denoiser predicts.
         latent_shape: [C, H, W] of one sample's latents.
@@ -124,6 +130,7 @@ class DiffusionModel(ABC):
 
     optional_parts: tuple[str, ...] = ()
     has_text_encoders: bool = False
+    is_sharded: bool = False
     schedule: NoiseSchedule
     prediction_type: PredictionType
     latent_shape: tuple[int, int, int]
@@ -147,6 +154,8 @@ class DiffusionModel(ABC):
         self._table: tuple[tuple[tuple[str, ...], str], dict[str, Tensor]] | None = None
         self._rows_lock = threading.RLock()
         self._states: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
+        self._runners: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        self._sample: list[float] = []
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -306,18 +315,28 @@ class DiffusionModel(ABC):
             self._rows.popitem(last=False)
         return rows
 
-    def _frozen(self, network: _Network, dtype: torch.dtype | None, *, is_offloaded: bool = False) -> _Network:
-        """Return a network that has just been loaded, on the device, or if it is offloaded on the CPU, frozen.
+    def _frozen(
+        self, network: _Network, dtype: torch.dtype | None, *, is_offloaded: bool = False, is_sharded: bool = False
+    ) -> _Network:
+        """Return a network that has just been loaded, frozen, on the device.
 
         Args:
             network: The network.
             dtype: The precision; None: that in which it was loaded.
             is_offloaded: It stays on the CPU.
+            is_sharded: Only this process's share of its weights is on the device.
         """
-        device = torch.device("cpu") if is_offloaded else self.device
+        device = torch.device("cpu") if is_offloaded or is_sharded else self.device
         network = nn.Module.to(network, device=device, dtype=dtype).eval().requires_grad_(False)
+        if is_sharded:
+            self._sample = sample_weights(network)
+            sharding.shard(network, self.device)
         self._states.append((network, _state_of(network)))
         return network
+
+    def sample_weights(self) -> list[float]:
+        """Return a few of the denoiser's weights, which tell it from others of its shape: see `weights`."""
+        return self._sample if self.is_sharded and self.denoiser else sample_weights(self.denoiser)
 
     def denoise(
         self,
@@ -345,7 +364,7 @@ class DiffusionModel(ABC):
             denoiser: The network to ask; None: the frozen one.
             with_features: Return its features and time embedding too.
         """
-        network = self.denoiser if denoiser is None else denoiser
+        network = self._runner(self.denoiser if denoiser is None else denoiser)
         inputs = {key: value for key, value in conditioning.items() if not key.startswith(_NEGATIVE)}
         x, times = latents, t
         is_guided = guidance_scale > 1 and self.guidance == "classifier_free"
@@ -365,8 +384,29 @@ class DiffusionModel(ABC):
             features = F.adaptive_avg_pool2d(guided(layers), self.feature_shape[1:])
             time_embedding = guided(embedding)
         else:
-            raw = self._model_output(network, x, times, inputs, guidance_scale)
+            raw = self._pass(network, x, times, inputs, guidance_scale)
         return Prediction(*self.to_x0_and_epsilon(guided(raw), as_float(latents), t), features, time_embedding)
+
+    def _runner(self, network: nn.Module) -> nn.Module:
+        """Return what can be called for a network: its counterpart that gathers weights, made at the first pass."""
+        if not self.is_sharded or not any(map(sharding.is_shard, network.parameters())):
+            return network
+        if network not in self._runners:
+            self._runners[network] = sharding.runner(network)
+        return self._runners[network]
+
+    def _pass(
+        self, network: nn.Module, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """Return the raw output of one pass.
+
+        A process whose batch is empty makes a pass of zeros beside the others, who need its share of the weights.
+        """
+        if len(latents) or not self.is_sharded:
+            return self._model_output(network, latents, t, conditioning, guidance_scale)
+        zeros = {key: value.new_zeros(1, *value.shape[1:]) for key, value in conditioning.items()}
+        one = latents.new_zeros(1, *latents.shape[1:])
+        return self._model_output(network, one, t.new_zeros(1), zeros, guidance_scale)[:0]
 
     def to_x0_and_epsilon(self, model_output: Tensor, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return x̂_0 and ε̂ of the network's guided output at x_t; x_t = α_t·x̂_0 + σ_t·ε̂.

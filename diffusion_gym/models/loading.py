@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..naming import did_you_mean
+from . import sharding
 from .base import DiffusionModel, ImageSize, Origin, outside_inference_mode, to_device, to_dtype
 from .folders import read_config, single_file_pipeline
 
@@ -180,4 +181,5 @@ def _open(origin: Origin) -> DiffusionModel:
         model = family(origin)
     if source in _PACKAGED:
         model.default_guidance_scale = _PACKAGED[source]
+    model.is_sharded = sharding.is_asked_for()
     return model

@@ -201,7 +201,7 @@ class MixtureModel(DiffusionModel):
         _, variant = find_weights(self.path / self.denoiser_folder, "diffusion_pytorch_model", self.variant)
         with outside_inference_mode():
             denoiser = MixtureDenoiser.from_pretrained(self.path, subfolder=self.denoiser_folder, variant=variant)
-            return self._frozen(denoiser, self.dtype)
+            return self._frozen(denoiser, self.dtype, is_sharded=self.is_sharded)
 
     def log_prob(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return log p_t(x_t | prompt), [B], with gradients: its gradient is the score −ε̂/σ.

@@ -127,7 +127,9 @@ class PipelineModel(DiffusionModel):
         self.feature_shape = (features, rows, columns)
         self.time_embedding_size = time_embedding
 
-    def _loaded(self, network: Any, name: str, dtype: torch.dtype, *, is_offloaded: bool = False) -> Any:
+    def _loaded(
+        self, network: Any, name: str, dtype: torch.dtype, *, is_offloaded: bool = False, is_sharded: bool = False
+    ) -> Any:
         file, variant = self._files[name]
         with outside_inference_mode(), no_progress_bar():
             loaded = network.from_pretrained(
@@ -137,7 +139,7 @@ class PipelineModel(DiffusionModel):
                 use_safetensors=".safetensors" in file.name,
                 torch_dtype=dtype,  # else it would be made in float32: 48 GB for Flux
             )
-            return self._frozen(loaded, dtype, is_offloaded=is_offloaded)
+            return self._frozen(loaded, dtype, is_offloaded=is_offloaded, is_sharded=is_sharded)
 
     def _loaded_text_encoder(self, encoder: TextEncoder) -> nn.Module:
         """Return a text encoder's network."""
@@ -173,7 +175,7 @@ class PipelineModel(DiffusionModel):
     @cached_property
     def denoiser(self) -> nn.Module:
         """The frozen denoising network."""
-        return self._loaded(self.network, self.denoiser_folder, self.dtype)
+        return self._loaded(self.network, self.denoiser_folder, self.dtype, is_sharded=self.is_sharded)
 
     @cached_property
     def _vae(self) -> AutoencoderKL:
