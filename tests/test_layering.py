@@ -181,6 +181,8 @@ def test_no_keywords_pass_through_agents():
 
 # Where files are tested that have no test file of their name.
 TESTED_IN = {
+    "agents/benchmark/charts.py": "agents/benchmark/test_report.py",
+    "agents/benchmark/plane.py": "agents/benchmark/test_tasks.py",
     "agents/evaluation": "agents/evaluation/test_command.py",
     "agents/policies/base.py": "agents/policies/test_denoising_policy.py",
     "agents/policies/beta.py": "agents/test_shared_state.py",

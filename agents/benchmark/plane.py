@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from diffusion_gym.models.base import load_model
+from diffusion_gym.models.loading import load_model
 from diffusion_gym.models.mixture import MixtureModel
 
 

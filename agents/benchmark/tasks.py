@@ -14,7 +14,8 @@ from gymnasium.vector import VectorEnv
 
 import diffusion_gym  # noqa: F401
 from diffusion_gym.grids import karras_grid, step_ratios
-from diffusion_gym.models.base import DiffusionModel, load_model
+from diffusion_gym.models.base import DiffusionModel
+from diffusion_gym.models.loading import load_model
 from diffusion_gym.naming import unknown_name
 from diffusion_gym.rewards import Reward
 
