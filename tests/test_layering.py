@@ -30,7 +30,8 @@ BELOW = {
         *("naming", "checks", "transfer", "samplers", "transitions", "schedules", "grids"),
         *("models", "sampling", "rewards", "prompts"),
     },
-    "testing": {"transfer", "envs"},
+    "testing": {"transfer", "envs", "models", "rewards"},
+    "wrappers": {"checks", "transfer", "samplers", "transitions", "schedules", "rewards", "envs"},
     "__init__": set(),
 }
 OF_DIFFUSION_GYM = {
@@ -205,7 +206,7 @@ TESTED_IN = {
     "diffusion_gym/rewards/normalised.py": "diffusion_gym/test_compositions.py",
     "diffusion_gym/rewards/server.py": "diffusion_gym/test_reward_server.py",
     "diffusion_gym/rewards/wire.py": "diffusion_gym/test_remote.py",
-    "diffusion_gym/testing.py": "diffusion_gym/test_checker.py",
+    "diffusion_gym/testing": "diffusion_gym/testing/test_vector_env.py",
 }
 
 

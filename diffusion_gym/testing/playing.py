@@ -56,13 +56,13 @@ def unlike(got: Episode, expected: Episode, what: str, *, tolerance: float = 0.0
     """
     for index in range(min(len(got.rows), len(expected.rows))):
         call = got.calls[index - 1] if index else got.calls[0] - 1
+        found = difference(got.rows[index], expected.rows[index], tolerance=tolerance)
+        if found:
+            return fault(f"{what}: {found[1]}", step=call, lane=got.lane, key=found[0])
         if index:
             reward, other = got.rewards[index - 1], expected.rewards[index - 1]
             if not np.isclose(reward, other, rtol=tolerance, atol=tolerance, equal_nan=True):
                 return fault(f"{what}: got {reward}, expected {other}", step=call, lane=got.lane, key="reward")
-        found = difference(got.rows[index], expected.rows[index], tolerance=tolerance)
-        if found:
-            return fault(f"{what}: {found[1]}", step=call, lane=got.lane, key=found[0])
     if len(got.rewards) != len(expected.rewards):
         took = f"{what}: the episode took {len(got.rewards)} steps, expected {len(expected.rewards)}"
         return fault(took, step=got.calls[-1], lane=got.lane)
@@ -89,6 +89,11 @@ class Player:
     Args:
         env: The environment.
         max_steps: The steps within which an episode must end.
+
+    Attributes:
+        like: A tensor like those of the environment; None: its data are arrays.
+        contract: The environment below its wrappers, where it is a `TorchVectorEnv`.
+        pays_integers: A reward was of integers.
     """
 
     def __init__(self, env: VectorEnv, *, max_steps: int) -> None:
@@ -99,7 +104,8 @@ class Player:
         self._max_steps = max_steps
         self._action_space = copy.deepcopy(env.single_action_space)
         self._kept: deque[list[_Kept]] = deque(maxlen=_REMEMBERED_STEPS)
-        self.like: Tensor | None = None  # a tensor like those of the environment; None: they are arrays
+        self.like: Tensor | None = None
+        self.pays_integers = False
         self.contract: TorchVectorEnv | None = None
         first = next((leaf for _, _, leaf in leaves(self.space, env.reset(seed=7)[0]) if is_array(leaf)), None)
         if isinstance(first, Tensor):
@@ -252,8 +258,9 @@ class Player:
             raise fault(f"is on {values.device}, the observations on {self.like.device}", step=call, key=name)
         host = on_host(values)
         if name == "reward":
-            if host.dtype.kind != "f":
+            if host.dtype.kind not in "fiu":
                 raise fault(f"must be of floating-point numbers, got {values.dtype}", step=call, key=name)
+            self.pays_integers |= host.dtype.kind != "f"
             bad = ~np.isfinite(host)
             if bad.any():
                 lane = int(np.flatnonzero(bad)[0])
@@ -275,7 +282,8 @@ class Player:
         for key in ("final_obs", "final_info"):
             name = f"info[{key!r}]"
             if key not in info or f"_{key}" not in info:
-                raise fault("SAME_STEP must give it, with its mask, where a lane ends", step=call, key=name)
+                what = f"SAME_STEP must give it and its mask where a lane ends; info has {sorted(info)}"
+                raise fault(what, step=call, key=name)
             mask = on_host(info[f"_{key}"])
             if not np.array_equal(mask, ended):
                 expected = f"mask is {mask.tolist()}, the lanes that ended are {ended.tolist()}"
@@ -323,7 +331,8 @@ class Player:
         for new in returned:
             for old in (old for step in self._kept for old in step):
                 if not (new.may_be_shared or old.may_be_shared) and overlap(new.array, old.array):
-                    what = f"shares memory with {old.name} of step {old.call}: return a copy, not a buffer"
+                    when = f"step {old.call}" if old.call else "the reset before"
+                    what = f"shares memory with {old.name} of {when}: return a copy, not a buffer"
                     raise fault(what, step=call, key=new.name)
         returned += [_Kept(name, call, value, copied(value), True) for name, value in _arrays(info)]
         self._kept.append(returned)

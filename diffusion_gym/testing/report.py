@@ -47,12 +47,10 @@ class Findings:
 
     Args:
         subject: The thing that is checked.
-        strict: Weaknesses, and what cannot be checked, are errors.
     """
 
-    def __init__(self, subject: str, *, strict: bool = False) -> None:
+    def __init__(self, subject: str) -> None:
         self._subject = subject
-        self._strict = strict
         self._holds: list[str] = []
         self._weaknesses: dict[str, str] = {}
         self._unchecked: dict[str, str] = {}
@@ -65,25 +63,23 @@ class Findings:
             self._holds.append(name)
 
     def weakness(self, name: str, what: str) -> None:
-        """Note that what the contract leaves open does not hold.
-
-        Raises:
-            AssertionError: the check is strict.
-        """
-        if self._strict:
-            raise AssertionError(f"{name}: {what}")
+        """Note that what the contract leaves open does not hold."""
         self._weaknesses[name] = what
 
     def cannot(self, name: str, why: str) -> None:
-        """Note that something cannot be checked.
-
-        Raises:
-            AssertionError: the check is strict.
-        """
-        if self._strict:
-            raise AssertionError(f"{name} could not be checked: {why}")
+        """Note that something cannot be checked."""
         self._unchecked[name] = why
 
-    def report(self) -> Report:
-        """Return the report."""
-        return Report(self._subject, tuple(self._holds), dict(self._weaknesses), dict(self._unchecked))
+    def report(self, *, strict: bool = False) -> Report:
+        """Return the report.
+
+        Args:
+            strict: Weaknesses, and what could not be checked, are errors.
+
+        Raises:
+            AssertionError: there are some, and the check is strict.
+        """
+        report = Report(self._subject, tuple(self._holds), dict(self._weaknesses), dict(self._unchecked))
+        if strict and (report.weaknesses or report.unchecked):
+            raise AssertionError(f"strict, but\n{report}")
+        return report
