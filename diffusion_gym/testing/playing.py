@@ -106,6 +106,7 @@ class Player:
         self._kept: deque[list[_Kept]] = deque(maxlen=_REMEMBERED_STEPS)
         self.like: Tensor | None = None
         self.pays_integers = False
+        self._reset_info: Mapping[str, Any] = {}
         self.contract: TorchVectorEnv | None = None
         first = next((leaf for _, _, leaf in leaves(self.space, env.reset(seed=7)[0]) if is_array(leaf)), None)
         if isinstance(first, Tensor):
@@ -189,6 +190,7 @@ class Player:
         """
         if not isinstance(start, tuple) or len(start) != 2 or not isinstance(start[1], dict):
             raise fault(f"must return (observation, info dict), got {start!r:.80}", step=0)
+        self._reset_info = start[1]
         check_batch(self.space, start[0], self.num_envs, step=0)
         _check_masks(start[1], self.num_envs, 0)
         self._keep(start[0], {}, start[1], 0)
@@ -299,7 +301,7 @@ class Player:
             check_batch(self.space, final, self.num_envs, step=call, name=name)
             finals = {lane: row_of(self.space, final, lane) for lane in lanes}
         if self.contract is not None:
-            torch_contract.check_final_info(info, step=call)
+            torch_contract.check_final_info(info["final_info"], self._reset_info, step=call)
         return finals
 
     def _check_resetting(self, reward: float, ended: bool, call: int, lane: int) -> None:

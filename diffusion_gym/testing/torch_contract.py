@@ -64,10 +64,9 @@ def check_step(reward: Tensor, ended: np.ndarray, info: Mapping[str, Any], *, st
         raise fault(f"is {said.tolist()}, but the flags say {ended.tolist()}", step=step, key="info['ended']")
 
 
-def check_final_info(info: Mapping[str, Any], *, step: int) -> None:
-    """Check that `final_info` has what a step's info has."""
-    ordinary = {key for key in info if not key.startswith("_")} - {"final_obs", "final_info"}
-    missing = ordinary - set(info["final_info"])
+def check_final_info(final_info: Mapping[str, Any], reset_info: Mapping[str, Any], *, step: int) -> None:
+    """Check that `final_info` has what every info has: what the reset's has."""
+    missing = {key for key in reset_info if not key.startswith("_")} - set(final_info)
     if missing:
         raise fault(f"must have what info has, but lacks {sorted(missing)}", step=step, key="info['final_info']")
 

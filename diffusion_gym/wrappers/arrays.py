@@ -22,6 +22,15 @@ def mapped(space: Space, value: Any, function: Callable[[Any, Space], Any]) -> A
     return function(value, space)
 
 
+def first_tensor(space: Space, value: Any) -> Tensor | None:
+    """Return the first leaf that is a tensor."""
+    if isinstance(space, Dict | Tuple):
+        parts = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
+        found = (first_tensor(part, value[key]) for key, part in parts)
+        return next((leaf for leaf in found if leaf is not None), None)
+    return value if isinstance(value, Tensor) else None
+
+
 def _leaf_as_array(leaf: Any, space: Space) -> Any:
     """Return a tensor as an array of its own memory, in the space's dtype; what is no tensor as it is."""
     return np.array(transfer.to_host(leaf), dtype=space.dtype) if isinstance(leaf, Tensor) else leaf
@@ -43,15 +52,14 @@ class TorchToNumpy(VectorWrapper):
 
     def __init__(self, env: VectorEnv) -> None:
         super().__init__(env)
-        self._device = torch.device("cpu")
-        self._dtype = torch.float32
+        self._like: Tensor | None = None
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Start new episodes; the arguments are those of the environment."""
         observation, info = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
-        mapped(self.single_observation_space, observation, self._note)
+        self._like = first_tensor(self.single_observation_space, observation)
         return mapped(self.single_observation_space, observation, _leaf_as_array), self._as_arrays(info)
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -67,15 +75,13 @@ class TorchToNumpy(VectorWrapper):
             self._as_arrays(info),
         )
 
-    def _note(self, leaf: Any, space: Space) -> None:
-        """Note the device of a tensor, and its precision: actions are of both."""
-        if isinstance(leaf, Tensor):
-            self._device = leaf.device
-            self._dtype = leaf.dtype if leaf.is_floating_point() else self._dtype
-
     def _leaf_as_action(self, leaf: Any, space: Space) -> Tensor:
-        action = torch.from_numpy(np.array(leaf, dtype=space.dtype)).to(self._device)
-        return action.to(self._dtype) if action.is_floating_point() else action
+        """Return an action as a tensor: on the observations' device, and a fraction in the first one's precision."""
+        action = torch.from_numpy(np.array(leaf, dtype=space.dtype))
+        if self._like is None:
+            return action
+        is_number = action.is_floating_point() and self._like.is_floating_point()
+        return action.to(self._like.device, self._like.dtype if is_number else None)
 
     def _as_arrays(self, info: Mapping[str, Any]) -> dict[str, Any]:
         arrays: dict[str, Any] = {}

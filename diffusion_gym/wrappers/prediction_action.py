@@ -60,6 +60,7 @@ class PredictionAction(VectorWrapper):
             if mask[lane] and lane_seed is not None:
                 self._of_lane[lane].manual_seed(lane_seed ^ 2**63)  # not the stream that draws x_T
         self._begin(mask)
+        self._over = self._over & ~mask
         self._look(observation)
         return observation, info
 

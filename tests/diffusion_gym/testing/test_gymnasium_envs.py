@@ -3,8 +3,10 @@
 import gymnasium as gym
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from diffusion_gym.testing import check_vector_env
+from tests.diffusion_gym.testing.walk import Walk
 
 IDS = {
     "CartPole-v1": {},
@@ -67,6 +69,14 @@ def test_buffers_that_gymnasium_reuses_on_request_are_found(mode):
     env = SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2, copy=False, autoreset_mode=mode)
     with pytest.raises(AssertionError, match="reset, observation: shares memory with observation of the reset before"):
         check_vector_env(env)
+
+
+def test_a_mask_that_gymnasiums_wrapper_changes_later_is_found():
+    """`RecordEpisodeStatistics` hands out the mask that its own reset clears."""
+    with pytest.raises(AssertionError, match=r"step \d, info\['_episode'\]: was changed by a later step"):
+        check_vector_env(RecordEpisodeStatistics(Walk(AutoresetMode.DISABLED)))
+    for mode in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+        check_vector_env(RecordEpisodeStatistics(Walk(mode)))
 
 
 def test_one_lane_is_said_to_be_compared_with_none():
