@@ -30,7 +30,7 @@ BELOW = {
         *("naming", "checks", "transfer", "samplers", "transitions", "schedules", "grids"),
         *("models", "sampling", "rewards", "prompts"),
     },
-    "testing": {"transfer", "envs", "models", "rewards"},
+    "testing": {"transfer", "envs", "models", "predictions", "prompts", "rewards", "samplers", "schedules"},
     "wrappers": {"checks", "transfer", "samplers", "transitions", "schedules", "rewards", "envs"},
     "__init__": set(),
 }
@@ -65,7 +65,12 @@ FLOORS = (
 ALGORITHMS = FLOORS[4]
 ALGORITHMS |= {path.stem for path in (ROOT / "agents").glob("*.py")} - set().union(*FLOORS)
 HEAVY = {
-    "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py", "agents/updates/averaging.py"},
+    "diffusers": {
+        "diffusion_gym/models",
+        "diffusion_gym/testing/model.py",
+        "agents/policies/denoising.py",
+        "agents/updates/averaging.py",
+    },
     "transformers": {
         "diffusion_gym/models",
         "diffusion_gym/loading.py",
@@ -79,7 +84,7 @@ HEAVY = {
         "diffusion_gym/rewards/llava.py",
         "diffusion_gym/rewards/bertscore.py",
     },
-    "peft": {"diffusion_gym/models", "agents/policies"},
+    "peft": {"diffusion_gym/models", "diffusion_gym/testing/model.py", "agents/policies"},
     "accelerate": {"agents/updates/distributed.py"},
     "fastapi": {"diffusion_gym/rewards/server.py"},
     "starlette": {"diffusion_gym/rewards/server.py"},

@@ -306,9 +306,7 @@ class Player:
 
     def _check_resetting(self, reward: float, ended: bool, call: int, lane: int) -> None:
         if reward != 0:
-            raise fault(
-                f"NEXT_STEP's step that resets must give 0, got {reward}", step=call, lane=lane, key="reward"
-            )
+            raise fault(f"NEXT_STEP's step that resets must give 0, got {reward}", step=call, lane=lane, key="reward")
         if ended:
             raise fault("NEXT_STEP's step that resets must not end an episode", step=call, lane=lane)
 

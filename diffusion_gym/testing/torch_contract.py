@@ -18,9 +18,13 @@ from .report import fault
 def lacking(env: VectorEnv) -> str:
     """Return in words what an environment lacks to be a `TorchVectorEnv`; empty where it has all."""
     missing = missing_members(env)
-    return "" if not missing else (
-        f"it lacks {', '.join(missing)}: diffusion_gym.envs.contract.TorchVectorEnv says what they are, and "
-        "diffusion_gym.envs.core.DiffusionVectorEnv has them all"
+    return (
+        ""
+        if not missing
+        else (
+            f"it lacks {', '.join(missing)}: diffusion_gym.envs.contract.TorchVectorEnv says what they are, and "
+            "diffusion_gym.envs.core.DiffusionVectorEnv has them all"
+        )
     )
 
 

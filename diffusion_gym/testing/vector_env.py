@@ -126,7 +126,9 @@ class _Check:
             self._check_independence(episodes)
         if self.player.mode is AutoresetMode.NEXT_STEP:
             with self.findings.checking("the action of a step that resets is ignored"):
-                self._require_same(self._play(vary_ignored=True), episodes, "the step that resets must ignore its action")
+                self._require_same(
+                    self._play(vary_ignored=True), episodes, "the step that resets must ignore its action"
+                )
         with self.findings.checking("an episode after autoreset is as one after a reset"):
             self._check_next_episode(episodes)
         with self.findings.checking("another environment made like it does the same"):
@@ -257,7 +259,9 @@ class _Check:
             if error is not None:
                 raise error
         for lane in range(0, self.env.num_envs, 2):
-            error = unlike(run[lane][1], episodes[lane][1], "a later episode depends on others", tolerance=self.tolerance)
+            error = unlike(
+                run[lane][1], episodes[lane][1], "a later episode depends on others", tolerance=self.tolerance
+            )
             if error is not None:
                 return self._leave_open("lanes draw from streams of their own", str(error))
         return None
@@ -392,7 +396,9 @@ class _Check:
                 raise
             return self._leave_open(name, f'options={{"reset_mask": …}} raises {_said(error)}')
         for lane in range(lanes):
-            wanted, what = (before[lane], "a reset of lane 0 must leave the others") if lane else (seeded, "must be reset")
+            wanted, what = (
+                (before[lane], "a reset of lane 0 must leave the others") if lane else (seeded, "must be reset")
+            )
             found = difference(after[lane], wanted, tolerance=0.0 if lane else self.tolerance)
             if found:
                 error = fault(f"{what}: {found[1]}", step=0, lane=lane, key=found[0])
@@ -431,7 +437,9 @@ class _Check:
             if is_reset:
                 self._reset(options={"reset_mask": np.arange(self.env.num_envs) == 0})
             observation, reward, *_ = self.env.step(self.player.actions(places[1]))
-            runs.append([row | {"reward": pay} for row, pay in zip(self._rows(observation), on_host(reward), strict=True)])
+            runs.append(
+                [row | {"reward": pay} for row, pay in zip(self._rows(observation), on_host(reward), strict=True)]
+            )
         for lane in range(1, self.env.num_envs):
             found = difference(runs[1][lane], runs[0][lane], tolerance=self.tolerance)
             if found:
@@ -488,7 +496,9 @@ class _Check:
             except ClosedEnvironmentError:
                 continue
             except Exception as error:
-                return self._leave_open("closing", f"{name} after close() raises {_said(error)}, not ClosedEnvironmentError")
+                return self._leave_open(
+                    "closing", f"{name} after close() raises {_said(error)}, not ClosedEnvironmentError"
+                )
             return self._leave_open("closing", f"{name} after close() does not raise ClosedEnvironmentError")
         return None
 

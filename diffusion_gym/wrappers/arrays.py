@@ -161,5 +161,3 @@ class NumpyToTorch(VectorWrapper):
         rows = [filled if row is None else row for row in final]
         space = self.single_observation_space
         return concatenate(space, rows, create_empty_array(space, self.num_envs))
-
-

@@ -116,7 +116,9 @@ def test_what_the_single_environment_does_is_compared():
     single = gym.spec("Pendulum-v1").entry_point
     gym.register("Shifting-v0", single, vector_entry_point=make_shifting, max_episode_steps=5)
     try:
-        with pytest.raises(AssertionError, match="step 5, lane 0, observation: a lane must do as the single environment"):
+        with pytest.raises(
+            AssertionError, match="step 5, lane 0, observation: a lane must do as the single environment"
+        ):
             check_vector_env(gym.make_vec("Shifting-v0", 2))
     finally:
         del gym.registry["Shifting-v0"]

@@ -318,7 +318,9 @@ class ForgetsTheMask(Walk):
 
 
 @broken("lane 0, .*: an episode after autoreset must be as one after a reset: got", DISABLED)
-@broken("resets of some lanes: step 2, lane 1, .*: must not feel a reset of lane 0", SAME_STEP, NEXT_STEP, is_weakness=True)
+@broken(
+    "resets of some lanes: step 2, lane 1, .*: must not feel a reset of lane 0", SAME_STEP, NEXT_STEP, is_weakness=True
+)
 class ResetsTheDriftOfAll(Walk):
     def reset(self, *, seed=None, options=None):
         if options:

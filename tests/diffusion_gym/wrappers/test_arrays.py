@@ -50,7 +50,10 @@ def test_the_torch_environments_pass_the_check_as_numpy(env_id, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_numpy_environments_pass_the_check_as_torch(mode):
-    for env in (Walk(mode), gym.make_vec("Blackjack-v1", 2, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode})):
+    for env in (
+        Walk(mode),
+        gym.make_vec("Blackjack-v1", 2, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode}),
+    ):
         report = check_vector_env(NumpyToTorch(env))
         assert "the same seed and actions: the same episodes, to the last bit" in report.holds
         assert "the caller's options are left alone" not in report.weaknesses
@@ -190,7 +193,9 @@ def clips(monkeypatch):
 
 def test_gymnasiums_record_video_works_on_the_single_environment(clips, tmp_path):
     options = {"model": "emoji", "num_steps": 2, "reward": "brightness", "render_mode": "rgb_array"}
-    env = gym.wrappers.RecordVideo(gym.make("DenoisingMDP-v0", **options), str(tmp_path / "videos"), episode_trigger=lambda _: True)
+    env = gym.wrappers.RecordVideo(
+        gym.make("DenoisingMDP-v0", **options), str(tmp_path / "videos"), episode_trigger=lambda _: True
+    )
     env.reset(seed=0)
     last = None
     for _ in range(2):
