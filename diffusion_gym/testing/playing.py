@@ -2,8 +2,7 @@
 
 import copy
 import random
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +16,10 @@ from torch import Tensor
 from ..envs.contract import TorchVectorEnv
 from . import torch_contract
 from .data import Row, check_batch, copied, difference, is_array, leaves, on_host, overlap, row_of, row_of_one
+from .memory import Memory
 from .report import fault
 
 Start = tuple[Any, dict[str, Any]]
-
-_REMEMBERED_STEPS = 3  # a buffer that is used in turn with others is found too
 
 
 @dataclass
@@ -72,17 +70,6 @@ def unlike(got: Episode, expected: Episode, what: str, *, tolerance: float = 0.0
     return None
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """An array that was returned, and a copy of what was in it."""
-
-    name: str
-    call: int
-    array: Any
-    copy: np.ndarray
-    may_be_shared: bool
-
-
 class Player:
     """Plays a vector environment, and checks what every reset and step returns.
 
@@ -103,7 +90,6 @@ class Player:
         bare = env.unwrapped
         self._max_steps = max_steps
         self._action_space = copy.deepcopy(env.single_action_space)
-        self._kept: deque[list[_Kept]] = deque(maxlen=_REMEMBERED_STEPS)
         self.like: Tensor | None = None
         self.pays_integers = False
         self._reset_info: Mapping[str, Any] = {}
@@ -112,6 +98,7 @@ class Player:
         if isinstance(first, Tensor):
             self.like = first
             self.contract = bare if isinstance(bare, TorchVectorEnv) else None
+        self._memory = Memory(self._constant_keys())
 
     def play(
         self,
@@ -135,7 +122,7 @@ class Player:
             vary_ignored: Give other actions in NEXT_STEP's steps that reset.
             disturb: Draw from the global generators before every step.
         """
-        self._kept.clear()
+        self._memory = Memory(self._constant_keys())
         self.check_start(start)
         before, _ = start
         played: list[list[Episode]] = [[] for _ in range(self.num_envs)]
@@ -193,11 +180,19 @@ class Player:
         self._reset_info = start[1]
         check_batch(self.space, start[0], self.num_envs, step=0)
         _check_masks(start[1], self.num_envs, 0)
-        self._keep(start[0], {}, start[1], 0)
+        self._memory.keep(self._arrays_of(start[0]), start[1], step=0)
+
+    def _arrays_of(self, observation: Any) -> dict[str, Any]:
+        return {name: leaf for name, _, leaf in leaves(self.space, observation) if is_array(leaf)}
+
+    def _constant_keys(self) -> frozenset[str]:
+        """Return the names of the leaves that may share memory, being constant within an episode."""
+        keys = self.contract.constant_keys if self.contract is not None else ()
+        return frozenset(f"observation[{key!r}]" for key in keys)
 
     def actions(self, places: list[tuple[int, int, int, int]]) -> Any:
         """Return a batch of random actions, for each lane that of its (lane, episode, step, variant)."""
-        empty = create_empty_array(self._action_space, self.num_envs)
+        empty: Any = create_empty_array(self._action_space, self.num_envs)
         batch = concatenate(self._action_space, [self.action(place) for place in places], empty)
         return self._as_actions(self._action_space, batch)
 
@@ -240,8 +235,8 @@ class Player:
             for observed, _, value in leaves(self.space, after):
                 if is_array(leaf) and is_array(value) and overlap(leaf, value):
                     raise fault("shares memory with the caller's action: return a copy", step=call, key=observed)
-        self._check_kept()
-        self._keep(after, {"reward": reward, **flags}, info, call)
+        self._memory.check()
+        self._memory.keep(self._arrays_of(after) | {"reward": reward, **flags}, info, step=call)
         if self.contract is not None:
             torch_contract.check_step(reward, ended, info, step=call)
         return after, reward, ended, (on_host(terminated), on_host(truncated)), info
@@ -320,43 +315,6 @@ class Player:
                 what = f"a reset of lanes {np.flatnonzero(mask).tolist()} must leave the others: {found[1]}"
                 raise fault(what, step=call, lane=lane, key=found[0])
         return start[0]
-
-    def _keep(self, observation: Any, vectors: Mapping[str, Any], info: Mapping[str, Any], call: int) -> None:
-        """Remember what was returned, after a check that it shares no memory with what was returned before."""
-        constant = self.contract.constant_keys if self.contract is not None else ()
-        shared = {f"observation[{key!r}]" for key in constant}
-        observed = {name: leaf for name, _, leaf in leaves(self.space, observation) if is_array(leaf)}
-        returned = [_Kept(name, call, leaf, copied(leaf), name in shared) for name, leaf in observed.items()]
-        returned += [_Kept(name, call, value, copied(value), False) for name, value in vectors.items()]
-        for new in returned:
-            for old in (old for step in self._kept for old in step):
-                if not (new.may_be_shared or old.may_be_shared) and overlap(new.array, old.array):
-                    when = f"step {old.call}" if old.call else "the reset before"
-                    what = f"shares memory with {old.name} of {when}: return a copy, not a buffer"
-                    raise fault(what, step=call, key=new.name)
-        returned += [_Kept(name, call, value, copied(value), True) for name, value in _arrays(info)]
-        self._kept.append(returned)
-
-    def _check_kept(self) -> None:
-        for kept in (kept for step in self._kept for kept in step):
-            if not np.array_equal(on_host(kept.array), kept.copy, equal_nan=kept.copy.dtype.kind == "f"):
-                raise fault("was changed by a later step: return a copy, not a buffer", step=kept.call, key=kept.name)
-
-
-def _arrays(info: Mapping[str, Any], name: str = "info") -> Iterator[tuple[str, Any]]:
-    """Yield the arrays of an info dict, and of the dicts and lanes within, by name."""
-    for key, value in info.items():
-        label = f"{name}[{key!r}]"
-        if isinstance(value, Mapping):
-            yield from _arrays(value, label)
-        elif is_array(value) and getattr(value, "dtype", None) != object:
-            yield label, value
-        elif key == "final_obs" and isinstance(value, np.ndarray):
-            for lane, row in enumerate(value):
-                if isinstance(row, Mapping):
-                    yield from _arrays(row, f"{label}[{lane}]")
-                elif is_array(row):
-                    yield f"{label}[{lane}]", row
 
 
 def _check_masks(info: Mapping[str, Any], num_envs: int, call: int, name: str = "info") -> None:

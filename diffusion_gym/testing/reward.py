@@ -74,7 +74,7 @@ class _Check:
 
     def __init__(self, reward: Reward, prompts: list[str], metadata: Sequence[Metadata] | None, images: Tensor) -> None:
         self.reward, self.prompts, self.images = reward, prompts, images
-        self.metadata = [dict(entry) for entry in metadata or [{} for _ in prompts]]
+        self.metadata: list[Metadata] = [dict(entry) for entry in metadata or [{} for _ in prompts]]
         self.findings = Findings(f"reward {reward.name!r} ({type(reward).__name__}) on {images.device}")
         self.state = reward.state_dict()
 

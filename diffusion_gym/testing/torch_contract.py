@@ -75,6 +75,15 @@ def check_final_info(final_info: Mapping[str, Any], reset_info: Mapping[str, Any
         raise fault(f"must have what info has, but lacks {sorted(missing)}", step=step, key="info['final_info']")
 
 
+def check_lengths(env: TorchVectorEnv, lengths: set[int]) -> None:
+    """Check that episodes take as many actions as the environment says."""
+    for length in lengths:
+        if env.num_steps is not None and length != env.num_steps:
+            raise fault(f"is {env.num_steps}, but an episode took {length} actions", key="num_steps")
+        if env.max_steps is not None and length > env.max_steps:
+            raise fault(f"is {env.max_steps}, but an episode took {length} actions", key="max_steps")
+
+
 def check_moved(env: VectorEnv, before: Row, after: Row, action: Tensor, *, step: int, lane: int) -> None:
     """Check that a lane's action has been taken, and has changed nothing that is said to be constant."""
     if difference(after, before) is None:

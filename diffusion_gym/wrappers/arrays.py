@@ -39,9 +39,10 @@ def _leaf_as_array(leaf: Any, space: Space) -> Any:
 class TorchToNumpy(VectorWrapper):
     """A vector environment of torch tensors, as one of NumPy arrays.
 
-    Observations are in the spaces' dtypes (half precision becomes float32), rewards float32, flags bool. Tensors in info
-    become arrays; what is no tensor stays as it is, so texts are left alone. `final_obs`, a dict of batches with torch,
-    is an array of one observation per lane, as in Gymnasium's own `SyncVectorEnv`. No array shares memory with a tensor.
+    Observations are in the spaces' dtypes (half precision becomes float32), rewards float32, flags bool. Tensors in
+    info become arrays; what is no tensor stays as it is, so texts are left alone. `final_obs`, a dict of batches with
+    torch, is an array of one observation per lane, as in Gymnasium's own `SyncVectorEnv`. No array shares memory with
+    a tensor.
 
     Behind it run Gymnasium's vector wrappers that compute in NumPy: `RecordEpisodeStatistics`, `NormalizeReward`,
     `TransformReward`, `RescaleAction` and the like. Every step waits for the device.
@@ -160,4 +161,5 @@ class NumpyToTorch(VectorWrapper):
         filled = next(row for row in final if row is not None)
         rows = [filled if row is None else row for row in final]
         space = self.single_observation_space
-        return concatenate(space, rows, create_empty_array(space, self.num_envs))
+        empty: Any = create_empty_array(space, self.num_envs)
+        return concatenate(space, rows, empty)

@@ -38,7 +38,7 @@ class PredictionAction(VectorWrapper):
 
     def __init__(self, env: VectorEnv, sampler: Sampler | None = None) -> None:
         super().__init__(env)
-        bare = env.unwrapped
+        bare: object = env.unwrapped
         if not isinstance(bare, TorchVectorEnv) or not bare.action_is_next_latents:
             raise TypeError(f"the action of the environment must be the next latents, as in DenoisingMDP-v0; got {env}")
         self._model, self._dtype = bare.model, bare.dtype

@@ -107,7 +107,7 @@ class PredictedReward:
         guidance_scale: float | None = None,
         weight: float = 1.0,
     ) -> None:
-        bare = env.unwrapped
+        bare: object = env.unwrapped
         if not isinstance(bare, TorchVectorEnv):
             raise TypeError(f"the predicted reward needs an environment of this package, got {env}")
         self._model, self._prompts, self._negative_prompt = bare.model, bare.prompts, bare.negative_prompt

@@ -2,9 +2,7 @@
 
 import re
 
-import gymnasium as gym
 import pytest
-from gymnasium.vector import AutoresetMode, VectorWrapper
 
 from diffusion_gym.testing import check_vector_env
 from tests.diffusion_gym.testing.walk import Walk

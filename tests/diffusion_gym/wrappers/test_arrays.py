@@ -164,8 +164,7 @@ def test_those_two_do_not_work_on_tensors(name):
     env = getattr(gymnasium_wrappers, name)(make())
     env.reset(seed=0)
     with pytest.raises((TypeError, RuntimeError)):
-        for _ in range(NUM_STEPS):
-            env.step(torch.zeros(3, 2, 1, 1))
+        [env.step(torch.zeros(3, 2, 1, 1)) for _ in range(NUM_STEPS)]
 
 
 @pytest.fixture
