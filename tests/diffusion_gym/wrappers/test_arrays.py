@@ -221,6 +221,19 @@ def test_gymnasiums_record_video_works_on_the_vector_environment(clips, tmp_path
     assert len(clips[0]) == 3
 
 
+def test_record_video_leaves_out_the_last_frame_in_same_step_and_says_so(clips, tmp_path):
+    env = make(model="emoji", num_envs=2, num_steps=2, render_mode="rgb_array")
+    with pytest.warns(UserWarning, match="will not contain the last frame"):
+        env = gymnasium_wrappers.RecordVideo(
+            env, str(tmp_path / "videos"), episode_trigger=lambda episode: episode == 0
+        )
+    env.reset(seed=0)
+    for _ in range(2):
+        env.step(torch.from_numpy(env.action_space.sample()))
+    env.close()
+    assert len(clips[0]) == 2
+
+
 def test_the_single_environments_wrappers_work_as_they_are():
     env = gym.make("DenoisingMDP-v0", model="mixture", num_steps=NUM_STEPS, reward="brightness")
     env = gym.wrappers.TransformReward(env, lambda reward: 3 * reward)
