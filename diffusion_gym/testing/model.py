@@ -324,7 +324,7 @@ class _Check:
         exact: bool = False,
         at_least_float32: bool = True,
     ) -> None:
-        """Check shape, dtype (float32, or where not exact float64 too), device, and that it is finite, without graph."""
+        """Check shape, dtype (float32; or float64 where not exact), device, that it is finite and has no graph."""
         if not isinstance(value, Tensor):
             raise fault(f"must be a tensor, got {type(value).__name__}", key=name)
         wanted = (batch, *(value.shape[1:] if shape is None else shape))

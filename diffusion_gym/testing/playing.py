@@ -94,7 +94,7 @@ class Player:
         self.pays_integers = False
         self._reset_info: Mapping[str, Any] = {}
         self.contract: TorchVectorEnv | None = None
-        first = next((leaf for _, _, leaf in leaves(self.space, env.reset(seed=7)[0]) if is_array(leaf)), None)
+        first = next((leaf for _, _, leaf in leaves(self.space, env.reset()[0]) if is_array(leaf)), None)
         if isinstance(first, Tensor):
             self.like = first
             self.contract = bare if isinstance(bare, TorchVectorEnv) else None
@@ -124,50 +124,52 @@ class Player:
         """
         self._memory = Memory(self._constant_keys())
         self.check_start(start)
-        before, _ = start
+        before, call = start[0], 0
         played: list[list[Episode]] = [[] for _ in range(self.num_envs)]
         running = [Episode(lane, [row_of(self.space, before, lane)]) for lane in range(self.num_envs)]
         resetting = np.zeros(self.num_envs, dtype=bool)
-        call = 0
         while any(len(episodes) < num_episodes for episodes in played):
             call += 1
-            places = []
-            for lane in range(self.num_envs):
-                variant = (lane in varied_lanes) + 2 * (vary_ignored and bool(resetting[lane]))
-                episode = first_episode + len(played[lane])
-                places.append((lane, episode, len(running[lane].rewards), variant))
+            places = [
+                (
+                    lane,
+                    first_episode + len(played[lane]),
+                    len(running[lane].rewards),
+                    (lane in varied_lanes) + 2 * (vary_ignored and bool(resetting[lane])),
+                )
+                for lane in range(self.num_envs)
+            ]
             if max(step for _, _, step, _ in places) >= self._max_steps:
                 raise fault(f"no episode ended within {self._max_steps} steps: see max_steps", step=call)
-            action = self.actions(places)
             if disturb:
                 random.random(), np.random.random(), torch.rand(1)  # noqa: NPY002
-            after, reward, ended, flags, info = self._step(action, call)
-            finals = self._finals(after, ended, info, call)
-            rewards = on_host(reward)
-            for lane in range(self.num_envs):
-                now = row_of(self.space, after, lane)
-                if resetting[lane]:
-                    self._check_resetting(rewards[lane], ended[lane], call, lane)
-                    running[lane] = Episode(lane, [now])
-                    continue
-                episode_ = running[lane]
-                seen = finals.get(lane, now)
-                if self.contract is not None:
-                    torch_contract.check_moved(self.env, episode_.rows[-1], seen, action, step=call, lane=lane)
-                episode_.rows.append(seen)
-                episode_.rewards.append(float(rewards[lane]))
-                episode_.calls.append(call)
-                if ended[lane]:
-                    episode_.flags = tuple(bool(flag[lane]) for flag in flags)  # type: ignore[assignment]
-                    episode_.info = info["final_info"] if self.mode is AutoresetMode.SAME_STEP else info
-                    played[lane].append(episode_)
-                    running[lane] = Episode(lane, [now])
-            resetting = ended & (self.mode is AutoresetMode.NEXT_STEP)
+            after, ended = self._advance(self.actions(places), running, resetting, call)
             if self.mode is AutoresetMode.DISABLED and ended.any():
                 after = self._masked_reset(after, ended, call)
-                for lane in np.flatnonzero(ended).tolist():
-                    running[lane] = Episode(lane, [row_of(self.space, after, lane)])
+            for lane in np.flatnonzero(ended | resetting).tolist():
+                if ended[lane]:
+                    played[lane].append(running[lane])
+                running[lane] = Episode(lane, [row_of(self.space, after, lane)])
+            resetting = ended & (self.mode is AutoresetMode.NEXT_STEP)
         return played
+
+    def _advance(self, action: Any, running: list[Episode], resetting: np.ndarray, call: int) -> tuple[Any, np.ndarray]:
+        """Take a step, add it to the episodes that are running, and return its observation and the lanes that ended."""
+        after, reward, ended, flags, info = self._step(action, call)
+        finals, rewards = self._finals(after, ended, info, call), on_host(reward)
+        for lane, episode in enumerate(running):
+            if resetting[lane]:
+                self._check_resetting(rewards[lane], ended[lane], call, lane)
+                continue
+            seen = finals[lane] if lane in finals else row_of(self.space, after, lane)
+            if self.contract is not None:
+                torch_contract.check_moved(self.env, episode.rows[-1], seen, action, step=call, lane=lane)
+            episode.rows.append(seen)
+            episode.rewards.append(float(rewards[lane]))
+            episode.calls.append(call)
+            episode.flags = bool(flags[0][lane]), bool(flags[1][lane])
+            episode.info = info.get("final_info", info) if ended[lane] else {}
+        return after, ended
 
     def check_start(self, start: object) -> None:
         """Check what a reset has returned.

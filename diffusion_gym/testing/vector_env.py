@@ -41,7 +41,7 @@ def check_vector_env(
 ) -> Report:
     """Check that a vector environment keeps Gymnasium's contract in its own autoreset mode, and report on the rest.
 
-    It plays about sixteen episodes in every lane, with random actions that depend on the lane, episode and step alone:
+    It plays about a dozen episodes in every lane, with random actions that depend on the lane, episode and step alone:
 
     - Every return: structure, shapes, dtypes, bounds, device, finite rewards, masks of info; no memory is shared with
       an earlier return or with the action, and nothing that was returned changes later.

@@ -10,7 +10,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from torch import Tensor
 
 from .. import transfer
-from .lanes import ended_lanes, lanes_of_reset
+from ..envs.lanes import lanes_to_reset
+from .ended import ended_lanes
 
 
 class EpisodeStatistics(VectorWrapper):
@@ -35,7 +36,7 @@ class EpisodeStatistics(VectorWrapper):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Start new episodes; the arguments are those of the environment."""
-        mask = lanes_of_reset(options, self.num_envs)
+        mask = lanes_to_reset(options, num_envs=self.num_envs)
         result = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
         self._begin(mask)
         return result

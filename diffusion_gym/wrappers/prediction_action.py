@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import transfer
 from ..envs.contract import TorchVectorEnv
-from ..envs.lanes import lane_seeds
+from ..envs.lanes import lane_seeds, lanes_to_reset
 from ..samplers import Sampler
 from ..schedules import as_float
 from ..transitions import transition
-from .lanes import ended_lanes, lanes_of_reset
+from .ended import ended_lanes
 
 
 class PredictionAction(VectorWrapper):
@@ -54,7 +54,7 @@ class PredictionAction(VectorWrapper):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Start new episodes; the arguments are those of the environment."""
-        mask = lanes_of_reset(options, self.num_envs)
+        mask = lanes_to_reset(options, num_envs=self.num_envs)
         observation, info = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
         for lane, lane_seed in enumerate(lane_seeds(seed, self.num_envs)):
             if mask[lane] and lane_seed is not None:

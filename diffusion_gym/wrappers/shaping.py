@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from .. import transfer
 from ..checks import checked_number
 from ..envs.contract import TorchVectorEnv
+from ..envs.lanes import lanes_to_reset
 from ..rewards import Reward
 from ..rewards.base import checked_output
-from .lanes import ended_lanes, lanes_of_reset
+from .ended import ended_lanes
 
 Potential = Callable[[Mapping[str, Tensor]], Tensor]
 """The potential Φ [k] of observations [k, ...] of lanes that are in an episode."""
@@ -48,7 +49,7 @@ class PotentialShaping(VectorWrapper):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Start new episodes; the arguments are those of the environment."""
-        mask = lanes_of_reset(options, self.num_envs)
+        mask = lanes_to_reset(options, num_envs=self.num_envs)
         observation, info = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
         device = next(iter(observation.values())).device
         fresh = self._potentials(observation, mask, device)
