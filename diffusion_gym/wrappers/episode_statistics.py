@@ -48,7 +48,7 @@ class EpisodeStatistics(VectorWrapper):
         if self.env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP:
             self._begin(before)
         counted = transfer.to_device(~before, reward.device)
-        self._returns = self._returns.to(reward.device) + torch.where(counted, reward, 0.0)
+        self._returns = transfer.to_device(self._returns, reward.device) + torch.where(counted, reward, 0.0)
         self._lengths += ~before
         now = ended & ~before
         if now.any():

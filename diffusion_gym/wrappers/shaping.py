@@ -53,7 +53,9 @@ class PotentialShaping(VectorWrapper):
         observation, info = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
         device = next(iter(observation.values())).device
         fresh = self._potentials(observation, mask, device)
-        self._potential = torch.where(transfer.to_device(mask, device), fresh, self._potential.to(device))
+        self._potential = torch.where(
+            transfer.to_device(mask, device), fresh, transfer.to_device(self._potential, device)
+        )
         self._over = self._over & ~mask
         return observation, info
 
