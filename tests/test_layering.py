@@ -30,7 +30,8 @@ BELOW = {
         *("naming", "checks", "transfer", "samplers", "transitions", "schedules", "grids"),
         *("models", "sampling", "rewards", "prompts"),
     },
-    "testing": {"transfer", "envs"},
+    "testing": {"transfer", "envs", "models", "predictions", "prompts", "rewards", "samplers", "schedules"},
+    "wrappers": {"checks", "transfer", "samplers", "transitions", "schedules", "rewards", "envs"},
     "__init__": set(),
 }
 OF_DIFFUSION_GYM = {
@@ -65,7 +66,12 @@ FLOORS = (
 ALGORITHMS = FLOORS[4]
 ALGORITHMS |= {path.stem for path in (ROOT / "agents").glob("*.py")} - set().union(*FLOORS)
 HEAVY = {
-    "diffusers": {"diffusion_gym/models", "agents/policies/denoising.py", "agents/updates/averaging.py"},
+    "diffusers": {
+        "diffusion_gym/models",
+        "diffusion_gym/testing/model.py",
+        "agents/policies/denoising.py",
+        "agents/updates/averaging.py",
+    },
     "transformers": {
         "diffusion_gym/models",
         "diffusion_gym/loading.py",
@@ -79,7 +85,7 @@ HEAVY = {
         "diffusion_gym/rewards/llava.py",
         "diffusion_gym/rewards/bertscore.py",
     },
-    "peft": {"diffusion_gym/models", "agents/policies"},
+    "peft": {"diffusion_gym/models", "diffusion_gym/testing/model.py", "agents/policies"},
     "accelerate": {"agents/updates/distributed.py"},
     "fastapi": {"diffusion_gym/rewards/server.py"},
     "starlette": {"diffusion_gym/rewards/server.py"},
@@ -210,7 +216,7 @@ TESTED_IN = {
     "diffusion_gym/rewards/normalised.py": "diffusion_gym/test_compositions.py",
     "diffusion_gym/rewards/server.py": "diffusion_gym/test_reward_server.py",
     "diffusion_gym/rewards/wire.py": "diffusion_gym/test_remote.py",
-    "diffusion_gym/testing.py": "diffusion_gym/test_checker.py",
+    "diffusion_gym/testing": "diffusion_gym/testing/test_vector_env.py",
 }
 
 

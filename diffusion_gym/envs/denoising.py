@@ -32,9 +32,8 @@ class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
     of an episode, where the reward is computed.
 
     Gymnasium's vector wrappers that compute with NumPy (`RecordEpisodeStatistics`) work behind
-    `gymnasium.wrappers.vector.ArrayConversion(env, env_xp=torch, target_xp=numpy)`, which needs
-    `pip install "gymnasium[array-api]"`. Stable-Baselines3's programs (`evaluate_policy`) take the environments of
-    `gym.make`, behind its own `DummyVecEnv`, and none of `gym.make_vec`.
+    `diffusion_gym.wrappers.TorchToNumpy(env)`. Stable-Baselines3's programs (`evaluate_policy`) take the environments
+    of `gym.make`, behind its own `DummyVecEnv`, and none of `gym.make_vec`.
 
     Args are those of `DenoisingEnv`, and:
         num_envs: The number of lanes.

@@ -1,15 +1,19 @@
-"""`check_vector_env` refuses environments that break the contract, each in one way."""
+"""`check_vector_env` refuses torch environments that break the contract of `TorchVectorEnv`, each in one way."""
+
+import re
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict
-from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector import AutoresetMode, VectorWrapper
 
 import diffusion_gym  # noqa: F401
 from diffusion_gym.envs.contract import TorchVectorEnv, missing_members
 from diffusion_gym.testing import check_vector_env
+from diffusion_gym.wrappers import NumpyToTorch
+from tests.diffusion_gym.testing.walk import Walk
 
 
 class ReusesABuffer(VectorWrapper):
@@ -164,6 +168,9 @@ class DropsTheFirstAction(VectorWrapper):
         return observation, *rest, info
 
 
+CONSTANT = frozenset({"prompt_id", "prompt_embeds", "negative_prompt_embeds"})
+
+
 class SaysOf(VectorWrapper):
     """An environment that says something else of itself."""
 
@@ -175,28 +182,34 @@ class SaysOf(VectorWrapper):
 
 SAME_STEP, NEXT_STEP, DISABLED = AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED
 ALL = (SAME_STEP, NEXT_STEP, DISABLED)
-TWINS = "two runs with one seed and the same actions must give equal"
+TWINS = "two runs with one seed and the same actions: got"
 BROKEN = {
-    ReusesABuffer: (ALL, "'latents' was changed after it was returned"),
-    ChangesTheAction: (ALL, "must not change the caller's action"),
-    ReturnsTheAction: (ALL, "'latents' shares memory with the action"),
-    IgnoresTheSeed: (ALL, "a reset without a seed must draw another episode"),
-    ForgetsTheMask: (ALL, "of a lane outside the mask was changed"),
-    LiesAboutTheEnd: (ALL, "must say which lanes ended"),
-    PaysInFloat64: (ALL, "the reward must be float32, got torch.float64"),
-    SaysBytesAreInPlaceOfNumbers: (ALL, "'latents' must be of kind 'u', got torch.float32"),
-    FinalsAreOfTheStepBefore: ((SAME_STEP,), "the last one be in final_obs"),
-    ForgetsToResetTheSteps: ((SAME_STEP,), "an episode after autoreset took 1 steps, but 2 after a reset"),
-    SaysNothingInTheEnd: ((SAME_STEP,), r"final_info must have what info has, but \['ended'.*'nfe'"),
-    AddsNoiseToTheAction: (ALL, "the latents that are observed must be the action"),
-    AddsNoiseToTheReward: ((SAME_STEP, DISABLED), f"{TWINS} rewards"),
-    ReusesTheRewards: (ALL, "the reward (was changed after it was returned|shares memory with the last one)"),
-    PaysNothingThatIsANumber: (ALL, "the reward must be finite"),
-    PaysWithAGradient: (ALL, "the reward must not carry a gradient"),
-    RepeatsItself: (ALL, "a reset without a seed must draw another episode"),
-    SeedsEveryLane: (ALL, "a masked reset must not seed lanes outside the mask"),
-    GoesOnAfterItsEnd: (ALL, r"reset after close\(\) must raise ClosedEnvironmentError"),
-    DropsTheFirstAction: ((NEXT_STEP,), "a step must change what a lane observes|must be the action"),
+    ReusesABuffer: (ALL, r"observation\['latents'\]: was changed by a later step"),
+    ChangesTheAction: (ALL, "step 1, action: step must not change the caller's action"),
+    ReturnsTheAction: (ALL, r"step 1, observation\['latents'\]: shares memory with the caller's action"),
+    IgnoresTheSeed: (ALL, "reset: the seeds 7 and 1234567 must give different observations"),
+    ForgetsTheMask: (ALL, "lane 1, .*: a reset of lane 0 must leave the others|of lanes .* must leave the others"),
+    LiesAboutTheEnd: (
+        ALL,
+        r"step 2, info\['ended'\]: is \[False, False, False\], but the flags say \[True, True, True\]",
+    ),
+    PaysInFloat64: (ALL, "step 1, reward: must be float32, got torch.float64"),
+    SaysBytesAreInPlaceOfNumbers: (ALL, r"reset, observation\['latents'\]: is torch.float32, the space says uint8"),
+    FinalsAreOfTheStepBefore: ((SAME_STEP,), "step 2, lane 0: a step must change the observation, and the last one is"),
+    ForgetsToResetTheSteps: (
+        (SAME_STEP,),
+        r"step 3, lane 0, observation\['timestep'\]: an episode after autoreset must be",
+    ),
+    SaysNothingInTheEnd: ((SAME_STEP,), r"info\['final_info'\]: must have what info has, but lacks \['ended'.*'nfe'"),
+    AddsNoiseToTheAction: (ALL, r"step 1, lane 0, observation\['latents'\]: must be the action: got .*, expected"),
+    AddsNoiseToTheReward: ((SAME_STEP, DISABLED), f"step 1, lane 0, reward: {TWINS}"),
+    ReusesTheRewards: (ALL, "reward: (was changed by a later step|shares memory with reward of step 1)"),
+    PaysNothingThatIsANumber: (ALL, "step 2, lane 0, reward: must be finite, got nan"),
+    PaysWithAGradient: (ALL, "step 1, reward: carries a gradient: return it detached"),
+    RepeatsItself: (ALL, "a reset without a seed must draw another episode, got the same again"),
+    SeedsEveryLane: (ALL, "streams: lane 1 draws another episode after a reset of lane 0"),
+    GoesOnAfterItsEnd: (ALL, r"closing: env.closed is not True after close\(\)"),
+    DropsTheFirstAction: ((NEXT_STEP,), "a step must change the observation|must be the action"),
 }
 CASES = [(broken, mode) for broken, (modes, _) in BROKEN.items() for mode in modes]
 
@@ -214,13 +227,13 @@ def test_broken_environments_are_refused(broken, mode):
 def test_twins_must_be_equal_to_the_last_bit(mode):
     """Where nothing says what an action does, only the twin shows that it is changed on its way."""
     ratios = gym.make_vec("TimePredictionMDP-v0", num_envs=3, model="mixture", max_steps=3, autoreset_mode=mode)
-    with pytest.raises(AssertionError, match=f"{TWINS} observations"):
+    with pytest.raises(AssertionError, match=f"step 1, lane 0, .*: {TWINS}"):
         check_vector_env(AddsNoiseToTheAction(ratios), max_steps=5)
 
 
 def test_episodes_have_to_end():
     env = gym.make_vec("DenoisingMDP-v0", num_envs=3, model="mixture", num_steps=5)
-    with pytest.raises(AssertionError, match="no episode ended within 3 steps"):
+    with pytest.raises(AssertionError, match="no episode ended within 3 steps: see max_steps"):
         check_vector_env(env, max_steps=3)
 
 
@@ -239,16 +252,19 @@ def test_short_episodes_pass(mode, num_steps):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"num_steps": 2.0}, r"num_steps must be of type int \| None, got 2.0"),
-        ({"max_steps": 1}, "max_steps is 1, but an episode took 2 actions"),
-        ({"device": "cpu"}, "device must be of type device, got 'cpu'"),
-        ({"dtype": "float32"}, "dtype must be of type dtype"),
-        ({"prompts": ["north"]}, "prompts must be of type PromptSet"),
-        ({"constant_keys": {"prompt_id"}}, "constant_keys must be of type frozenset, got"),
-        ({"constant_keys": frozenset({"prompt"})}, r"constant_keys must be keys of the observation.* no \['prompt'\]"),
-        ({"constant_keys": frozenset({"timestep"})}, "'timestep' is of constant_keys, but changed within an episode"),
-        ({"large_keys": frozenset({"pixels"})}, r"large_keys must be keys of the observation.* no \['pixels'\]"),
-        ({"autoreset_mode": NEXT_STEP}, "env.autoreset_mode must be the metadata's"),
+        ({"num_steps": 2.0}, r"num_steps: must be of type int \| None, got 2.0"),
+        ({"max_steps": 1}, "max_steps: is 1, but an episode took 2 actions"),
+        ({"device": "cpu"}, "device: must be of type device, got 'cpu'"),
+        ({"dtype": "float32"}, "dtype: must be of type dtype"),
+        ({"prompts": ["north"]}, "prompts: must be of type PromptSet"),
+        ({"constant_keys": {"prompt_id"}}, "constant_keys: must be of type frozenset, got"),
+        ({"constant_keys": frozenset({"prompt"})}, r"constant_keys: must be keys of the observation.* no \['prompt'\]"),
+        (
+            {"constant_keys": CONSTANT | {"timestep"}},
+            r"observation\['timestep'\]: is of constant_keys, but changed within an episode: got",
+        ),
+        ({"large_keys": frozenset({"pixels"})}, r"large_keys: must be keys of the observation.* no \['pixels'\]"),
+        ({"autoreset_mode": NEXT_STEP}, "autoreset_mode: must be the metadata's"),
     ],
 )
 def test_what_an_environment_says_of_itself_is_checked(said, message):
@@ -259,24 +275,20 @@ def test_what_an_environment_says_of_itself_is_checked(said, message):
 
 def test_episodes_that_differ_in_length_have_no_number_of_steps():
     env = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model="mixture", max_steps=3)
-    with pytest.raises(AssertionError, match=r"num_steps is 4, but an episode took \d actions"):
+    with pytest.raises(AssertionError, match=r"num_steps: is 4, but an episode took \d actions"):
         check_vector_env(SaysOf(env, num_steps=4), max_steps=5)
 
 
 def test_an_action_that_is_not_the_next_latents_is_refused():
     env = gym.make_vec("TimePredictionMDP-v0", num_envs=2, model="mixture", max_steps=3)
-    with pytest.raises(AssertionError, match="the latents that are observed must be the action"):
+    with pytest.raises(AssertionError, match="must be the action: got"):
         check_vector_env(SaysOf(env, action_is_next_latents=True), max_steps=5)
 
 
-def test_what_another_packages_environment_lacks_is_listed():
-    class Plain(VectorEnv):
-        metadata = {"autoreset_mode": SAME_STEP}  # noqa: RUF012
-        num_envs = 2
-        device = torch.device("cpu")
-
-    with pytest.raises(AssertionError, match=r"Plain lacks action_is_next_latents, .*, reward_seconds, .*contract"):
-        check_vector_env(Plain())
+def test_what_another_packages_torch_environment_lacks_is_in_the_report():
+    report = check_vector_env(NumpyToTorch(Walk(SAME_STEP)))
+    lacks = report.unchecked["members of a TorchVectorEnv"]
+    assert re.search("it lacks action_is_next_latents, .*, reward_seconds.*contract.TorchVectorEnv", lacks)
 
 
 @pytest.mark.parametrize(
