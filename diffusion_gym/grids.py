@@ -1,11 +1,16 @@
 """Fixed grids of times for samplers that need not keep to a checkpoint's own grid: the baselines of learned ones.
 
 Each returns `num_steps + 1` times from the schedule's noisy start to its clean end: float64, on the CPU. All of them
-spend `num_steps` network calls, the step to the clean end being one of them.
+spend `num_steps` network calls, the step to the clean end being one of them. `grid_through` makes one of any times.
 
 A step can also be written as the ratio r of the noise ratios after and before it, whatever the process: time prediction
 does so.
 """
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -58,6 +63,30 @@ def karras_grid(schedule: NoiseSchedule, num_steps: int, *, rho: float = 7.0) ->
     times = schedule.time_of(ratios)
     times[0] = schedule.start_time
     return torch.cat([times, times.new_tensor([schedule.clean])])
+
+
+def grid_through(schedule: NoiseSchedule, times: Sequence[float]) -> Tensor:
+    """Return the grid of a sampler that asks the network at these times: they, and the end of the model's own grids.
+
+    Args:
+        schedule: The process.
+        times: Falling times, at least one, such as (801, 401).
+
+    Raises:
+        TypeError: they are no sequence of numbers.
+        ValueError: there is none, they do not fall, or one lies outside the process.
+    """
+    is_sequence = isinstance(times, Sequence) and not isinstance(times, str)
+    if not is_sequence or any(isinstance(time, bool) or not isinstance(time, Real) for time in times):
+        raise TypeError(f"times must be a sequence of numbers, such as (801, 401); got {times!r}")
+    grid = torch.tensor([*times, float(schedule.timesteps(1)[-1])], dtype=torch.float64)
+    falls = all(later < earlier for earlier, later in pairwise(grid.tolist()))
+    if not times or not falls or not grid[0] <= schedule.max_time or not math.isfinite(float(grid.sum())):
+        raise ValueError(
+            f"times must fall from at most {schedule.max_time:g}, all of them above {float(grid[-1]):g}, where the "
+            f"model's grids end; got {tuple(times)!r}"
+        )
+    return grid
 
 
 def step_ratios(schedule: NoiseSchedule, times: Tensor) -> Tensor:

@@ -99,6 +99,8 @@ def _checked_members(env: VectorEnv) -> TorchVectorEnv:
     for name in ("constant_keys", "large_keys"):
         unknown = getattr(bare, name) - set(bare.single_observation_space)
         assert not unknown, f"{kind}.{name} must be keys of the observation, which has no {sorted(unknown)}"
+    times, num_steps = bare.times, bare.num_steps
+    assert not times or len(times) - 1 == num_steps, f"{kind} has num_steps={num_steps}, but {len(times)} times"
     return bare
 
 

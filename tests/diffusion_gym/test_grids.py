@@ -3,7 +3,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusion_gym.grids import MAX_RATIO, MIN_RATIO, karras_grid, power_grid, shifted_grid, step_ratios, uniform_grid
+from diffusion_gym.grids import (
+    MAX_RATIO,
+    MIN_RATIO,
+    grid_through,
+    karras_grid,
+    power_grid,
+    shifted_grid,
+    step_ratios,
+    uniform_grid,
+)
 from diffusion_gym.schedules import DiscreteVPSchedule, FlowSchedule, KarrasSchedule
 
 EMOJI = DiscreteVPSchedule(
@@ -82,3 +91,9 @@ def test_step_ratios_need_no_float64_on_the_device():
 
     times = uniform_grid(EMOJI, 6).float()
     assert torch.equal(step_ratios(EMOJI, times.as_subclass(OnDevice)), step_ratios(EMOJI, times))
+
+
+def test_a_grid_through_given_times_ends_as_the_models_own_grids_do():
+    assert grid_through(EMOJI, (801, 401)).tolist() == [801, 401, 0]
+    assert grid_through(FlowSchedule(), [1, 0.25]).tolist() == [1, 0.25, 0]
+    assert grid_through(EMOJI, EMOJI.timesteps(7).tolist()[:-1]).tolist() == EMOJI.timesteps(7).tolist()
