@@ -142,7 +142,7 @@ def run(name: str, reward: str, seed: int, args: argparse.Namespace) -> None:
         rollouts=Rollouts(samples=LANES, group_size=GROUP, same_noise=True, prompt_sampling="round_robin"),
         advantages=Groups(scale="rollout"),
         steps=setting.steps,
-        kl=KL(args.kl, place="exact") if args.kl else None,
+        kl=KL(args.kl) if args.kl else None,
         seed=seed,
     )
     held_out = next(other for other in REWARDS if other != reward)

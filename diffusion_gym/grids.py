@@ -7,7 +7,6 @@ A step can also be written as the ratio r of the noise ratios after and before i
 does so.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Real
@@ -15,6 +14,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .checks import checked_integer
 from .schedules import NoiseSchedule, checked_num_steps
 
 # A step's ratio of noise ratios is kept within these, so that its density is finite.
@@ -81,11 +81,35 @@ def grid_through(schedule: NoiseSchedule, times: Sequence[float]) -> Tensor:
         raise TypeError(f"times must be a sequence of numbers, such as (801, 401); got {times!r}")
     grid = torch.tensor([*times, float(schedule.timesteps(1)[-1])], dtype=torch.float64)
     falls = all(later < earlier for earlier, later in pairwise(grid.tolist()))
-    if not times or not falls or not grid[0] <= schedule.max_time or not math.isfinite(float(grid.sum())):
+    if not times or not falls or not grid[0] <= schedule.max_time:
         raise ValueError(
             f"times must fall from at most {schedule.max_time:g}, all of them above {float(grid[-1]):g}, where the "
             f"model's grids end; got {tuple(times)!r}"
         )
+    return grid
+
+
+def chosen_grid(
+    schedule: NoiseSchedule, *, num_steps: int | None, times: Sequence[float] | None, default_steps: int
+) -> Tensor:
+    """Return the grid through these times, or the model's own grid of so many steps.
+
+    Args:
+        schedule: The process.
+        num_steps: The number of steps; None: as many as there are times, or the default.
+        times: The times; None: the model's own.
+        default_steps: The number of steps where neither says it.
+
+    Raises:
+        TypeError, ValueError: they are none of the process's, or differ in number.
+    """
+    if num_steps is not None:
+        num_steps = checked_integer("num_steps", num_steps, at_least=1)
+    if times is None:
+        return schedule.timesteps(default_steps if num_steps is None else num_steps)
+    grid = grid_through(schedule, times)
+    if num_steps not in (None, len(times)):
+        raise ValueError(f"num_steps={num_steps} differs from the {len(times)} times: leave one of them out")
     return grid
 
 

@@ -11,8 +11,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..checks import checked_integer
-from ..grids import grid_through
+from ..grids import chosen_grid
 from .core import DiffusionVectorEnv
 from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
 from .single import DiffusionEnv
@@ -57,17 +56,9 @@ class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
         **options: Unpack[VectorEnvOptions],
     ) -> None:
         EzPickle.__init__(self, num_envs, num_steps=num_steps, times=times, **options)
-        if num_steps is not None:
-            num_steps = checked_integer("num_steps", num_steps, at_least=1)
         super().__init__(num_envs, **options)
         self.single_action_space = Box(-np.inf, np.inf, self.model.latent_shape, np.float32)
-        schedule = self.model.schedule
-        if times is None:
-            grid = schedule.timesteps(num_steps or self._default_num_steps)
-        else:
-            grid = grid_through(schedule, times)
-            if num_steps not in (None, len(times)):
-                raise ValueError(f"num_steps={num_steps} differs from the {len(times)} times: leave one of them out")
+        grid = chosen_grid(self.model.schedule, num_steps=num_steps, times=times, default_steps=self._default_num_steps)
         self._grid = grid.float().numpy()
         self.times = tuple(self._grid.tolist())
         self.num_steps = self._length = len(grid) - 1
