@@ -10,6 +10,7 @@ pass.
 Source: Song et al., 2023, "Consistency Models", section 4 and appendix, https://arxiv.org/abs/2303.01469.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -112,9 +113,11 @@ def search_times(
         seed: Seeds the noise of the steps: image i has that of seed + i.
 
     Raises:
-        TypeError, ValueError: the candidates are no falling times of the process, or fewer than `num_steps`.
+        TypeError, ValueError: the candidates are no falling times of the process, or fewer than `num_steps`; or the
+            metric is not finite.
     """
     num_steps = checked_integer("num_steps", num_steps, at_least=1)
+    num_checks = checked_integer("num_checks", num_checks, at_least=0)
     grid_through(model.schedule, candidates)
     if len(candidates) < num_steps:
         raise ValueError(f"num_steps={num_steps} times cannot be chosen from {len(candidates)} candidates")
@@ -134,6 +137,8 @@ def search_times(
     def value(times: Times) -> float:
         if times not in tried:
             tried[times] = float(metric(model.decode(paths.x0(times))))
+            if not math.isfinite(tried[times]):
+                raise ValueError(f"the metric must be finite, got {tried[times]} for the times {times}")
         return tried[times]
 
     times: Times = (float(candidates[0]),)

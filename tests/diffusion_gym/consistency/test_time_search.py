@@ -160,3 +160,5 @@ def test_candidates_that_cannot_be_are_named(gaussian, spread):
     ):
         with pytest.raises(ValueError, match=message):
             search_times(gaussian, noise, conditioning, spread, num_steps=steps, candidates=candidates)
+    with pytest.raises(ValueError, match=r"the metric must be finite, got nan for the times \(900.0,\)"):
+        search_times(gaussian, noise, conditioning, lambda images: math.nan, num_steps=1, candidates=(900.0, 1.0))
