@@ -66,14 +66,13 @@ class Window(Part):
 
     def check(self, policy: Policy, env: TorchVectorEnv) -> None:
         """Raise ValueError if the policy cannot be deterministic outside of the window, or has no density in it."""
-        if not policy.moves_latents or policy.model is None or env.num_steps is None:
+        if not policy.moves_latents or env.num_steps is None or not env.times:
             raise ValueError(
                 f"a window of stochastic steps needs a policy that moves latents, such as DenoisingPolicy, in an "
                 f"environment with a fixed number of steps; got {type(policy).__name__}"
             )
         _, high = bounds = self.bounds(env.num_steps)
-        times = policy.model.schedule.timesteps(env.num_steps).float()
-        scored = policy.scored({"timestep": times[:-1], "next_timestep": times[1:]})
+        scored = policy.scored({"timestep": env.times[:-1], "next_timestep": env.times[1:]})
         if scored is not None and not scored[high - self.size : high].any():
             raise ValueError(
                 f"the range {bounds} allows a window of {self.size} steps without a density: "
@@ -82,12 +81,10 @@ class Window(Part):
 
     def of_iteration(self, policy: Policy, env: TorchVectorEnv, *, seed: int, iteration: int) -> Policy:
         """Return the policy that is deterministic outside of this iteration's window."""
-        assert policy.model is not None
         assert env.num_steps is not None
         low, high = self.bounds(env.num_steps)
         start = low + derived_seed(seed, Stream.WINDOW, iteration) % (high - low - self.size + 1)
-        times = policy.model.schedule.timesteps(env.num_steps).float()
-        return policy.windowed(float(times[start]), float(times[start + self.size]))
+        return policy.windowed(env.times[start], env.times[start + self.size])
 
 
 @final

@@ -14,6 +14,11 @@ register(
     vector_entry_point="diffusion_gym.envs.denoising:DenoisingVectorEnv",
 )
 register(
+    id="ConsistencyMDP-v0",
+    entry_point="diffusion_gym.envs.consistency:ConsistencyEnv",
+    vector_entry_point="diffusion_gym.envs.consistency:ConsistencyVectorEnv",
+)
+register(
     id="TimePredictionMDP-v0",
     entry_point="diffusion_gym.envs.time_prediction:TimePredictionEnv",
     vector_entry_point="diffusion_gym.envs.time_prediction:TimePredictionVectorEnv",

@@ -75,6 +75,10 @@ class TorchVectorEnv(Protocol):
         """The number of actions of every episode; None where it differs between episodes."""
 
     @property
+    def times(self) -> tuple[float, ...]:
+        """The `num_steps` + 1 times that every episode goes through; () where they differ between episodes."""
+
+    @property
     def max_steps(self) -> int | None:
         """The most actions of an episode; None where `num_steps` gives their number."""
 

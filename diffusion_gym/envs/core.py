@@ -57,8 +57,8 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
     A subclass defines the effect of an action (`_advance`), the lanes whose episode is over (`_finished`) and the
     observations beside the prompt and x_t (`_observe_time`). One that asks the denoiser itself also sets up the lanes
     of new episodes (`_on_reset`) and prepares observations (`_before_observing`). Of the facts about itself it states
-    those that it changes: `num_steps` or `max_steps`, `action_is_next_latents`. See the concrete environments for
-    arguments and spaces.
+    those that it changes: `num_steps` and `times`, or `max_steps`; `action_is_next_latents`. See the concrete
+    environments for arguments and spaces.
 
     Attributes:
         reward_seconds: It is counted from one wait for the device to the next, so it holds on a GPU too.
@@ -70,6 +70,7 @@ class DiffusionVectorEnv(HasSpec, VectorEnv[Observation, Tensor, Tensor]):
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
     num_steps: int | None = None
+    times: tuple[float, ...] = ()
     max_steps: int | None = None
     action_is_next_latents = False
     single_observation_space: Dict

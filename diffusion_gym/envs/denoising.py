@@ -1,5 +1,8 @@
 """DDPO's MDP: the action is the next latents."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Space
@@ -8,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..checks import checked_integer
+from ..grids import chosen_grid
 from .core import DiffusionVectorEnv
 from .options import EnvOptions, VectorEnvOptions, refuse_vector_options
 from .single import DiffusionEnv
@@ -41,20 +44,23 @@ class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
     """
 
     action_is_next_latents = True
+    _default_num_steps: ClassVar[int] = 20
 
     def __init__(
         self,
         num_envs: int = 1,
         *,
-        num_steps: int = 20,
+        num_steps: int | None = None,
+        times: Sequence[float] | None = None,
         **options: Unpack[VectorEnvOptions],
     ) -> None:
-        EzPickle.__init__(self, num_envs, num_steps=num_steps, **options)
-        self._length = checked_integer("num_steps", num_steps, at_least=1)
-        self.num_steps = self._length
+        EzPickle.__init__(self, num_envs, num_steps=num_steps, times=times, **options)
         super().__init__(num_envs, **options)
         self.single_action_space = Box(-np.inf, np.inf, self.model.latent_shape, np.float32)
-        self._grid = self.model.schedule.timesteps(self._length).float().numpy()
+        grid = chosen_grid(self.model.schedule, num_steps=num_steps, times=times, default_steps=self._default_num_steps)
+        self._grid = grid.float().numpy()
+        self.times = tuple(self._grid.tolist())
+        self.num_steps = self._length = len(grid) - 1
 
     def _time_spaces(self) -> dict[str, Space]:
         schedule = self.model.schedule
@@ -124,7 +130,8 @@ class DenoisingEnv(DiffusionEnv, EzPickle, lane_of=DenoisingVectorEnv):
     | `model` | `"emoji"` | a name, a diffusers folder, a Hub id, or a loaded `DiffusionModel` |
     | `reward` | `"incompressibility"` | a name, `{name: weight}`, a `Reward`, or `f(images, prompts, metadata)` |
     | `prompts` | the model's (`"simple_animals"`) | a name, a file, a list, or `{prompt: weight}` |
-    | `num_steps` | `20` | actions per episode |
+    | `num_steps` | `20` | actions per episode, at the times of the model's own grid of so many |
+    | `times` | that grid | the times at which actions are taken, such as `(801, 401)`, in place of `num_steps` |
     | `device` | `"cpu"` | where the model runs |
     | `dtype` | `"float32"` | precision of latents and frozen denoiser |
     | `image_size` | the model's | height and width in pixels, or one number for both |
@@ -141,8 +148,16 @@ class DenoisingEnv(DiffusionEnv, EzPickle, lane_of=DenoisingVectorEnv):
     - v0: initial version.
     """
 
-    def __init__(self, *, num_steps: int = 20, **options: Unpack[EnvOptions]) -> None:
-        EzPickle.__init__(self, num_steps=num_steps, **options)
+    _lane_of: ClassVar[type[DenoisingVectorEnv]] = DenoisingVectorEnv
+
+    def __init__(
+        self,
+        *,
+        num_steps: int | None = None,
+        times: Sequence[float] | None = None,
+        **options: Unpack[EnvOptions],
+    ) -> None:
+        EzPickle.__init__(self, num_steps=num_steps, times=times, **options)
         refuse_vector_options(options)
-        lane = DenoisingVectorEnv(1, num_steps=num_steps, autoreset_mode=AutoresetMode.DISABLED, **options)
+        lane = self._lane_of(1, num_steps=num_steps, times=times, autoreset_mode=AutoresetMode.DISABLED, **options)
         super().__init__(lane, max_steps=lane._length)

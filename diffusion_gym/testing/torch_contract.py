@@ -45,6 +45,8 @@ def check_members(env: TorchVectorEnv) -> None:
         if unknown:
             what = f"must be keys of the observation, which has no {sorted(unknown)}"
             raise fault(what, key=f"{kind}.{name}")
+    if env.times and len(env.times) - 1 != env.num_steps:
+        raise fault(f"are {len(env.times)}, but num_steps is {env.num_steps}", key=f"{kind}.times")
 
 
 def action_is_next_latents(env: VectorEnv) -> bool:

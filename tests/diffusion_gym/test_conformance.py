@@ -4,9 +4,11 @@ import json
 import pickle
 import subprocess
 import sys
+import tempfile
 import warnings
 from functools import cache, partial
 from inspect import Parameter, signature
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -20,6 +22,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import diffusion_gym  # noqa: F401
 from diffusion_gym.testing import check_vector_env
+from tests.tiny import make_tiny_latent_consistency
 
 IDS = [spec.id for spec in gym.registry.values() if "diffusion_gym" in str(spec.entry_point)]
 assert len(IDS) >= 2
@@ -49,18 +52,26 @@ pytestmark = pytest.mark.parametrize("env_id", IDS)
 
 
 @cache
-def length_of(env_id):
-    """Return which of its keywords gives an environment short episodes, with their number."""
-    env = gym.make_vec(env_id, model="mixture").unwrapped
-    return {"num_steps" if env.num_steps is not None else "max_steps": STEPS}
+def settings_of(env_id):
+    """Return which of its keywords gives an environment short episodes, with their number, and a model that it takes.
+
+    The mixture stands for any model; an environment that refuses it takes a small consistency model.
+    """
+    settings = {}
+    try:
+        env = gym.make_vec(env_id, model="mixture").unwrapped
+    except ValueError:
+        settings["model"] = make_tiny_latent_consistency(Path(tempfile.mkdtemp()) / "model")
+        env = gym.make_vec(env_id, **settings).unwrapped
+    return {"num_steps" if env.num_steps is not None else "max_steps": STEPS} | settings
 
 
 def make(env_id, **arguments):
-    return gym.make(env_id, **{**length_of(env_id), **arguments})
+    return gym.make(env_id, **{**settings_of(env_id), **arguments})
 
 
 def make_vec(env_id, num_envs, **arguments):
-    return gym.make_vec(env_id, num_envs=num_envs, **{**length_of(env_id), **arguments})
+    return gym.make_vec(env_id, num_envs=num_envs, **{**settings_of(env_id), **arguments})
 
 
 def unexpected(caught, expected):
@@ -184,9 +195,10 @@ def test_its_signature_shows_every_keyword_and_default(env_id):
         signature(load_env_creator(point)).parameters for point in (spec.entry_point, spec.vector_entry_point)
     )
     assert vector.keys() - single.keys() == {"num_envs", "autoreset_mode"}
-    assert single.keys() >= {"model", "reward", "prompts", "device", "dtype", *length_of(env_id)}
+    assert single.keys() >= {"model", "reward", "prompts", "device", "dtype", *settings_of(env_id)}
     assert {parameter.kind for parameter in single.values()} == {Parameter.KEYWORD_ONLY}
-    assert single["model"].default == vector["model"].default == "emoji"
+    assert single["model"].default == vector["model"].default
+    assert single["model"].default in ("emoji", "emoji_consistency")
     assert not any(parameter.default is Parameter.empty for parameter in vector.values())
 
 
@@ -201,6 +213,7 @@ def test_importing_the_package_is_light_and_makes_the_id_known(env_id):
 
 
 def test_module_prefix_registers_without_an_import(env_id):
-    code = f"import gymnasium; print(gymnasium.make('diffusion_gym:{env_id}').spec.id)"
+    model = str(settings_of(env_id).get("model", "emoji"))
+    code = f"import gymnasium; print(gymnasium.make('diffusion_gym:{env_id}', model={model!r}).spec.id)"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout.strip() == env_id

@@ -3,8 +3,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusion_gym.grids import MAX_RATIO, MIN_RATIO, karras_grid, power_grid, shifted_grid, step_ratios, uniform_grid
-from diffusion_gym.schedules import DiscreteVPSchedule, FlowSchedule, KarrasSchedule
+from diffusion_gym.grids import (
+    MAX_RATIO,
+    MIN_RATIO,
+    grid_through,
+    karras_grid,
+    power_grid,
+    shifted_grid,
+    step_ratios,
+    uniform_grid,
+)
+from diffusion_gym.schedules import DiscreteVPSchedule, FlowSchedule, KarrasSchedule, LatentConsistencySchedule
 
 EMOJI = DiscreteVPSchedule(
     DDIMScheduler(beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear").alphas_cumprod
@@ -82,3 +91,10 @@ def test_step_ratios_need_no_float64_on_the_device():
 
     times = uniform_grid(EMOJI, 6).float()
     assert torch.equal(step_ratios(EMOJI, times.as_subclass(OnDevice)), step_ratios(EMOJI, times))
+
+
+def test_a_grid_through_given_times_ends_as_the_models_own_grids_do():
+    assert grid_through(EMOJI, (801, 401)).tolist() == [801, 401, 0]
+    assert grid_through(FlowSchedule(), [1, 0.25]).tolist() == [1, 0.25, 0]
+    own = LatentConsistencySchedule(EMOJI.alphas_cumprod).timesteps(7).tolist()
+    assert grid_through(LatentConsistencySchedule(EMOJI.alphas_cumprod), own[:-1]).tolist() == own

@@ -254,6 +254,8 @@ def test_short_episodes_pass(mode, num_steps):
     [
         ({"num_steps": 2.0}, r"num_steps: must be of type int \| None, got 2.0"),
         ({"max_steps": 1}, "max_steps: is 1, but an episode took 2 actions"),
+        ({"times": (999.0, 0.0)}, "times: are 2, but num_steps is 2"),
+        ({"times": [999.0, 499.0, 0.0]}, "times: must be of type tuple"),
         ({"device": "cpu"}, "device: must be of type device, got 'cpu'"),
         ({"dtype": "float32"}, "dtype: must be of type dtype"),
         ({"prompts": ["north"]}, "prompts: must be of type PromptSet"),
