@@ -21,8 +21,12 @@ BELOW = {
     "schedules": set(),
     "grids": {"schedules"},
     "predictions": set(),
+    "consistency": {"schedules", "predictions"},
     "transitions": {"schedules", "predictions", "samplers", "transfer"},
-    "models": {"naming", "checks", "transfer", "loading", "schedules", "predictions", "samplers", "transitions"},
+    "models": {
+        *("naming", "checks", "transfer", "loading"),
+        *("schedules", "predictions", "consistency", "samplers", "transitions"),
+    },
     "sampling": {"samplers", "transitions", "models"},
     "rewards": {"naming", "checks", "loading", "transfer"},
     "prompts": {"naming", "lines"},
@@ -44,6 +48,7 @@ OF_DIFFUSION_GYM = {
         "schedules",
         "grids",
         "predictions",
+        "consistency",
         "samplers",
         "transitions",
     ),
@@ -56,7 +61,7 @@ FLOORS = (
     {"experience"},
     {"kl", "steps", "logs", "updates"},
     {"training", "runs"},
-    set(),  # the algorithms: every other file
+    {"consistency"},  # the algorithms: every other file
     {"evaluation"},
     {"callbacks"},
     {"__init__"},

@@ -23,9 +23,11 @@ class Adaptation(Part, ABC):
 
     Attributes:
         over_another_model: What the trained weights are worth over another model's than they were trained on.
+        is_whole: What is saved is a whole network, and not layers that go over another one.
     """
 
     over_another_model: str
+    is_whole: bool = False
 
     def resolved(self, model: DiffusionModel) -> "Adaptation":
         """The same adaptation, with the model's choices in the place of what was left to it."""
@@ -75,6 +77,7 @@ class _Copy(Adaptation):
     """A float32 copy of the whole denoiser, some or all of whose weights are trained: they are saved the same."""
 
     over_another_model = "its gain is over another one"
+    is_whole = True
 
     @abstractmethod
     def is_trained(self, name: str) -> bool:

@@ -23,6 +23,7 @@ from .manifest import whole_checkpoint, write_manifest
 
 if TYPE_CHECKING:
     from ..training.algorithm import Algorithm
+    from ..training.learner import Learner
 
 Run = TypeVar("Run", bound="Algorithm")
 
@@ -35,7 +36,7 @@ _COUNTERS = ("iteration", "evaluation_queries")
 _WITHOUT_EFFECT = ("num_envs", "device", "autoreset_mode", "render_mode", "observe_embeds", "prompts", "model")
 
 
-def require_savable(algorithm: "Algorithm") -> None:
+def require_savable(algorithm: "Algorithm | Learner") -> None:
     """Raise TypeError if the constructor has arguments that `load_run` could not give it again."""
     arguments = inspect.signature(type(algorithm)).parameters.values()
     named = {one.name for one in arguments if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
