@@ -193,6 +193,8 @@ class LoRA(Adaptation):
 
     def resolved(self, model: DiffusionModel) -> "LoRA":
         """With the rank for an alpha that was not given, and the model's layers for targets that were not."""
+        if not model.lora_targets:
+            raise ValueError(f"diffusers reads no LoRA layers of {model.source!r}: train Full() or Only(…)")
         alpha = float(self.rank) if self.alpha is None else self.alpha
         return replace(self, alpha=alpha, targets=model.lora_targets if self.targets is None else self.targets)
 

@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -251,7 +252,7 @@ class Learner(ABC):
         x = model.schedule.initial_std * x
         times = model.schedule.timesteps(num_steps).float().to(model.device)
         with self.averaged_weights():
-            for t, s in zip(times[:-1].expand(len(x), -1).T, times[1:].expand(len(x), -1).T, strict=True):
+            for t, s in pairwise(times.expand(len(x), -1).unbind(1)):
                 prediction = self.predict(x, t, conditioning, guidance_scale=scale)
                 x = transition(prediction.x0, prediction.epsilon, sampler.scales(model.schedule, t, s)).sample(
                     generators

@@ -43,7 +43,9 @@ _FAMILIES = {
     "LatentConsistencyModelPipeline": ("latent_consistency:LatentConsistencyModel", "latent consistency models"),
     "StableDiffusion3Pipeline": ("stable_diffusion_3:StableDiffusion3Model", "Stable Diffusion 3, 3.5"),
     "FluxPipeline": ("flux:FluxModel", "Flux.1"),
+    "ConsistencyModelPipeline": ("consistency_model:ConsistencyModel", "consistency models in pixels"),
     "MixturePipeline": ("mixture:MixtureModel", "of write_mixture"),
+    "ConsistencyMixturePipeline": ("consistency_mixture:ConsistencyMixtureModel", "of write_consistency_mixture"),
 }
 
 _Network = TypeVar("_Network", bound=nn.Module)

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m tools.emoji.train_consistency
 
 In two stages: f is regressed on the ends of the teacher's trajectories, then distilled (guidance 4 folded in, steps of
-50 indices). It writes `build/emoji/consistency/pipeline`, a folder for `tools.emoji.export`, and a sample grid. Killed and
-started again with the same command it goes on from its last checkpoint.
+50 indices). It writes `build/emoji/consistency/distillation/pipeline`, a folder for `tools.emoji.export`, and grids of
+samples. Killed and started again with the same command it goes on from its last checkpoint.
 
 The student keeps the teacher's ε-prediction, and starts at index 799 of 1,000: x̂_0 = (x − σ·ε̂)/α multiplies errors by
 12 there, by 66 at 999.
