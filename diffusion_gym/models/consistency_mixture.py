@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..consistency import ve_scalings
+from ..consistency_function import ve_scalings
 from ..predictions import broadcast_to
 from ..samplers import Consistency
 from ..schedules import KarrasSchedule

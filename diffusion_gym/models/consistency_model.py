@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..consistency import ve_scalings
+from ..consistency_function import ve_scalings
 from ..naming import unknown_name
 from ..predictions import broadcast_to
 from ..samplers import Consistency
@@ -27,7 +27,7 @@ class ConsistencyModel(PipelineModel):
 
     Its prediction of x_0 is the consistency function f, of a variance-exploding process of images in [−1, 1]:
 
-        f = c_skip·x + c_out·F(c_in·x, 250·ln t)    (see `diffusion_gym.consistency.ve_scalings`)
+        f = c_skip·x + c_out·F(c_in·x, 250·ln t)    (see `diffusion_gym.consistency_function.ve_scalings`)
 
     The prompt is the number of a class, "0", "1" …; a model without classes has one prompt, "anything". If the
     folder's scheduler clips f to [−1, 1], so does this: for training, write `"clip_denoised": false` there.

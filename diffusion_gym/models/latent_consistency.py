@@ -12,7 +12,7 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..consistency import latent_scalings
+from ..consistency_function import latent_scalings
 from ..predictions import broadcast_to
 from ..samplers import Consistency
 from ..transfer import to_device

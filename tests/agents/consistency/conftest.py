@@ -7,7 +7,7 @@ import torch
 
 from agents import AdamW
 from agents.consistency import ConsistencyDistillation, FixedGuidance, Latents
-from diffusion_gym.consistency import exact_consistency
+from diffusion_gym.consistency_function import exact_consistency
 from diffusion_gym.models import load_model
 from diffusion_gym.models.consistency_mixture import write_consistency_mixture
 from diffusion_gym.models.latent_consistency import write_latent_consistency

@@ -8,7 +8,7 @@ import torch
 
 from agents.consistency import Euler, Heun
 from agents.consistency.times import karras_levels
-from diffusion_gym.consistency import exact_consistency
+from diffusion_gym.consistency_function import exact_consistency
 from diffusion_gym.models import load_model
 from diffusion_gym.samplers import DDIM
 from diffusion_gym.schedules import KarrasSchedule

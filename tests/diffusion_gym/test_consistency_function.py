@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, LCMScheduler
 
-from diffusion_gym.consistency import exact_consistency, latent_scalings, ve_scalings
+from diffusion_gym.consistency_function import exact_consistency, latent_scalings, ve_scalings
 from diffusion_gym.models import load_model
 from diffusion_gym.schedules import KarrasSchedule
 
