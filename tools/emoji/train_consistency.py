@@ -104,6 +104,8 @@ class Args:
     """Images of an update of distillation; twice as many in the first stage."""
     every: int = 100
     """Updates between two checkpoints."""
+    per_prompt: int = 2
+    """Samples of each animal in the grids."""
     seed: int = 0
     """Of captions, noises and times."""
 
@@ -150,6 +152,8 @@ def main(args: Args) -> None:
         trained(start, args.start_images, first, every=args.every)
 
     second = folder / "distillation"
+    if (second / "pipeline").is_dir():
+        return
     student = load_model(first / "pipeline")
     own = trajectories.ends
     latents = own * max(1, args.real // len(own)) + real_latents(teacher, data, args.real, seed=args.seed + 1)
@@ -174,10 +178,12 @@ def main(args: Args) -> None:
             tensorboard_log=str(second),
         )
     trained(run, args.images, second, every=args.every)
-    prompts = [prompt for prompt in make_prompts("simple_animals") for _ in range(2)]
+    prompts = [prompt for prompt in make_prompts("simple_animals") for _ in range(args.per_prompt)]
     for num_steps in (1, 2, 4):
         images = run.draw(prompts, num_steps=num_steps, seeds=range(len(prompts)))
-        lay_out(images, prompts[::2], per_label=2, columns=9).save(folder / f"grid_{num_steps}.png")
+        lay_out(images, prompts[:: args.per_prompt], per_label=args.per_prompt, columns=9).save(
+            folder / f"grid_{num_steps}.png"
+        )
 
 
 if __name__ == "__main__":
