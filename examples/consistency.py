@@ -2,9 +2,9 @@
 
     python examples/consistency.py --quick
 
-The teacher's trajectories are drawn, f is regressed on their ends, then distilled. Writes `samples.png`, the same noises
-in 1, 2 and 4 steps of the student (one pass each) and in the teacher's 4 (two passes each), and `pipeline/`, which
-diffusers opens:
+The teacher's trajectories are drawn, f is regressed on their ends, then distilled. Writes `samples.png`, the same
+noises in 1, 2 and 4 steps of the student (one pass each) and in the teacher's 4 (two passes each), and `pipeline/`,
+which diffusers opens:
 
     LatentConsistencyModelPipeline.from_pretrained("runs/consistency/pipeline")("a fox", num_inference_steps=2)
 """

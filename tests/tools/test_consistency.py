@@ -20,7 +20,7 @@ def folder(work, tmp_path_factory):
     own = tmp_path_factory.mktemp("consistency")
     shutil.copytree(work / "icons", own / "icons")
     args = train_consistency.Args(
-        own, EMOJI, trajectories=4, real=4, start_images=8, images=8, batch_size=2, every=2, per_prompt=1
+        own, EMOJI, trajectories=4, real=4, start_images=8, images=8, batch_size=2, every=2, per_prompt=0
     )
     train_consistency.main(args)
     train_consistency.main(args)  # which finds all of it done
@@ -38,7 +38,6 @@ def test_it_ends_in_a_folder_that_ships_and_that_diffusers_opens(folder, tmp_pat
     drawn = pipeline(PROMPTS, num_inference_steps=2, generator=generators, output_type="pt").images
     images = draw_samples(load_model(trained), PROMPTS, [0, 1], num_steps=2)
     assert (drawn - images).abs().mean() < 0.02  # of half precision
-    assert list(folder.glob("grid_*.png"))
 
 
 def test_it_starts_as_the_teacher(folder):

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 import tyro
+from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.callbacks.sample_grid import SampleGrid
+from agents.callbacks import SampleGrid
 from agents.consistency import (
     Averaged,
     ConsistencyDistillation,
@@ -35,7 +36,6 @@ from agents.training.learner import Cosine, Learner
 from agents.updates.optimizers import AdamW
 from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.models.latent_consistency import write_latent_consistency
-from diffusion_gym.models.stable_diffusion import StableDiffusionModel
 from diffusion_gym.prompts import make_prompts
 
 from .dataset import IconData, NameSampler, draw_captions, draw_colours
@@ -70,16 +70,6 @@ def real_latents(model: DiffusionModel, data: IconData, count: int, *, seed: int
     return Latents(torch.cat(latents), captions)
 
 
-def trained(run: Learner, total: int, folder: Path, *, every: int) -> Path:
-    """Train a run to its end, with checkpoints, logs and sample grids; return the folder of its pipeline."""
-    prompts = list(make_prompts("simple_animals"))[:16]
-    callbacks = [Checkpoints(folder / "checkpoints", every=every, keep=1), SampleGrid(prompts, every=4 * every)]
-    started, first = time.process_time(), run.num_timesteps
-    run.learn(total - run.num_timesteps, callbacks, reset_num_timesteps=False)
-    logger.info("%s: %d images, %.0f CPU s", folder, run.num_timesteps - first, time.process_time() - started)
-    return run.save_pipeline(folder / "pipeline")
-
-
 @dataclass
 class Args:
     """Distil a latent consistency model."""
@@ -88,6 +78,8 @@ class Args:
     """Where everything is read and written."""
     teacher: Path = PACKAGE / "models" / "emoji"
     """The pipeline folder of the teacher."""
+    init: Path | None = None
+    """A pipeline folder of such a student to go on from, without the first stage."""
     trajectories: int = 1024
     """How many of the teacher's trajectories are drawn."""
     real: int = 3072
@@ -105,85 +97,103 @@ class Args:
     every: int = 100
     """Updates between two checkpoints."""
     per_prompt: int = 2
-    """Samples of each animal in the grids."""
+    """Samples of each animal in the grids; 0: no grids."""
     seed: int = 0
     """Of captions, noises and times."""
 
 
-def main(args: Args) -> None:
-    folder = args.work / "consistency"
-    teacher = load_model(args.teacher)
-    assert isinstance(teacher, StableDiffusionModel)
-    data = IconData(args.work / "icons")
-    if not (folder / "student" / "model_index.json").is_file():
+def trained(run: Learner, total: int, folder: Path, args: Args) -> Path:
+    """Train a run to its end, with checkpoints, logs and grids of samples; return the folder of its pipeline."""
+    prompts = list(make_prompts("simple_animals"))
+    callbacks: list[BaseCallback] = [Checkpoints(folder / "checkpoints", every=args.every, keep=1)]
+    if args.per_prompt:
+        callbacks.append(SampleGrid(prompts[:16], every=4 * args.every))
+    started, first = time.process_time(), run.num_timesteps
+    run.learn(total - run.num_timesteps, callbacks, reset_num_timesteps=False)
+    logger.info("%s: %d images, %.0f CPU s", folder, run.num_timesteps - first, time.process_time() - started)
+    repeated = [prompt for prompt in prompts for _ in range(args.per_prompt)]
+    for num_steps in (1, 2, 4) if repeated else ():
+        images = run.draw(repeated, num_steps=num_steps, seeds=range(len(repeated)))
+        lay_out(images, prompts, per_label=args.per_prompt, columns=9).save(folder / f"grid_{num_steps}.png")
+    return run.save_pipeline(folder / "pipeline")
+
+
+def regressed(args: Args, teacher: DiffusionModel, data: Trajectories, folder: Path) -> Path:
+    """Return the pipeline folder of a student that was regressed on the ends of trajectories."""
+    if (folder / "pipeline").is_dir():
+        return folder / "pipeline"
+    student = load_model(
         write_latent_consistency(
-            folder / "student", teacher, num_train_timesteps=INDICES, original_steps=INDICES // SKIP, guidance_size=32
+            folder.parent / "student",
+            teacher,
+            num_train_timesteps=INDICES,
+            original_steps=INDICES // SKIP,
+            guidance_size=32,
         )
-    times = torch.cat([torch.arange(INDICES - 1, 0, -SKIP), torch.zeros(1)])
-    trajectories = Trajectories.draw(
-        teacher,
-        random_captions(data, args.trajectories, seed=args.seed),
-        times=times,
-        guidance_scale=GUIDANCE_SCALE,
-        seed=args.seed,
-        cache=folder / "trajectories",
     )
-    guidance = FixedGuidance(GUIDANCE_SCALE)
+    log = str(folder)
+    if Checkpoints(folder / "checkpoints").found():
+        run = TrajectoryRegression.load(folder / "checkpoints", student, data=data, tensorboard_log=log)
+    else:
+        run = TrajectoryRegression(
+            student,
+            data=data,
+            guidance=FixedGuidance(GUIDANCE_SCALE),
+            metric=METRIC,
+            learning_rate=Cosine(args.start_rate),
+            batch_size=2 * args.batch_size,
+            optimizer=OPTIMIZER,
+            seed=args.seed,
+            tensorboard_log=log,
+        )
+    return trained(run, args.start_images, folder, args)
 
-    first = folder / "start"
-    if not (first / "pipeline").is_dir():
-        student = load_model(folder / "student")
-        if Checkpoints(first / "checkpoints").found():
-            start = TrajectoryRegression.load(
-                first / "checkpoints", student, data=trajectories, tensorboard_log=str(first)
-            )
-        else:
-            start = TrajectoryRegression(
-                student,
-                data=trajectories,
-                guidance=guidance,
-                metric=METRIC,
-                learning_rate=Cosine(args.start_rate),
-                batch_size=2 * args.batch_size,
-                optimizer=OPTIMIZER,
-                seed=args.seed,
-                tensorboard_log=str(first),
-            )
-        trained(start, args.start_images, first, every=args.every)
 
-    second = folder / "distillation"
-    if (second / "pipeline").is_dir():
-        return
-    student = load_model(first / "pipeline")
-    own = trajectories.ends
-    latents = own * max(1, args.real // len(own)) + real_latents(teacher, data, args.real, seed=args.seed + 1)
-    if Checkpoints(second / "checkpoints").found():
+def distilled(args: Args, teacher: DiffusionModel, student: DiffusionModel, data: Latents, folder: Path) -> Path:
+    """Return the pipeline folder of a student that was distilled from the teacher."""
+    if (folder / "pipeline").is_dir():
+        return folder / "pipeline"
+    log = str(folder)
+    if Checkpoints(folder / "checkpoints").found():
         run = ConsistencyDistillation.load(
-            second / "checkpoints", student, data=latents, teacher=teacher, tensorboard_log=str(second)
+            folder / "checkpoints", student, data=data, teacher=teacher, tensorboard_log=log
         )
     else:
         run = ConsistencyDistillation(
             student,
-            data=latents,
+            data=data,
             teacher=teacher,
             solver=Euler(),
             discretisation=EveryIndex(SKIP),
             target=Averaged(0.95),
-            guidance=guidance,
+            guidance=FixedGuidance(GUIDANCE_SCALE),
             metric=METRIC,
             learning_rate=Cosine(args.learning_rate),
             batch_size=args.batch_size,
             optimizer=OPTIMIZER,
             seed=args.seed + 1,
-            tensorboard_log=str(second),
+            tensorboard_log=log,
         )
-    trained(run, args.images, second, every=args.every)
-    prompts = [prompt for prompt in make_prompts("simple_animals") for _ in range(args.per_prompt)]
-    for num_steps in (1, 2, 4):
-        images = run.draw(prompts, num_steps=num_steps, seeds=range(len(prompts)))
-        lay_out(images, prompts[:: args.per_prompt], per_label=args.per_prompt, columns=9).save(
-            folder / f"grid_{num_steps}.png"
-        )
+    return trained(run, args.images, folder, args)
+
+
+def main(args: Args) -> None:
+    folder = args.work / "consistency"
+    teacher = load_model(args.teacher)
+    data = IconData(args.work / "icons")
+    trajectories = Trajectories.draw(
+        teacher,
+        random_captions(data, args.trajectories, seed=args.seed),
+        times=torch.cat([torch.arange(INDICES - 1, 0, -SKIP), torch.zeros(1)]),
+        guidance_scale=GUIDANCE_SCALE,
+        seed=args.seed,
+        cache=folder / "trajectories",
+    )
+    start = args.init or regressed(args, teacher, trajectories, folder / "start")
+    own = trajectories.ends
+    latents = own * max(1, args.real // len(own)) + real_latents(teacher, data, args.real, seed=args.seed + 1)
+    pipeline = distilled(args, teacher, load_model(start), latents, folder / "distillation")
+    logger.info("%s", pipeline)
 
 
 if __name__ == "__main__":
