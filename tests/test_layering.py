@@ -189,6 +189,7 @@ TESTED_IN = {
     "agents/policies/beta.py": "agents/test_shared_state.py",
     "agents/policies/denoising.py": "agents/policies/test_denoising_policy.py",
     "agents/policies/schedules.py": "agents/policies/test_time_policies.py",
+    "agents/runs/learner_saving.py": "agents/training/test_learner.py",
     "agents/policies/time_prediction.py": "agents/policies/test_time_policies.py",
     "diffusion_gym/envs": "diffusion_gym/test_conformance.py",
     "diffusion_gym/models/base.py": "diffusion_gym/test_models.py",

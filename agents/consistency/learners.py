@@ -1,5 +1,6 @@
 """Consistency distillation, consistency training, and regression on trajectories, the cheapest start of both."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffusion_gym.parts import GIVEN_AGAIN
 from diffusion_gym.predictions import broadcast_to
 
 from ..logs.diagnostics import Metrics
+from ..runs.learner_saving import restore_learner, saved_keywords
 from ..training.learner import Learner
 from .data import Latents, Trajectories
 from .guidance import FixedGuidance, Guidance
@@ -110,9 +112,9 @@ class ConsistencyLearner(Learner):
             FileNotFoundError: there is no saved run.
             ValueError: it is damaged, or one of another learner or of another network.
         """
-        keywords = cls.saved_keywords(path, learning_rate)
+        keywords = saved_keywords(cls, path, learning_rate)
         run = cls(model, data=data, tensorboard_log=tensorboard_log, verbose=verbose, **keywords)
-        run.restore(path)
+        restore_learner(run, path)
         return run
 
 
@@ -152,6 +154,14 @@ class TrajectoryRegression(ConsistencyLearner):
         return self.distances(self.function(x, t, self.conditioned(index), scale=scale), end), {}
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a batch has besides x_0, z and times: the data's indices [B], and its guidance scale."""
+
+    indices: Tensor
+    scale: float
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class PairedTimes(ConsistencyLearner):
     """What distillation and training share: f at x_t is to be what the target says at x_s, a little nearer to x_0.
@@ -178,7 +188,8 @@ class PairedTimes(ConsistencyLearner):
             )
         self.target_network = self.network if self.target.is_itself else self.new_network().requires_grad_(False)
 
-    def earlier(self, x: Tensor, t: Tensor, s: Tensor, *, clean: Tensor, noise: Tensor, step: "Step") -> Tensor:
+    @abstractmethod
+    def earlier(self, x: Tensor, t: Tensor, s: Tensor, *, clean: Tensor, noise: Tensor, step: Step) -> Tensor:
         """Return x_s, [B, ...], of x_t = α_t·x_0 + σ_t·z.
 
         Args:
@@ -189,7 +200,6 @@ class PairedTimes(ConsistencyLearner):
             noise: [B, ...] z.
             step: What else the batch has.
         """
-        raise NotImplementedError
 
     def start(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return x_t, [B, ...]."""
@@ -241,14 +251,6 @@ class PairedTimes(ConsistencyLearner):
     @override
     def networks(self) -> Mapping[str, nn.Module]:
         return {} if self.target.is_itself else {"target": self.target_network}
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What a batch has besides x_0, z and times: the data's indices [B], and its guidance scale."""
-
-    indices: Tensor
-    scale: float
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -322,9 +324,9 @@ class ConsistencyDistillation(PairedTimes):
         verbose: int = 0,
     ) -> "ConsistencyDistillation":
         """Return a saved run; the arguments are those of `ConsistencyLearner.load`, and the teacher."""
-        keywords = cls.saved_keywords(path, learning_rate)
+        keywords = saved_keywords(cls, path, learning_rate)
         run = cls(model, data=data, teacher=teacher, tensorboard_log=tensorboard_log, verbose=verbose, **keywords)
-        run.restore(path)
+        restore_learner(run, path)
         return run
 
 

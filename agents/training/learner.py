@@ -6,7 +6,6 @@ those of the algorithms.
 
 import contextlib
 import dataclasses
-import json
 import math
 import shutil
 import time
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from diffusion_gym.checks import checked_integer, checked_number
 from diffusion_gym.models.base import Conditioning, DiffusionModel, Prediction
-from diffusion_gym.parts import Part, described, flattened, is_written, made
+from diffusion_gym.parts import Part, described, flattened, is_written
 from diffusion_gym.precision import has_fast_bf16
 from diffusion_gym.samplers import Sampler
 from diffusion_gym.transitions import draw_noise, transition
@@ -34,8 +33,8 @@ from ..logs.diagnostics import Metrics, mean_of
 from ..logs.reports import read_numbers, record_settings
 from ..logs.run_log import RunLogger, new_identity, own_folder
 from ..policies.adaptation import Adaptation, Full
-from ..runs.files import existing_folder, load_optimizer, replaced_folder, save_optimizer
-from ..runs.manifest import whole_checkpoint, write_manifest
+from ..runs.files import replaced_folder
+from ..runs.learner_saving import save_learner
 from ..updates.distributed import Processes
 from ..updates.optimizers import AdamW, Optimizer
 from ..updates.updates import Updates
@@ -45,9 +44,6 @@ from .sb3_callbacks import MaybeCallback, as_callback
 LearnerPrecision = Literal["auto", "bf16"]
 Self = TypeVar("Self", bound="Learner")
 
-_STATE_FILE = "training_state.json"
-_OPTIMIZER_FILE = "optimizer.safetensors"
-_AVERAGE_FILE = "averaged_weights.safetensors"
 _SAVED_APART = ("model", "tensorboard_log", "verbose", "seed")
 
 
@@ -300,11 +296,11 @@ class Learner(ABC):
             self.callback_states = {}
         else:
             total_images += self.num_timesteps
-        total_timesteps = total_images  # SB3's progress bar looks for it
+        total_timesteps = total_images  # SB3's progress bar looks for it among the locals
         self._start_log(tb_log_name, is_new=reset_num_timesteps)
         callbacks = as_callback(callback, progress_bar=progress_bar and self.processes.is_main)
         callbacks.init_callback(self)  # type: ignore[arg-type]
-        callbacks.on_training_start({**locals(), "total_timesteps": total_timesteps}, globals())
+        callbacks.on_training_start(locals(), globals())
         if log_interval and self.processes.is_main:
             record_settings(self.logger, self._described(), metric="train/loss")
         self._fit(callbacks, total_images, log_interval)
@@ -398,80 +394,14 @@ class Learner(ABC):
         return {"algorithm": type(self).__name__, "seed": self.run_seed, **flattened(self.hyperparameters())}
 
     def save(self, path: str | Path) -> None:
-        """Write the trained weights, and all else that is needed to go on, into a folder.
-
-        The folder takes the place of an earlier one only when it is whole. The main process alone writes.
+        """Write the trained weights, and all else that is needed to go on, into a folder: see `save_learner`.
 
         Raises:
             FileExistsError: there is a file at `path`.
             OSError: the disk is full, or the like; an earlier checkpoint at `path` is still there.
             RuntimeError: the network has its averaged weights.
         """
-        average = self.updates.average
-        if average is not None and average.is_applied:
-            raise RuntimeError("within averaged_weights() the run cannot be saved: save_pipeline writes these weights")
-        if not self.processes.is_main:
-            return
-        with replaced_folder(Path(path)) as folder:
-            for name, network in {"network": self.network, **self.networks()}.items():
-                (folder / name).mkdir()
-                self.adaptation.save(network, folder / name, model=self.model)
-            save_optimizer(self.updates.optimizer, folder / _OPTIMIZER_FILE)
-            if average is not None:
-                average.save(folder / _AVERAGE_FILE)
-            state = {
-                "learner": type(self).__name__,
-                "hyperparameters": self.hyperparameters(),
-                "seed": self.run_seed,
-                "log_identity": self.log_identity,
-                "num_timesteps": self.num_timesteps,
-                "iteration": self.iteration,
-                "num_updates": self.num_updates,
-                "guard": self.updates.guard.state_dict(),
-                "callbacks": self.callback_states,
-            }
-            (folder / _STATE_FILE).write_text(json.dumps(state, indent=2))
-            write_manifest(folder)
-
-    @classmethod
-    def saved_keywords(cls, path: str | Path, learning_rate: float | Callable[[float], float] | None) -> dict[str, Any]:
-        """Return the keywords of a saved run.
-
-        Args:
-            path: What `save` was given; or a folder of checkpoints, of which the newest whole one is taken.
-            learning_rate: The one that takes the saved one's place; needed where it was a function.
-
-        Raises:
-            FileNotFoundError: there is no saved run.
-            ValueError: it is damaged, one of another learner, or its learning rate is missing.
-        """
-        folder = whole_checkpoint(existing_folder(Path(path)))
-        state = json.loads((folder / _STATE_FILE).read_text())
-        if state["learner"] != cls.__name__:
-            raise ValueError(f"{folder} is a run of {state['learner']}, not of {cls.__name__}")
-        saved = {
-            name: made(value, Part) if isinstance(value, Mapping) else value
-            for name, value in state["hyperparameters"].items()
-        }
-        if learning_rate is not None:
-            saved["learning_rate"] = learning_rate
-        if "learning_rate" not in saved:
-            raise ValueError(f"the learning rate of {folder} was a function: give it again, load(…, learning_rate=…)")
-        return {**saved, "seed": state["seed"]}
-
-    def restore(self, path: str | Path) -> None:
-        """Take back the weights, the optimizer and the counts of a saved run with the same keywords."""
-        folder = whole_checkpoint(existing_folder(Path(path)))
-        state = json.loads((folder / _STATE_FILE).read_text())
-        for name, network in {"network": self.network, **self.networks()}.items():
-            self.adaptation.load(network, folder / name, model=self.model, trained_on=self.model.source)
-        load_optimizer(self.updates.optimizer, folder / _OPTIMIZER_FILE)
-        if self.updates.average is not None:
-            self.updates.average.load(folder / _AVERAGE_FILE)
-        self.updates.guard.load_state_dict(state["guard"])
-        self.updates.num_updates = state["num_updates"]
-        self.num_timesteps, self.iteration = state["num_timesteps"], state["iteration"]
-        self.callback_states, self.log_identity = state["callbacks"], state["log_identity"]
+        save_learner(self, path)
 
     def save_pipeline(self, folder: str | Path) -> Path:
         """Write what was trained, averaged if an average is kept, as diffusers opens it; return the folder.
@@ -486,11 +416,7 @@ class Learner(ABC):
             raise FileExistsError(f"{folder} is there: give a new folder")
         with replaced_folder(folder) as partial, self.averaged_weights():
             if self.adaptation.is_whole:
-                shutil.copytree(
-                    self.model.path,
-                    partial,
-                    dirs_exist_ok=True,
-                    ignore=shutil.ignore_patterns(self.model.denoiser_folder, "README.md"),
-                )
+                left_out = shutil.ignore_patterns(self.model.denoiser_folder, "README.md")
+                shutil.copytree(self.model.path, partial, dirs_exist_ok=True, ignore=left_out)
             self.adaptation.save(self.network, partial, model=self.model)
         return folder
