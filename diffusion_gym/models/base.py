@@ -35,7 +35,7 @@ _DECODED_PIXELS_PER_CHUNK = 8 * 512 * 512
 _CACHED_PROMPT_BYTES = 2**31  # 9,078 prompts of Stable Diffusion 1.5, 393 of 3, 255 of Flux
 _SETTINGS = ("default_guidance_scale", "default_prompts", "lora_targets", "prediction_type", "schedule")
 
-_PACKAGED = {"emoji": 4.0, "emoji_flow": 4.0, "mixture": 1.0}
+_PACKAGED = {"emoji": 4.0, "emoji_flow": 4.0, "emoji_consistency": 4.0, "mixture": 1.0}
 # A new family is a file and a line here: its pipeline's class, its own, and in words which models that is.
 _FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion:StableDiffusionModel", "Stable Diffusion 1.x, 2.x"),
@@ -509,8 +509,9 @@ def load_model(
     The folder is checked at once, as far as it can be without reading the weights.
 
     Args:
-        source: "emoji", "emoji_flow" or "mixture", which come with the package and work offline (64×64 emoji by
-            diffusion and by flow matching; a Gaussian mixture of which everything is known), a folder in diffusers'
+        source: "emoji", "emoji_flow", "emoji_consistency" or "mixture", which come with the package and work offline
+            (64×64 emoji by diffusion, by flow matching, and in few steps; a Gaussian mixture of which everything is
+            known), a folder in diffusers'
             layout, or a Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from
             `model_index.json`. A single file (`.safetensors`) has neither configurations nor tokenizers: the error says
             how to make a folder of it.
