@@ -1,7 +1,8 @@
 """Algorithms that train a diffusion model inside `diffusion_gym`'s environments, and the parts that they are given."""
 
 from .advantages import Batch, Groups, PerPrompt, PromptMeans
-from .callbacks import HeldOutEvaluation
+from .callbacks import HeldOutEvaluation, SampleGrid
+from .consistency import ConsistencyDistillation, ConsistencyTraining, Latents, Trajectories, TrajectoryRegression
 from .ddpo import DDPOIS, DDPOSF
 from .dpok import DPOK
 from .evaluation import Evaluation, evaluate
@@ -19,6 +20,7 @@ from .runs.checkpoints import Checkpoints
 from .rwr import RWR, Best, Softmax
 from .steps import Steps, Window
 from .training.algorithm import Algorithm
+from .training.learner import Cosine, Learner
 from .training.policy_gradient import PolicyGradient
 from .training.regression import Noising, Regression
 from .updates.distributed import Processes
@@ -37,7 +39,10 @@ __all__ = [
     "Batch",
     "Best",
     "Checkpoints",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
     "ContextFreeSchedule",
+    "Cosine",
     "DenoisingPolicy",
     "DiffusionNFT",
     "Evaluation",
@@ -45,6 +50,8 @@ __all__ = [
     "Full",
     "Groups",
     "HeldOutEvaluation",
+    "Latents",
+    "Learner",
     "LoRA",
     "Log",
     "Muon",
@@ -59,10 +66,13 @@ __all__ = [
     "Replay",
     "Rollout",
     "Rollouts",
+    "SampleGrid",
     "Softmax",
     "Steps",
     "Surrogate",
     "TimePredictor",
+    "Trajectories",
+    "TrajectoryRegression",
     "Window",
     "collect",
     "evaluate",

@@ -351,3 +351,49 @@ class KarrasSchedule(NoiseSchedule):
         inverse = 1 / self.rho
         ramp = torch.linspace(self.sigma_max**inverse, self.sigma_min**inverse, num_steps, dtype=torch.float64)
         return torch.cat([ramp**self.rho, ramp.new_zeros(1)])
+
+
+@dataclass(frozen=True, eq=False)
+class ConsistencySchedule(KarrasSchedule):
+    """The process of consistency models: Karras', begun at ε = σ_min, where trajectories end: α = 1, σ = √(t² − ε²).
+
+    A grid of n steps visits Karras' level i·⌊N/n⌋ of N, i = 0 … n−1, and then ε, as diffusers'
+    `CMStochasticIterativeScheduler`.
+
+    Source: Song et al., 2023, algorithm 1, https://arxiv.org/abs/2303.01469.
+
+    Args:
+        sigma_min: ε, the clean end.
+        sigma_max: The noisy end.
+        rho: Karras' ρ.
+        num_train_timesteps: N, the number of levels.
+
+    Raises:
+        ValueError: N is below 2.
+    """
+
+    num_train_timesteps: int = 40
+
+    def __post_init__(self) -> None:
+        if self.num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps must be at least 2, got {self.num_train_timesteps!r}")
+        object.__setattr__(self, "clean", self.sigma_min)
+
+    @override
+    def sigma(self, t: Tensor) -> Tensor:
+        t = as_float(t)
+        sigma_min = torch.tensor(self.sigma_min, dtype=t.dtype, device=t.device)  # exactly 0 at the clean end
+        return ((t - sigma_min).clamp(min=0) * (t + sigma_min)).sqrt()
+
+    def noise_ratio(self, t: Tensor) -> Tensor:
+        """Return t itself, which is ε at the clean end: distances between levels are those of t."""
+        return as_float(t).clone()
+
+    @override
+    def timesteps(self, num_steps: int) -> Tensor:
+        num_steps = checked_num_steps(num_steps, maximum=self.num_train_timesteps - 1)
+        inverse = 1 / self.rho
+        index = torch.arange(num_steps, dtype=torch.float64) * (self.num_train_timesteps // num_steps)
+        high, low = self.sigma_max**inverse, self.sigma_min**inverse
+        levels = (high + index / (self.num_train_timesteps - 1) * (low - high)) ** self.rho
+        return torch.cat([levels, levels.new_tensor([self.sigma_min])])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -26,6 +26,9 @@ SMALL_STABLE_DIFFUSION = [
     "--output", "OUTPUT",
 ]  # fmt: skip
 SHORT = {
+    "consistency.py": [
+        "--trajectories", "2", "--start-images", "4", "--images", "4", "--batch-size", "2", "--output", "OUTPUT",
+    ],
     "kl_optimum.py": ["--updates", "3", "--num-envs", "64", "--num-steps", "5", "--batches", "4"],
     "mixture.py": ["--updates", "2", "--num-envs", "64", "--num-steps", "5", "--output", "OUTPUT"],
     "my_algorithm.py": [
@@ -187,6 +190,16 @@ def test_compare_algorithms(tmp_path):
     for name in ("curves.png", "images.png"):
         with Image.open(output / name) as picture:
             assert picture.size[0] > 400
+
+
+def test_consistency(tmp_path):
+    output = tmp_path / "out"
+    assert re.search(r"distilled after \d+ s", run("consistency.py", output))
+    pipeline = LatentConsistencyModelPipeline.from_pretrained(output / "pipeline")
+    pipeline.scheduler.set_timesteps(2)
+    assert pipeline.scheduler.timesteps.tolist() == [799, 399]
+    with Image.open(output / "samples.png") as picture:
+        assert picture.size[0] > 700
 
 
 def test_rloo_tpm(tmp_path):

@@ -21,8 +21,12 @@ BELOW = {
     "schedules": set(),
     "grids": {"checks", "schedules"},
     "predictions": set(),
+    "consistency_function": {"schedules", "predictions"},
     "transitions": {"schedules", "predictions", "samplers", "transfer"},
-    "models": {"naming", "checks", "transfer", "loading", "schedules", "predictions", "samplers", "transitions"},
+    "models": {
+        *("naming", "checks", "transfer", "loading"),
+        *("schedules", "predictions", "consistency_function", "samplers", "transitions"),
+    },
     "sampling": {"predictions", "samplers", "transitions", "models"},
     "consistency": {
         "checks",
@@ -56,6 +60,7 @@ OF_DIFFUSION_GYM = {
         "schedules",
         "grids",
         "predictions",
+        "consistency_function",
         "samplers",
         "transitions",
     ),
@@ -68,7 +73,7 @@ FLOORS = (
     {"experience"},
     {"kl", "steps", "logs", "updates"},
     {"training", "runs"},
-    set(),  # the algorithms: every other file
+    {"consistency"},  # the algorithms: every other file
     {"evaluation"},
     {"callbacks"},
     {"benchmark"},
@@ -205,6 +210,7 @@ TESTED_IN = {
     "agents/policies/beta.py": "agents/test_shared_state.py",
     "agents/policies/denoising.py": "agents/policies/test_denoising_policy.py",
     "agents/policies/schedules.py": "agents/policies/test_time_policies.py",
+    "agents/runs/learner_saving.py": "agents/training/test_learner.py",
     "agents/policies/time_prediction.py": "agents/policies/test_time_policies.py",
     "diffusion_gym/envs": "diffusion_gym/test_conformance.py",
     "diffusion_gym/models/base.py": "diffusion_gym/test_models.py",

@@ -6,7 +6,15 @@ import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from tokenizers import Tokenizer, models, processors
 from transformers import (
     CLIPConfig,
@@ -68,6 +76,24 @@ def make_tiny_latent_consistency(folder: Path, **scheduler_config) -> Path:
     scheduler = {"_class_name": "LCMScheduler", "original_inference_steps": 50, **scheduler_config}
     unet = {"time_cond_proj_dim": 16}
     return _write_unet_pipeline(folder, "LatentConsistencyModelPipeline", unet=unet, scheduler=scheduler)
+
+
+def make_tiny_consistency_model(folder: Path, *, num_classes: int | None = None, **scheduler_config) -> Path:
+    """Write a ConsistencyModelPipeline folder: 8×8 pixels, a UNet of 0.1 M parameters, with classes or without."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+            up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+            norm_num_groups=8,
+            num_class_embeds=num_classes,
+        )
+    scheduler = CMStochasticIterativeScheduler(**scheduler_config)
+    ConsistencyModelPipeline(unet, scheduler).save_pretrained(folder)
+    return folder
 
 
 def _write_unet_pipeline(folder: Path, pipeline: str, *, unet: dict, scheduler: dict) -> Path:

@@ -16,6 +16,7 @@ class Stream(IntEnum):
     UPDATES = 2
     WINDOW = 3
     PROMPTS = 4
+    DATA = 5
 
 
 def derived_seed(*key: int) -> int:

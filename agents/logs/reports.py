@@ -80,13 +80,19 @@ def record_hyperparameters(
         }
     )
     scalars = {
-        **{name: _as_hyperparameter(value) for name, value in hyperparameters.items()},
+        **hyperparameters,
         "policy": type(policy).__name__,
-        **{f"policy/{name}": _as_hyperparameter(value) for name, value in _scalars(settings).items()},
-        **{f"env/{name}": _as_hyperparameter(value) for name, value in environment_settings(env).items()},
+        **{f"policy/{name}": value for name, value in _scalars(settings).items()},
+        **{f"env/{name}": value for name, value in environment_settings(env).items()},
         "env/reward": env.reward.name,
     }
-    logger.record("hyperparameters", HParam(scalars, {_MAIN_METRIC: 0.0}), exclude=_NOT_AS_TEXT)
+    record_settings(logger, scalars, metric=_MAIN_METRIC)
+
+
+def record_settings(logger: Logger, settings: Mapping[str, object], *, metric: str) -> None:
+    """Record settings for TensorBoard's tab of hyperparameters, beside a metric."""
+    scalars = {name: _as_hyperparameter(value) for name, value in settings.items()}
+    logger.record("hyperparameters", HParam(scalars, {metric: 0.0}), exclude=_NOT_AS_TEXT)
 
 
 def environment_settings(env: TorchVectorEnv) -> dict[str, bool | int | float | str | None]:

@@ -24,9 +24,11 @@ class Adaptation(Part, ABC):
 
     Attributes:
         over_another_model: What the trained weights are worth over another model's than they were trained on.
+        is_whole: What is saved is a whole network, and not layers that go over another one.
     """
 
     over_another_model: str
+    is_whole: bool = False
 
     def resolved(self, model: DiffusionModel) -> "Adaptation":
         """The same adaptation, with the model's choices in the place of what was left to it."""
@@ -76,6 +78,7 @@ class _Copy(Adaptation):
     """A float32 copy of the whole denoiser, some or all of whose weights are trained: they are saved the same."""
 
     over_another_model = "its gain is over another one"
+    is_whole = True
 
     @abstractmethod
     def is_trained(self, name: str) -> bool:
@@ -196,6 +199,8 @@ class LoRA(Adaptation):
 
     def resolved(self, model: DiffusionModel) -> "LoRA":
         """With the rank for an alpha that was not given, and the model's layers for targets that were not."""
+        if not model.lora_targets:
+            raise ValueError(f"diffusers reads no LoRA layers of {model.source!r}: train Full() or Only(…)")
         alpha = float(self.rank) if self.alpha is None else self.alpha
         return replace(self, alpha=alpha, targets=model.lora_targets if self.targets is None else self.targets)
 

@@ -7,6 +7,7 @@ from typing import final
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ..training.algorithm import Algorithm
+from ..training.learner import Learner
 from .files import clear_leftovers, remove_folder
 from .manifest import CHECKPOINT_PREFIX, checkpoint_name, find_checkpoints, find_damage, iteration_of
 from .saving import require_savable
@@ -30,7 +31,7 @@ class Checkpoints(BaseCallback):
 
     Args:
         folder: The folder of the checkpoints, `iteration_00000010` …; each is a folder that `Algorithm.save` writes.
-        every: Iterations (rollouts learnt from) between two of them.
+        every: Iterations (rollouts learnt from; a `Learner`'s updates) between two of them.
         keep: The number of whole ones that are kept. An older one goes only when a newer one is safe on the disk.
 
     Attributes:
@@ -58,8 +59,8 @@ class Checkpoints(BaseCallback):
         return find_checkpoints(self.folder)
 
     @property
-    def _algorithm(self) -> Algorithm:
-        assert isinstance(self.model, Algorithm)
+    def _algorithm(self) -> Algorithm | Learner:
+        assert isinstance(self.model, Algorithm | Learner)
         return self.model
 
     def _on_training_start(self) -> None:

@@ -25,6 +25,7 @@ from .manifest import whole_checkpoint, write_manifest
 
 if TYPE_CHECKING:
     from ..training.algorithm import Algorithm
+    from ..training.learner import Learner
 
 Run = TypeVar("Run", bound="Algorithm")
 
@@ -39,7 +40,7 @@ _WITHOUT_EFFECT = (
 )
 
 
-def require_savable(algorithm: "Algorithm") -> None:
+def require_savable(algorithm: "Algorithm | Learner") -> None:
     """Raise TypeError if the constructor has arguments that `load_run` could not give it again."""
     arguments = inspect.signature(type(algorithm)).parameters.values()
     named = {one.name for one in arguments if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}

@@ -125,6 +125,9 @@ class DiffusionModel(ABC):
             negative prompt. "embedded": the network is told the scale, and there is no negative prompt. "none": it was
             distilled for one scale and is told none.
         default_sampler: The sampler of policies that are given none.
+        boundary_time: Of a consistency model, whose prediction of x_0 is the consistency function f: the time at which
+            f(x, t) = x. None: it is none.
+        guidance_layers: Names of the denoiser's layers that are told the guidance scale, and nothing else.
         default_prompts: The prompts of environments that are given none: a prompt set's name, or texts.
     """
 
@@ -142,6 +145,8 @@ class DiffusionModel(ABC):
     lora_targets: tuple[str, ...]
     guidance: Literal["classifier_free", "embedded", "none"] = "classifier_free"
     default_sampler: Sampler = DDIM(eta=1.0)
+    boundary_time: float | None = None
+    guidance_layers: tuple[str, ...] = ()
     default_prompts: str | tuple[str, ...] = "simple_animals"
 
     def __init__(self, origin: Origin) -> None:

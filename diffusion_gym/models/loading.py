@@ -15,7 +15,7 @@ from . import sharding
 from .base import DiffusionModel, ImageSize, Origin, outside_inference_mode, to_device, to_dtype
 from .folders import read_config, single_file_pipeline
 
-_PACKAGED = {"emoji": 4.0, "emoji_flow": 4.0, "mixture": 1.0}
+_PACKAGED = {"emoji": 4.0, "emoji_flow": 4.0, "emoji_consistency": 4.0, "mixture": 1.0}
 # A new family is a file and a line here: its pipeline's class, its own, and in words which models that is.
 _FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion:StableDiffusionModel", "Stable Diffusion 1.x, 2.x"),
@@ -23,7 +23,9 @@ _FAMILIES = {
     "LatentConsistencyModelPipeline": ("latent_consistency:LatentConsistencyModel", "latent consistency models"),
     "StableDiffusion3Pipeline": ("stable_diffusion_3:StableDiffusion3Model", "Stable Diffusion 3, 3.5"),
     "FluxPipeline": ("flux:FluxModel", "Flux.1"),
+    "ConsistencyModelPipeline": ("consistency_model:ConsistencyModel", "consistency models in pixels"),
     "MixturePipeline": ("mixture:MixtureModel", "of write_mixture"),
+    "ConsistencyMixturePipeline": ("consistency_mixture:ConsistencyMixtureModel", "of write_consistency_mixture"),
 }
 
 
@@ -86,8 +88,9 @@ def load_model(
     The folder is checked at once, as far as it can be without reading the weights.
 
     Args:
-        source: "emoji", "emoji_flow" or "mixture", which come with the package and work offline (64×64 emoji by
-            diffusion and by flow matching; a Gaussian mixture of which everything is known), a folder in diffusers'
+        source: "emoji", "emoji_flow", "emoji_consistency" or "mixture", which come with the package and work offline
+            (64×64 emoji by diffusion, by flow matching, and in few steps; a Gaussian mixture of which everything is
+            known), a folder in diffusers'
             layout, or a Hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5". The family is read from
             `model_index.json`. Of a single file (`.safetensors`, `.ckpt`), which has neither configurations nor
             tokenizers, `python -m diffusion_gym.models.convert` makes such a folder.

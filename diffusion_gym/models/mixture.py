@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import ConfigMixin, DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..transitions import draw_noise
 from .base import Conditioning, DiffusionModel, Origin, as_image_size, outside_inference_mode
 from .folders import check_weights, empty_network, find_weights, read_config
 from .lora import load_lora, save_lora
-from .schedulers import FLOW, discrete_schedule, flow_schedule
+from .schedulers import FLOW, KARRAS, discrete_schedule, flow_schedule, karras_schedule
 
 ANYTHING = "anything"
 
@@ -49,52 +49,28 @@ def _check_components(means: Sequence[Sequence[float]], stds: Sequence[float], w
         raise ValueError(f"stds and weights must be positive, got {list(stds)} and {list(weights)}")
 
 
-class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """The exact ε̂ of a Gaussian mixture, plus a small trainable network whose last layer starts at zero.
+class Mixture(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """A network that knows a Gaussian mixture.
 
-        p(x_0) = Σ_k w_k·N(m_k, s_k²·I)    p(x_t) = Σ_k w_k·N(α·m_k, v_k·I),  v_k = α²·s_k² + σ²
-        E[x_0|x_t] = Σ_k p(k|x_t)·(m_k + α·s_k²/v_k·(x_t − α·m_k))    ε̂ = (x_t − α·E[x_0|x_t])/σ
-
-    On a flow it is the velocity ε̂ − E[x_0|x_t], which says all at t = 1 too, where ε̂ = x_t says nothing of x_0.
-
-    Args:
-        means: [K, d] the components' means m_k.
-        stds: [K] their standard deviations s_k.
-        weights: [K] their weights w_k, which need not sum to 1.
-        width: The hidden layers' width.
-        prediction_type: "epsilon", or "flow" for the velocity.
-
-    Raises:
-        ValueError: they do not describe a mixture.
+    p(x_0) = Σ_k w_k·N(m_k, s_k²·I)    p(x_t) = Σ_k w_k·N(α·m_k, v_k·I),  v_k = α²·s_k² + σ²
     """
 
     centres: Tensor
     variances: Tensor
     log_weights: Tensor
 
-    @register_to_config
-    def __init__(
-        self,
-        means: Sequence[Sequence[float]],
-        stds: Sequence[float],
-        weights: Sequence[float],
-        width: int = 64,
-        prediction_type: str = "epsilon",
+    def _set_components(
+        self, means: Sequence[Sequence[float]], stds: Sequence[float], weights: Sequence[float]
     ) -> None:
-        super().__init__()
+        """Set the mixture: [K, d] means m_k, [K] standard deviations s_k, [K] weights w_k.
+
+        Raises:
+            ValueError: they do not describe a mixture.
+        """
         _check_components(means, stds, weights)
-        if prediction_type not in ("epsilon", "flow"):
-            raise ValueError(f'prediction_type must be "epsilon" or "flow", got {prediction_type!r}')
-        self.is_flow = prediction_type == "flow"
         self.register_buffer("centres", torch.tensor(means, dtype=torch.float32), persistent=False)
         self.register_buffer("variances", torch.tensor(stds, dtype=torch.float32).square(), persistent=False)
         self.register_buffer("log_weights", torch.tensor(weights, dtype=torch.float32).log(), persistent=False)
-        components, dimension = self.centres.shape
-        self.first = nn.Linear(dimension + 2 * _FREQUENCIES + components, width)
-        self.second = nn.Linear(width, width)
-        self.last = nn.Linear(width, dimension)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
 
     def log_joint(self, x: Tensor, alpha: Tensor, sigma: Tensor, present: Tensor) -> Tensor:
         """Return log w_k·N(x_t; α·m_k, v_k·I) of every component, [B, K]; −∞ of those that are not there.
@@ -117,6 +93,46 @@ class MixtureDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
         gain = alpha[:, None] * variances / (alpha[:, None].square() * variances + sigma[:, None].square())
         x0 = means + gain[..., None] * (x[:, None] - alpha[:, None, None] * means)
         return (responsibility[..., None] * x0).sum(1)
+
+
+class MixtureDenoiser(Mixture):
+    """The exact ε̂ of a Gaussian mixture, plus a small trainable network whose last layer starts at zero.
+
+        E[x_0|x_t] = Σ_k p(k|x_t)·(m_k + α·s_k²/v_k·(x_t − α·m_k))    ε̂ = (x_t − α·E[x_0|x_t])/σ
+
+    On a flow it is the velocity ε̂ − E[x_0|x_t], which says all at t = 1 too, where ε̂ = x_t says nothing of x_0.
+
+    Args:
+        means: [K, d] the components' means m_k.
+        stds: [K] their standard deviations s_k.
+        weights: [K] their weights w_k, which need not sum to 1.
+        width: The hidden layers' width.
+        prediction_type: "epsilon", or "flow" for the velocity.
+
+    Raises:
+        ValueError: they do not describe a mixture.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        means: Sequence[Sequence[float]],
+        stds: Sequence[float],
+        weights: Sequence[float],
+        width: int = 64,
+        prediction_type: str = "epsilon",
+    ) -> None:
+        super().__init__()
+        self._set_components(means, stds, weights)
+        if prediction_type not in ("epsilon", "flow"):
+            raise ValueError(f'prediction_type must be "epsilon" or "flow", got {prediction_type!r}')
+        self.is_flow = prediction_type == "flow"
+        components, dimension = self.centres.shape
+        self.first = nn.Linear(dimension + 2 * _FREQUENCIES + components, width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, dimension)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
     def forward(
         self, latents: Tensor, alpha: Tensor, sigma: Tensor, present: Tensor
@@ -153,16 +169,17 @@ class MixtureModel(DiffusionModel):
         ValueError: `image_size` is given and is not 1.
     """
 
+    network: type[Mixture] = MixtureDenoiser
     default_guidance_scale = 1.0
     denoiser_folder = "denoiser"
-    lora_targets = ("first", "second", "last")
+    lora_targets: tuple[str, ...] = ("first", "second", "last")
 
     def __init__(self, origin: Origin) -> None:
         super().__init__(origin)
         path, image_size = self.path, origin.image_size
         file = path / self.denoiser_folder / "config.json"
         config = read_config(file)
-        empty = empty_network(lambda: MixtureDenoiser.from_config(config), file)
+        empty = empty_network(lambda: self.network.from_config(config), file)
         check_weights(empty, find_weights(file.parent, "diffusion_pytorch_model", self.variant)[0])
         names = read_config(path / "model_index.json").get("names")
         if (
@@ -188,19 +205,22 @@ class MixtureModel(DiffusionModel):
 
     def _examine_scheduler(self, folder: Path, predicted: str) -> None:
         """Set the schedule, and the prediction type, which must be what the denoiser predicts."""
-        if read_config(folder / "scheduler_config.json").get("_class_name") == FLOW:
+        name = read_config(folder / "scheduler_config.json").get("_class_name")
+        if name == FLOW:
             self.schedule, self.prediction_type = flow_schedule(folder), "flow"
+        elif name == KARRAS:
+            self.schedule, self.prediction_type = karras_schedule(folder), "epsilon"
         else:
             self.schedule, self.prediction_type = discrete_schedule(folder)
         if self.prediction_type != predicted:
             raise ValueError(f"{folder}: a mixture predicts {predicted}, got {self.prediction_type!r}")
 
     @cached_property
-    def denoiser(self) -> MixtureDenoiser:
+    def denoiser(self) -> Mixture:
         """The frozen denoiser, which is exact."""
         _, variant = find_weights(self.path / self.denoiser_folder, "diffusion_pytorch_model", self.variant)
         with outside_inference_mode():
-            denoiser = MixtureDenoiser.from_pretrained(self.path, subfolder=self.denoiser_folder, variant=variant)
+            denoiser = self.network.from_pretrained(self.path, subfolder=self.denoiser_folder, variant=variant)
             return self._frozen(denoiser, self.dtype, is_sharded=self.is_sharded)
 
     def log_prob(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -294,7 +314,7 @@ def write_mixture(
         scheduler: The process, in the words of diffusers' `DDIMScheduler`. With `set_alpha_to_one` (its default) the
             last step goes to the clean end: no density, so no policy gradient reaches it. `trained_betas` makes any
             process; {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0} a rectified flow, in the words of
-            that class.
+            that class; {"_class_name": "EDMEulerScheduler"} a variance-exploding one, with Karras' levels.
         width: The hidden layers' width of the network that is trained.
         seed: The seed of that network's first weights; its last layer is zero.
 
@@ -318,7 +338,9 @@ def write_mixture(
             [list(map(float, row)) for row in means], list(stds), weights, width, "flow" if is_flow else "epsilon"
         )
     denoiser.save_pretrained(folder / MixtureModel.denoiser_folder)
-    if is_flow:
+    if scheduler.get("_class_name") == KARRAS:
+        EDMEulerScheduler(**{"prediction_type": "epsilon", **settings}).save_pretrained(folder / "scheduler")
+    elif is_flow:
         FlowMatchEulerDiscreteScheduler(**settings).save_pretrained(folder / "scheduler")
     else:
         betas = scheduler.get("trained_betas")

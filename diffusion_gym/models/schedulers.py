@@ -6,14 +6,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 from torch import Tensor
 
 from ..predictions import PredictionType
-from ..schedules import DiscreteVPSchedule, FlowSchedule, FlowSpacing, LatentConsistencySchedule
+from ..schedules import (
+    ConsistencySchedule,
+    DiscreteVPSchedule,
+    FlowSchedule,
+    FlowSpacing,
+    KarrasSchedule,
+    LatentConsistencySchedule,
+)
 from .folders import read_config
 from .understood import (
+    CONSISTENCY_SCHEDULER,
     FLOW_SCHEDULER,
+    KARRAS_SCHEDULER,
     LCM_SCHEDULER,
     SCHEDULER,
     Values,
@@ -24,6 +38,7 @@ from .understood import (
 )
 
 FLOW = FlowMatchEulerDiscreteScheduler.__name__
+KARRAS = EDMEulerScheduler.__name__
 
 _Schedule = TypeVar("_Schedule", bound=DiscreteVPSchedule)
 
@@ -115,6 +130,40 @@ def consistency_schedule(folder: Path) -> tuple[LatentConsistencySchedule, Predi
     scheduler = _class_of(config, file, asked=name, default=name, look_up=lambda *_: LCMScheduler)
     schedule, values = _process(file, config, scheduler, make, understood=LCM_SCHEDULER)
     return schedule, values["prediction_type"], float(values["timestep_scaling"])
+
+
+def karras_schedule(folder: Path) -> KarrasSchedule:
+    """Return the variance-exploding process of an `EDMEulerScheduler` folder.
+
+    Raises:
+        FileNotFoundError, ValueError: the scheduler is not there, or holds something that is not understood.
+    """
+    values = _values_of(folder / "scheduler_config.json", EDMEulerScheduler, KARRAS_SCHEDULER)
+    return KarrasSchedule(float(values["sigma_min"]), float(values["sigma_max"]), float(values["rho"]))
+
+
+def variance_exploding_consistency(folder: Path) -> tuple[ConsistencySchedule, float, bool]:
+    """Return the process of a `CMStochasticIterativeScheduler` folder, σ_d, and whether f is clipped to [−1, 1].
+
+    Raises:
+        FileNotFoundError, ValueError: the scheduler is not there, or holds something that is not understood.
+    """
+    values = _values_of(folder / "scheduler_config.json", CMStochasticIterativeScheduler, CONSISTENCY_SCHEDULER)
+    schedule = ConsistencySchedule(
+        float(values["sigma_min"]), float(values["sigma_max"]), float(values["rho"]), values["num_train_timesteps"]
+    )
+    return schedule, float(values["sigma_data"]), values["clip_denoised"]
+
+
+def _values_of(file: Path, scheduler: type, understood: Mapping[str, Values]) -> dict[str, Any]:
+    """Return the values of a scheduler's file, completed by the class's defaults."""
+    config, name = read_config(file), scheduler.__name__
+    _class_of(config, file, asked=name, default=name, look_up=lambda *_: scheduler)
+    check_values(config, scheduler, understood, file)
+    values = {**keys_of(scheduler), **config}
+    if values["sigma_min"] >= values["sigma_max"]:
+        raise ValueError(f"{file}: sigma_min must be below sigma_max, got {values['sigma_min']}, {values['sigma_max']}")
+    return values
 
 
 def _process(

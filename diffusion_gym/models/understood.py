@@ -145,6 +145,35 @@ LCM_SCHEDULER: Mapping[str, Values] = {
     "timestep_scaling": Values(lambda value: _is_number(value) and value > 0, "a number above 0"),
 }
 
+_POSITIVE = Values(lambda value: _is_number(value) and value > 0, "a number above 0")
+KARRAS_SCHEDULER: Mapping[str, Values] = {
+    "sigma_min": _POSITIVE,
+    "sigma_max": _POSITIVE,
+    "rho": _POSITIVE,
+    "num_train_timesteps": Values(lambda value: is_count(value, minimum=2), "a whole number of at least 2"),
+    "prediction_type": _one_of(("epsilon",), "it is for networks of EDM, which are told other inputs"),
+    "sigma_schedule": _one_of(("karras",), _OWN_WALK, is_refused=False),
+    "final_sigmas_type": _one_of(("zero",), _OWN_WALK, is_refused=False),
+}
+
+CONSISTENCY_SCHEDULER: Mapping[str, Values] = {
+    "num_train_timesteps": Values(lambda value: is_count(value, minimum=2), "a whole number of at least 2"),
+    "sigma_min": _POSITIVE,
+    "sigma_max": _POSITIVE,
+    "sigma_data": _POSITIVE,
+    "rho": _POSITIVE,
+    "s_noise": _one_of((1, 1.0), "noise is drawn as the process has it"),
+    "clip_denoised": _FLAG,
+}
+
+PIXEL_UNET: Mapping[str, Values] = {
+    "class_embed_type": _one_of((None,), "use a UNet whose classes are numbers"),
+    "num_class_embeds": Values(lambda value: value is None or is_count(value), "null or a whole number of at least 1"),
+    "in_channels": _one_of((3,), "use a UNet of RGB images"),
+    "out_channels": _one_of((3,), "use a UNet of RGB images"),
+    "time_embedding_type": _one_of(("positional", "fourier"), "use a UNet that is told the time and the class"),
+}
+
 LCM_UNET: Mapping[str, Values] = {
     **UNET,
     "time_cond_proj_dim": Values(

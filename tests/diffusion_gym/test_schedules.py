@@ -3,9 +3,21 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 
-from diffusion_gym.schedules import DiscreteVPSchedule, FlowSchedule, KarrasSchedule, LatentConsistencySchedule
+from diffusion_gym.schedules import (
+    ConsistencySchedule,
+    DiscreteVPSchedule,
+    FlowSchedule,
+    KarrasSchedule,
+    LatentConsistencySchedule,
+)
 
 PROCESSES = {
     "emoji": {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear"},
@@ -184,3 +196,21 @@ def test_a_flow_refuses_shifts_and_spacings_that_are_none():
             FlowSchedule(shift=shift)
     with pytest.raises(ValueError, match=r"spacing must be one of .*, got 'odd'"):
         FlowSchedule(spacing="odd")
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 39])
+def test_consistency_models_grid_is_diffusers(num_steps):
+    schedule = ConsistencySchedule()
+    scheduler = CMStochasticIterativeScheduler()
+    scheduler.set_timesteps(num_steps)
+    torch.testing.assert_close(schedule.timesteps(num_steps).float(), scheduler.sigmas, rtol=1e-5, atol=1e-7)
+
+
+def test_consistency_models_noise_is_that_above_the_boundary():
+    schedule = ConsistencySchedule(sigma_min=0.5, sigma_max=10.0)
+    t = torch.tensor([0.5, 1.3, 10.0])
+    torch.testing.assert_close(schedule.sigma(t), (t**2 - 0.25).sqrt())
+    assert float(schedule.sigma(torch.tensor([schedule.clean]))) == 0.0
+    torch.testing.assert_close(schedule.time_of(schedule.noise_ratio(t)), t)
+    with pytest.raises(ValueError, match="num_train_timesteps must be"):
+        ConsistencySchedule(num_train_timesteps=1)

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import tyro
 
-from . import evaluate, export, tokenizer, train_classifier, train_flow, train_scorer, train_unet, train_vae
+from . import (
+    evaluate,
+    export,
+    tokenizer,
+    train_classifier,
+    train_consistency,
+    train_flow,
+    train_scorer,
+    train_unet,
+    train_vae,
+)
 from .icons import build
 from .sources import ICONS, NAMES, REGISTRY, WORK, IconSource
 
@@ -25,6 +35,7 @@ class Sizes:
     vae: int
     unet: int
     flow: int
+    consistency: int
     pool: int
     classifier: int
     scorer: int
@@ -32,7 +43,9 @@ class Sizes:
     batch_size: int
 
 
-QUICK = Sizes(vae=960, unet=960, flow=320, pool=512, classifier=1_920, scorer=960, spoilt=160, batch_size=32)
+QUICK = Sizes(
+    vae=960, unet=960, flow=320, consistency=64, pool=512, classifier=1_920, scorer=960, spoilt=160, batch_size=32
+)
 
 
 @dataclass
@@ -54,6 +67,7 @@ def train(work: Path) -> None:
     train_vae.main(train_vae.Args(work))
     train_unet.main(train_unet.Args(work))
     train_flow.main(train_flow.Args(work, emoji=work / "unet" / "pipeline"))
+    train_consistency.main(train_consistency.Args(work, work / "unet" / "pipeline"))
     train_classifier.main(train_classifier.Args(work))
     train_scorer.main(train_scorer.Args(work, work / "unet" / "pipeline"))
 
@@ -66,6 +80,8 @@ def train_quickly(work: Path, sizes: Sizes) -> None:
     train_classifier.main(train_classifier.Args(work, images=sizes.classifier, **batch))
     pipeline = work / "unet" / "pipeline"
     train_flow.main(train_flow.Args(work, emoji=pipeline, images=sizes.flow, pool=sizes.pool, per_prompt=1, **batch))
+    distilled = {"trajectories": 16, "real": 32, "start_images": sizes.consistency, "images": sizes.consistency}
+    train_consistency.main(train_consistency.Args(work, pipeline, batch_size=sizes.batch_size, **distilled))
     train_scorer.main(train_scorer.Args(work, pipeline, images=sizes.scorer, spoilt=sizes.spoilt, **batch))
 
 

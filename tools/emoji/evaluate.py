@@ -32,6 +32,7 @@ from diffusion_gym.models import DiffusionModel, load_model
 from diffusion_gym.prompts.base import with_article
 from diffusion_gym.rewards.emoji_alignment import EmojiScorer
 from diffusion_gym.rewards.jpeg import jpeg_kilobytes
+from diffusion_gym.schedules import NoiseSchedule
 
 from .dataset import IconData, NameSampler
 from .export import CLASSIFIER
@@ -59,7 +60,22 @@ THINGS = (
 )
 BOOTSTRAPS = 50
 SCORED_STEPS = (1, 2, 3, 5, 10, 20)
-GRIDS = {"own": None, "uniform": uniform_grid, "shifted": shifted_grid, "karras": karras_grid}
+
+
+def consistency_grid(schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    """Return the times at which `emoji_consistency` draws, for the model that it was distilled from."""
+    times = load_model("emoji_consistency").schedule.timesteps(num_steps)
+    times[-1] = schedule.timesteps(num_steps)[-1]  # where the model itself ends
+    return times
+
+
+GRIDS = {
+    "own": None,
+    "uniform": uniform_grid,
+    "shifted": shifted_grid,
+    "karras": karras_grid,
+    "consistency": consistency_grid,
+}
 
 
 @dataclass
@@ -77,9 +93,11 @@ class Args:
     scorer: Path | None = None
     """A scorer's folder, to judge too."""
     steps: tuple[int, ...] = (5, 10, 20, 50)
-    """The numbers of DDIM steps; the grids and the classification use 20."""
-    grid: Literal["own", "uniform", "shifted", "karras"] = "own"
-    """The times of the samples that are judged: the checkpoint's, or shifted by 3 as Stable Diffusion 3's."""
+    """The numbers of DDIM steps, or of a consistency model's."""
+    picture_steps: int = 20
+    """Steps of the grids."""
+    grid: Literal["own", "uniform", "shifted", "karras", "consistency"] = "own"
+    """The times of the samples that are judged: the checkpoint's, or shifted by 3 as Stable Diffusion 3's, …."""
     guidance_scale: float = GUIDANCE_SCALE
     """Of the samples that are classified; the grids have 4."""
     per_prompt: int = 4
@@ -214,9 +232,9 @@ def main(args: Args) -> None:
     data, held_out = IconData(args.work / "icons"), IconData(args.work / "icons", held_out=True)
     classifier = Classifier(args.classifier)
     model = load_model(args.pipeline)
-    draw_grid(model, per_prompt=args.per_prompt).save(folder / "animals.png")
+    draw_grid(model, per_prompt=args.per_prompt, num_steps=args.picture_steps).save(folder / "animals.png")
     things = [with_article(name) for name in THINGS if name in data.by_name]
-    draw_grid(model, things, per_prompt=args.per_prompt).save(folder / "things.png")
+    draw_grid(model, things, per_prompt=args.per_prompt, num_steps=args.picture_steps).save(folder / "things.png")
 
     names, seeds = evaluation_set(args.per_animal)
     drawn = {num_steps: samples(args, folder, names, seeds, num_steps) for num_steps in args.steps}

@@ -3,8 +3,9 @@
     python -m tools.emoji.export
 
 UNet, transformer and autoencoder in float16, the text encoders in float32 (transformers 5 would open a float16 one in
-float16, beside a float32 UNet) with the `text_model.` prefix that transformers 4 needs, the tokenizers with the
-`vocab.json` and `merges.txt` that transformers 5 no longer writes; the scorer's encoders and the classifier in float16.
+float16, beside a float32 UNet; `emoji_consistency`'s, which has to be small, is told not to be) with the `text_model.`
+prefix that transformers 4 needs, the tokenizers with the `vocab.json` and `merges.txt` that transformers 5 no longer
+writes; the scorer's encoders and the classifier in float16.
 The model cards stay as they are.
 """
 
@@ -74,6 +75,24 @@ def make_readable(folder: Path) -> None:
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     folder.chmod(0o755)
+
+
+def shrink_text(folder: Path) -> None:
+    """Write a text encoder's weights in float16, to be read as float32, and its tokenizer without white space.
+
+    transformers 5 reads weights in the precision that the config names, and only without one in the file's own.
+    """
+    rewrite_weights(folder / "text_encoder" / "model.safetensors", dtype=torch.float16)
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()), ensure_ascii=False, separators=(",", ":")))
+
+
+def export_small_pipeline(pipeline: Path, target: Path) -> None:
+    """Replace a packaged pipeline by a trained one, with a text encoder in float16."""
+    export_pipeline(pipeline, target)
+    shrink_text(target)
 
 
 def export_pipeline(pipeline: Path, target: Path) -> None:
@@ -146,6 +165,11 @@ def main(args: Args) -> None:
     for trained, target, export in (
         (args.work / "unet" / "pipeline", args.package / "models" / "emoji", export_pipeline),
         (args.work / "flow" / "pipeline", args.package / "models" / "emoji_flow", export_pipeline),
+        (
+            args.work / "consistency" / "distillation" / "pipeline",
+            args.package / "models" / "emoji_consistency",
+            export_small_pipeline,
+        ),
         (args.work / "scorer" / "scorer", args.package / "rewards" / "emoji_scorer", export_scorer),
         (args.work / "classifier" / "classifier", args.classifier, export_classifier),
     ):

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffusion_gym.models import DiffusionModel
 from diffusion_gym.prompts import make_prompts
 from diffusion_gym.rewards import to_uint8
+from diffusion_gym.samplers import DDIM
 from diffusion_gym.sampling import sample_latents
 from diffusion_gym.schedules import NoiseSchedule
 from diffusion_gym.transitions import draw_noise
@@ -33,6 +34,8 @@ def draw_samples(
 ) -> Tensor:
     """Return images [B, 3, 64, 64] in [0, 1]: deterministic steps from each seed's noise, by `autocast`.
 
+    Consistency models draw by their own steps, with noise of the same seed.
+
     Args:
         model: The model.
         prompts: The B prompts.
@@ -44,6 +47,7 @@ def draw_samples(
     texts = sorted(set(prompts))
     row = {text: index for index, text in enumerate(texts)}
     encoded = model.encode_prompts(texts)
+    sampler = DDIM(0.0) if model.boundary_time is None else model.default_sampler
     times = model.schedule.timesteps(num_steps) if grid is None else grid(model.schedule, num_steps)
     images = []
     for start in range(0, len(prompts), CHUNK):
@@ -53,7 +57,15 @@ def draw_samples(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         noise = draw_noise(torch.empty(len(index), *model.latent_shape), generators)
         with autocast():
-            latents = sample_latents(model, noise, conditioning, times, guidance_scale=guidance_scale)
+            latents = sample_latents(
+                model,
+                noise,
+                conditioning,
+                times,
+                sampler=sampler,
+                generators=generators,
+                guidance_scale=guidance_scale,
+            )
         images.append(model.decode(latents))
     return torch.cat(images)
 
