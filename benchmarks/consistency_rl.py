@@ -63,8 +63,8 @@ SETTINGS = {
         queries=960,
     ),
 }
-"""The denoising MDP's are those of `examples/compare_algorithms.py`. The pull to the model before training is what keeps
-the images: see `docs/consistency_uses.md`."""
+"""The denoising MDP's are those of `examples/compare_algorithms.py`. The pull to the model before training is what
+keeps the images: see `docs/consistency_uses.md`."""
 
 
 @dataclass(frozen=True, eq=False)
