@@ -7,8 +7,6 @@ and `emoji` in `DenoisingMDP-v0` with 10, for one reward and then for the other;
 looked at beside. Every run leaves a CSV file: a row per evaluation with the reward queries and CPU seconds of the
 training before it, and both rewards of the images from held-out seeds. So the command can be stopped and given again (a
 run begins anew), and several processes may share one folder. All that is there goes into `table.md` and `curves.png`.
-
-About 25 CPU minutes for each seed.
 """
 
 import argparse
@@ -65,8 +63,8 @@ SETTINGS = {
         queries=960,
     ),
 }
-"""The denoising MDP's are those of `examples/compare_algorithms.py`. Without the pull to the model before training, the
-consistency model gains a tenth more and pays twice as much of the other reward."""
+"""The denoising MDP's are those of `examples/compare_algorithms.py`. The pull to the model before training is what
+keeps the images: see `docs/consistency_uses.md`."""
 
 
 @dataclass(frozen=True, eq=False)
