@@ -38,9 +38,9 @@ def curves_chart(board: Sequence["Standing"], colours: Mapping[str, str]) -> str
                 ax.plot(x, interquartile_mean(y, axis=0), label=one.algorithm, **style)
                 if len(y) > 1:
                     ax.fill_between(x, y.min(0), y.max(0), color=colours[one.algorithm], alpha=0.08, lw=0)
-        axes[0].set(xlabel="reward queries", title=f"gain in {_named(task['reward'])}, %")
-        axes[1].set(xlabel="CPU seconds of training", title=f"gain in {_named(task['reward'])}, %")
-        axes[2].set(xlabel="reward queries", title=f"change of {task['held_out'].rpartition(':')[2]} (held out)")
+        axes[0].set(xlabel="reward queries", title=f"gain in {named(task['reward'])}, %")
+        axes[1].set(xlabel="CPU seconds of training", title=f"gain in {named(task['reward'])}, %")
+        axes[2].set(xlabel="reward queries", title=f"change of {named(task['held_out'])} (held out)")
         axes[2].axhline(-task["tolerance"], color="#b23326", lw=1)
         axes[2].annotate("−δ", (0, -task["tolerance"]), color="#b23326", va="bottom")
         for ax in axes:
@@ -64,8 +64,8 @@ def front_chart(board: Sequence["Standing"], colours: Mapping[str, str]) -> str:
         ax.axhline(-task["tolerance"], color="#b23326", lw=1)
         ax.axhline(0, color="#5b6069", lw=0.8)
         ax.set(
-            xlabel=f"gain in {_named(task['reward'])}, %",
-            ylabel=f"change of {task['held_out'].rpartition(':')[2]} (held out)",
+            xlabel=f"gain in {named(task['reward'])}, %",
+            ylabel=f"change of {named(task['held_out'])} (held out)",
         )
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         return as_svg(figure)
@@ -85,5 +85,6 @@ def profile_chart(board: Sequence["Standing"], colours: Mapping[str, str]) -> st
         return as_svg(figure)
 
 
-def _named(reward: str | Mapping[str, float]) -> str:
+def named(reward: str | Mapping[str, float]) -> str:
+    """Return a reward's name as it is shown: without the module that it comes from."""
     return reward.rpartition(":")[2] if isinstance(reward, str) else " + ".join(reward)

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..evaluation.charts import COLOURS, data_uri
 from ..evaluation.statistics import Interval
-from .charts import curves_chart, front_chart, profile_chart
+from .charts import curves_chart, front_chart, named, profile_chart
 from .score import Trial, interval_of
 
 
@@ -97,6 +97,7 @@ def write_report(trials: Sequence[Trial]) -> str:
     """Return the page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     filters: dict[str, Callable[..., str]] = {
+        "named": named,
         "signed": lambda value, digits=1: f"{value:+.{digits}f}".replace("-", "−"),
         "number": lambda value: "–" if value != value else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}",
     }
