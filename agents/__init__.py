@@ -2,6 +2,7 @@
 
 from .advantages import Batch, Groups, PerPrompt, PromptMeans
 from .callbacks import HeldOutEvaluation
+from .critic import Critic, ValueNetwork
 from .ddpo import DDPOIS, DDPOSF
 from .dpok import DPOK
 from .evaluation import Evaluation, evaluate
@@ -38,6 +39,7 @@ __all__ = [
     "Best",
     "Checkpoints",
     "ContextFreeSchedule",
+    "Critic",
     "DenoisingPolicy",
     "DiffusionNFT",
     "Evaluation",
@@ -63,6 +65,7 @@ __all__ = [
     "Steps",
     "Surrogate",
     "TimePredictor",
+    "ValueNetwork",
     "Window",
     "collect",
     "evaluate",

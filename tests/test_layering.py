@@ -52,13 +52,14 @@ OF_DIFFUSION_GYM = {
 ROOMS_ABOVE = {"evaluation", "callbacks", "benchmark"}  # they judge: they may take rewards and prompts too
 OF_ROOMS_ABOVE = OF_DIFFUSION_GYM | {"rewards", "prompts"}
 FLOORS = (
-    {"policies", "losses", "advantages"},
+    {"policies", "losses", "advantages", "critic"},
     {"experience"},
     {"kl", "steps", "logs", "updates"},
     {"training", "runs"},
     set(),  # the algorithms: every other file
     {"evaluation"},
     {"callbacks"},
+    {"adapters"},
     {"__init__"},
 )
 ALGORITHMS = FLOORS[4]
