@@ -89,8 +89,10 @@ HEAVY = {
         "agents/runs/checkpoints.py",
         "agents/callbacks",
         "agents/logs",
-        "agents/adapters",
+        "agents/adapters/sb3",
     },
+    "torchrl": {"agents/adapters/torchrl.py"},
+    "tensordict": {"agents/adapters/torchrl.py"},
 }
 
 

@@ -1,6 +1,6 @@
 """Stable-Baselines3's stock PPO trains the embedded UNet.
 
-    python examples/plug_ins/sb3_ppo_denoising.py
+python examples/plug_ins/sb3_ppo_denoising.py
 """
 
 import time

@@ -67,9 +67,7 @@ def test_it_is_our_policy(make_vec_env, mixture, reduction):
     seen = observed(env)
     torch.manual_seed(7)
     actions, values, log_prob = policy(seen)
-    expected, expected_log_prob = ours.sample(
-        seen, generators=torch.Generator().manual_seed(7), reduction=reduction
-    )
+    expected, expected_log_prob = ours.sample(seen, generators=torch.Generator().manual_seed(7), reduction=reduction)
     assert torch.equal(actions, expected)
     assert torch.equal(log_prob, expected_log_prob)
     assert values.shape == (4, 1)
@@ -117,7 +115,9 @@ def test_the_critic_learns_faster_than_the_actor(make_vec_env, mixture):
     learner = make("denoising", make_vec_env(), mixture, of_policy={"critic_speed": 100.0}, learning_rate=1e-4)
     policy = learner.policy
     rates = []
-    policy.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append([g["lr"] for g in optimizer.param_groups]))
+    policy.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append([g["lr"] for g in optimizer.param_groups])
+    )
     learner.learn(4 * STEPS)
     assert len(rates) == 2
     np.testing.assert_allclose(rates, [[1e-4, 1e-2]] * 2)
