@@ -91,10 +91,10 @@ class DiffusionTorchRLEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         self._next_seed = seed
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDictBase:
+    def _reset(self, tensordict: TensorDictBase | None = None, **reset_options: Any) -> TensorDictBase:
         mask = None if tensordict is None else tensordict.get("_reset", None)
         partial = {} if mask is None else {"reset_mask": mask.reshape(self.batch_size)}
-        observation, info = self.env.reset(seed=self._next_seed, options={**options, **partial})
+        observation, info = self.env.reset(seed=self._next_seed, options={**reset_options, **partial})
         self._next_seed = None
         ended = torch.from_numpy(info["ended"]).to(self.device)[:, None]
         return self._batch({**observation, **self._flags(ended)})

@@ -53,6 +53,8 @@ class _ActorCriticPolicy(ActorCriticPolicy):
     ) -> None:
         if use_sde:
             raise ValueError("use_sde=True explores by noise of SB3's own; here the sampler's is all: leave it out")
+        if optimizer_kwargs is None and issubclass(optimizer_class, torch.optim.Adam):
+            optimizer_kwargs = {"eps": 1e-8}
         if log_prob_reduction not in get_args(Reduction):
             raise ValueError(f"log_prob_reduction must be one of {get_args(Reduction)}, got {log_prob_reduction!r}")
         super().__init__(
@@ -174,11 +176,11 @@ class ActorDistribution(SB3Distribution):
         self.ours = distribution
         self._action_shape, self._reduction = action_shape, reduction
 
-    def proba_distribution_net(self, *args: object, **kwargs: object) -> nn.Module:
+    def proba_distribution_net(self, *args: object) -> nn.Module:
         """Raise: the networks are the actor's own."""
         raise NotImplementedError("the networks are the actor's own")
 
-    def proba_distribution(self, *args: object, **kwargs: object) -> "ActorDistribution":
+    def proba_distribution(self, *args: object) -> "ActorDistribution":
         """Return it as it is."""
         return self
 
@@ -199,11 +201,11 @@ class ActorDistribution(SB3Distribution):
         """Return the most probable actions, [B, …]."""
         return self.ours.mode
 
-    def actions_from_params(self, *args: object, **kwargs: object) -> Tensor:
+    def actions_from_params(self, *args: object) -> Tensor:
         """Return a draw."""
         return self.get_actions()
 
-    def log_prob_from_params(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def log_prob_from_params(self, *args: object) -> tuple[Tensor, Tensor]:
         """Return a draw and its log-probs."""
         actions = self.get_actions()
         return actions, self.log_prob(actions)
@@ -235,7 +237,8 @@ class DenoisingActorCriticPolicy(_ActorCriticPolicy):
         critic_width: Of the `ValueNetwork`'s layers.
         critic_speed: The critic's learning rate over the actor's, which SB3 has one for.
         optimizer_class: A torch optimizer.
-        optimizer_kwargs: Its keywords.
+        optimizer_kwargs: Its keywords; None: for Adam torch's own, since SB3's ε of 1e-5 is larger than many a gradient
+            of a mean log-prob.
 
     Raises:
         TypeError, ValueError: an argument is out of its range or of the wrong kind, or does not fit the spaces.
@@ -321,7 +324,8 @@ class TimePredictionActorCriticPolicy(_ActorCriticPolicy):
         critic_width: Of the `ValueNetwork`'s layers.
         critic_speed: The critic's learning rate over the actor's, which SB3 has one for.
         optimizer_class: A torch optimizer.
-        optimizer_kwargs: Its keywords.
+        optimizer_kwargs: Its keywords; None: for Adam torch's own, since SB3's ε of 1e-5 is larger than many a gradient
+            of a mean log-prob.
 
     Raises:
         TypeError, ValueError: an argument is out of its range or of the wrong kind, or does not fit the spaces.
