@@ -135,8 +135,8 @@ def train(envs: gym.vector.VectorEnv, agent: Agent, args: Args) -> None:
                 (pg_loss + args.vf_coef * v_loss).backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
-        mean = torch.tensor(returned).mean()
-        print(f"iteration {iteration + 1}: episodic_return {mean:.4f}, clipfrac {torch.stack(clipfracs).mean():.3f}")
+        mean = f"{sum(returned) / len(returned):.4f}" if returned else "none yet"
+        print(f"iteration {iteration + 1}: episodic_return {mean}, clipfrac {torch.stack(clipfracs).mean():.3f}")
 
 
 def main() -> None:

@@ -10,9 +10,11 @@ the ratio of *mean* log-probs. `n_steps` is best a multiple of the episodes' ste
 
 from .policies import ActorDistribution, DenoisingActorCriticPolicy, TimePredictionActorCriticPolicy
 from .vec_env import DiffusionVecEnv
+from .zoo import BatchedLanes
 
 __all__ = [
     "ActorDistribution",
+    "BatchedLanes",
     "DenoisingActorCriticPolicy",
     "DiffusionVecEnv",
     "TimePredictionActorCriticPolicy",
