@@ -1,6 +1,6 @@
 """PPO in one file, in CleanRL's style, on the raw torch vector environment of time prediction: no adapter.
 
-    python examples/plug_ins/cleanrl_ppo_tpm.py
+python examples/plug_ins/cleanrl_ppo_tpm.py
 """
 
 import time
@@ -22,7 +22,7 @@ class Args:
 
     price: float = 0.01
     """Of a network call, in cosine of the scorer."""
-    total_timesteps: int = 12_288
+    total_timesteps: int = 6_144
     """Network calls to learn from."""
     num_envs: int = 32
     """Lanes."""
@@ -102,7 +102,7 @@ def train(envs: gym.vector.VectorEnv, agent: Agent, args: Args) -> None:
             with torch.no_grad():
                 action, logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
             actions.append(action)
-            next_obs, rewards[step], terminations, _, infos = envs.step(action)
+            next_obs, rewards[step], terminations, _, _ = envs.step(action)
             next_done = terminations.float()
             returned += rewards[step][terminations].tolist()  # an episode's return is its last reward
 
@@ -152,8 +152,7 @@ def main() -> None:
     gain, error = after.gain_over(before)
     for name, result in (("before", before), ("after", after)):
         print(
-            f"{name}: reward {result.mean:.4f} ± {result.standard_error:.4f}, "
-            f"{result.lengths.mean():.2f} network calls"
+            f"{name}: reward {result.mean:.4f} ± {result.standard_error:.4f}, {result.lengths.mean():.2f} network calls"
         )
     print(f"gain {gain:+.4f} ± {error:.4f}; {time.process_time() - started:.0f} s of CPU")
 

@@ -52,7 +52,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     env = RslRlEnv(gym.make_vec("DenoisingMDP-v0", num_envs=64, num_steps=3, model="mixture", reward="brightness"))
-    network = {"class_name": "rsl_rl.models:MLPModel", "hidden_dims": [64], "activation": "elu", "obs_normalization": True}
+    network = {
+        "class_name": "rsl_rl.models:MLPModel",
+        "hidden_dims": [64],
+        "activation": "elu",
+        "obs_normalization": True,
+    }
     config = {
         "num_steps_per_env": 3,
         "save_interval": 1000,

@@ -1,6 +1,6 @@
 """Stable-Baselines3's stock PPO trains a time predictor: how few network calls does a picture need?
 
-    python examples/plug_ins/sb3_ppo_tpm.py
+python examples/plug_ins/sb3_ppo_tpm.py
 """
 
 import time
@@ -28,7 +28,7 @@ class Args:
 
     price: float = 0.01
     """Of a network call, in cosine of the scorer."""
-    timesteps: int = 12_288
+    timesteps: int = 6_144
     """Network calls to learn from."""
     num_envs: int = 32
     """Lanes."""

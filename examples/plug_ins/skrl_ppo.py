@@ -33,9 +33,7 @@ class Actor(GaussianMixin, Model):
     """A Gaussian policy with a learned standard deviation, as in skrl's examples."""
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
-        Model.__init__(
-            self, observation_space=env.observation_space, action_space=env.action_space, device=env.device
-        )
+        Model.__init__(self, observation_space=env.observation_space, action_space=env.action_space, device=env.device)
         GaussianMixin.__init__(self)
         self.net = network(self.num_observations, self.num_actions)
         self.log_std = nn.Parameter(torch.zeros(self.num_actions))
@@ -49,9 +47,7 @@ class Value(DeterministicMixin, Model):
     """A value function."""
 
     def __init__(self, env: gym.vector.VectorEnv) -> None:
-        Model.__init__(
-            self, observation_space=env.observation_space, action_space=env.action_space, device=env.device
-        )
+        Model.__init__(self, observation_space=env.observation_space, action_space=env.action_space, device=env.device)
         DeterministicMixin.__init__(self)
         self.net = network(self.num_observations, 1)
 

@@ -53,8 +53,6 @@ class _ActorCriticPolicy(ActorCriticPolicy):
     ) -> None:
         if use_sde:
             raise ValueError("use_sde=True explores by noise of SB3's own; here the sampler's is all: leave it out")
-        if optimizer_kwargs is None and issubclass(optimizer_class, torch.optim.Adam):
-            optimizer_kwargs = {"eps": 1e-8}
         if log_prob_reduction not in get_args(Reduction):
             raise ValueError(f"log_prob_reduction must be one of {get_args(Reduction)}, got {log_prob_reduction!r}")
         super().__init__(
@@ -237,8 +235,8 @@ class DenoisingActorCriticPolicy(_ActorCriticPolicy):
         critic_width: Of the `ValueNetwork`'s layers.
         critic_speed: The critic's learning rate over the actor's, which SB3 has one for.
         optimizer_class: A torch optimizer.
-        optimizer_kwargs: Its keywords; None: for Adam torch's own, since SB3's ε of 1e-5 is larger than many a gradient
-            of a mean log-prob.
+        optimizer_kwargs: Its keywords; None: SB3's, for Adam an ε of 1e-5. That is larger than most gradients of a
+            mean log-prob, so that steps follow the gradient and not its signs: a learning rate of 3e-4 is moderate.
 
     Raises:
         TypeError, ValueError: an argument is out of its range or of the wrong kind, or does not fit the spaces.
@@ -324,8 +322,7 @@ class TimePredictionActorCriticPolicy(_ActorCriticPolicy):
         critic_width: Of the `ValueNetwork`'s layers.
         critic_speed: The critic's learning rate over the actor's, which SB3 has one for.
         optimizer_class: A torch optimizer.
-        optimizer_kwargs: Its keywords; None: for Adam torch's own, since SB3's ε of 1e-5 is larger than many a gradient
-            of a mean log-prob.
+        optimizer_kwargs: Its keywords; None: SB3's.
 
     Raises:
         TypeError, ValueError: an argument is out of its range or of the wrong kind, or does not fit the spaces.
