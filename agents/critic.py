@@ -218,9 +218,9 @@ class Critic(Advantages):
     """
 
     width: int = 64
-    learning_rate: float = 1e-3
-    n_epochs: int = 4
-    batch_size: int = 64
+    learning_rate: float = 3e-3
+    n_epochs: int = 10
+    batch_size: int = 32
     clip: float | None = 5.0
     seed: int = 0
 

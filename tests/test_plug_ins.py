@@ -19,6 +19,9 @@ PRINTED = {
 WRITTEN = {"sb3_ppo_denoising": {"ppo.zip", "before_after.png"}, "sb3_ppo_tpm": {"ppo.zip", "before_after.png"}}
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "plug_ins.md").read_text(), re.DOTALL)
+
+
 def plug_ins():
     """Return the libraries that the Makefile tries."""
     return re.search(r"^PLUG_INS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
@@ -50,3 +53,9 @@ def test_it_runs_to_its_end(tmp_path, name):
         if path.suffix == ".png":
             with Image.open(path) as picture:
                 assert picture.size[0] > 200
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_the_pages_code_runs(index, tmp_path):
+    result = subprocess.run([sys.executable, "-c", BLOCKS[index]], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
