@@ -19,7 +19,6 @@ class BatchedLanes(VecMonitor):
     """
 
     def __init__(self, venv: DummyVecEnv, *, num_envs: int = 32) -> None:
-        spec = venv.envs[0].unwrapped.spec
-        assert spec is not None
+        spec = venv.get_attr("spec")[0]
         venv.close()
         super().__init__(DiffusionVecEnv(gym.make_vec(spec.id, num_envs=num_envs, **spec.kwargs)))
