@@ -32,8 +32,8 @@ class ValueNetwork(nn.Module):
     are the observed times; the prompt is the mean of its token embeddings, or where these are not observed a learned
     vector for each `prompt_id`. Channels and prompt are normalised (LayerNorm). V is 0 before training.
 
-    Source: Fan et al., 2023 (DPOK), appendix B, https://arxiv.org/abs/2305.16381: a small network on the image, the
-    time and the prompt.
+    Source: Fan et al., 2023 (DPOK), whose code has a value function for a baseline,
+    https://arxiv.org/abs/2305.16381. Its layers are not followed here.
 
     Args:
         observation_space: The space of one lane, `env.single_observation_space`.
@@ -202,7 +202,7 @@ class Critic(Advantages):
     V is fitted to the rewards of each rollout once its advantages are known (PPO's, with γ = λ = 1: the reward comes at
     the end). It is saved with the run, which goes on with it exactly. For algorithms that learn from steps.
 
-    Source: Schulman et al., 2017, https://arxiv.org/abs/1707.06347; Fan et al., 2023 (DPOK), appendix B,
+    Source: Schulman et al., 2017 (PPO), https://arxiv.org/abs/1707.06347; Fan et al., 2023 (DPOK),
     https://arxiv.org/abs/2305.16381.
 
     Args:

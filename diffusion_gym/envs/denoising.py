@@ -33,8 +33,7 @@ class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
 
     Gymnasium's vector wrappers that compute with NumPy (`RecordEpisodeStatistics`) work behind
     `gymnasium.wrappers.vector.ArrayConversion(env, env_xp=torch, target_xp=numpy)`, which needs
-    `pip install "gymnasium[array-api]"`. Stable-Baselines3's programs (`evaluate_policy`) take the environments of
-    `gym.make`, behind its own `DummyVecEnv`, and none of `gym.make_vec`.
+    `pip install "gymnasium[array-api]"`. Stable-Baselines3 and TorchRL take it through `agents.adapters`.
 
     Args are those of `DenoisingEnv`, and:
         num_envs: The number of lanes.
