@@ -20,7 +20,20 @@ OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPAT
 # `make test-lowest` needs the oldest Python that pyproject.toml allows.
 LOWEST_PYTHON ?= python3.10
 
-.PHONY: demo test test-numerics test-lowest check format clean emoji-quick
+# Other RL libraries, each with an environment of its own: what pip installs there beside this package.
+PLUG_INS := skrl rsl_rl tianshou rllib rl_zoo3 optuna sb3_video
+INSTALL_skrl := skrl==2.1.1 array-api-compat==1.16.0
+INSTALL_rsl_rl := rsl-rl-lib==5.5.1
+INSTALL_tianshou := tianshou==2.0.1
+INSTALL_rllib := ray[rllib]==2.60.0 array-api-compat==1.16.0
+INSTALL_rl_zoo3 := rl-zoo3==2.9.2
+INSTALL_optuna := optuna==5.0.0
+INSTALL_sb3_video := moviepy==2.2.1
+# Of constraints.txt, what decides how things are done here; the libraries disagree about the rest.
+OURS := ^(torch|gymnasium|diffusers|transformers|stable_baselines3|peft)==
+
+.PHONY: demo test test-numerics test-lowest check format clean emoji-quick plug-ins
+.PRECIOUS: $(VENV)/plug_ins/%/.installed
 
 demo: $(VENV)/.installed  ## train the embedded model with DDPO-IS and show before and after
 	$(MALLOC) $(BIN)/python examples/ddpo_incompressibility.py
@@ -44,6 +57,15 @@ check: $(VENV)/.installed  ## run all that CI runs: formatting, linting, types, 
 emoji-quick: $(VENV)/.installed  ## run the whole chain that makes the embedded model, for moments only
 	$(MALLOC) $(BIN)/python -m tools.emoji.chain --quick --work build/emoji-quick
 
+plug-ins: $(addprefix plug-in-,$(PLUG_INS))  ## try each other RL library; `make plug-in-skrl` one of them
+
+plug-in-rl_zoo3: $(VENV)/plug_ins/rl_zoo3/.installed
+	$(MALLOC) $(<D)/bin/python -m rl_zoo3.train --algo ppo --env DenoisingMDP-v0 --gym-packages diffusion_gym \
+		--conf-file examples/plug_ins/rl_zoo3_ppo.yml --n-timesteps 320 --eval-freq -1 --log-folder runs/rl_zoo3
+
+plug-in-%: $(VENV)/plug_ins/%/.installed
+	$(MALLOC) $(<D)/bin/python $(wildcard examples/plug_ins/$*.py examples/plug_ins/$*_*.py)
+
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -55,6 +77,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The library first: RLlib asks for an older Gymnasium than it works with.
+$(VENV)/plug_ins/%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -E '$(OURS)' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) $$(grep '^torch==' constraints.txt)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) $(INSTALL_$*)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(@D)/constraints.txt -e .
 	touch $@
 
 # By uv: pip needs minutes to find the lowest versions that fit together, or gives up. Asked to look as pip does.

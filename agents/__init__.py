@@ -3,6 +3,7 @@
 from .advantages import Batch, Groups, PerPrompt, PromptMeans
 from .callbacks import HeldOutEvaluation, SampleGrid
 from .consistency import ConsistencyDistillation, ConsistencyTraining, Latents, Trajectories, TrajectoryRegression
+from .critic import Critic, ValueNetwork
 from .ddpo import DDPOIS, DDPOSF
 from .dpok import DPOK
 from .evaluation import Evaluation, evaluate
@@ -43,6 +44,7 @@ __all__ = [
     "ConsistencyTraining",
     "ContextFreeSchedule",
     "Cosine",
+    "Critic",
     "DenoisingPolicy",
     "DiffusionNFT",
     "Evaluation",
@@ -73,6 +75,7 @@ __all__ = [
     "TimePredictor",
     "Trajectories",
     "TrajectoryRegression",
+    "ValueNetwork",
     "Window",
     "collect",
     "evaluate",

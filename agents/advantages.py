@@ -3,17 +3,20 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final, get_args
+from typing import Any, Literal, Protocol, final, get_args
 
 import numpy as np
 import torch
+from gymnasium.spaces import Space
 from torch import Tensor
 
 from diffusion_gym import transfer
 from diffusion_gym.checks import checked_integer, checked_number
 from diffusion_gym.parts import Part
+
+from .policies.base import Observation
 
 GroupBaseline = Literal["leave_one_out", "group_mean"]
 AdvantageScale = Literal["none", "rollout", "global", "group"]
@@ -119,6 +122,22 @@ def warn_of_lonely(prompts: np.ndarray, consequence: str) -> None:
         )
 
 
+class Memory(Protocol):
+    """What advantages remember from one rollout to the next; it is part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered beside tensors, as JSON can hold it."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state_dict` returned."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of the tensors that are remembered, by name."""
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember what `tensors` returned."""
+
+
 class PerPromptStats:
     """Rewards relative to what the same prompt earned lately.
 
@@ -166,14 +185,35 @@ class PerPromptStats:
         """Return what is remembered, as JSON can hold it."""
         return {prompt: list(rewards) for prompt, rewards in self._rewards.items()}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` returned."""
         self._rewards = {prompt: deque(rewards, maxlen=self.buffer_size) for prompt, rewards in state.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return none."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` returned: nothing."""
 
 
 def clip_advantages(advantages: Tensor, clip: float | None) -> Tensor:
     """Return the advantages within ±clip; as they are for None."""
     return advantages if clip is None else torch.clamp(advantages, -clip, clip)
+
+
+class Episodes(Protocol):
+    """What was seen in a rollout's episodes: `Rollout`, for parts that look at states."""
+
+    @property
+    def scored(self) -> np.ndarray:
+        """The actions that are learnt from, [T, B] bool on the host."""
+
+    def observation(self, steps: Tensor, lanes: Tensor) -> Observation:
+        """Return what was observed at M steps of episodes, [M, …] each, given their indices [M] on the device."""
+
+    def micro_batches(self, steps: np.ndarray, lanes: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield indices on the device, `size` at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +226,7 @@ class Rewards:
         prompt_id: [B] int64 on the host; −1 is a prompt outside of the environment's set.
         texts: The environment's prompts.
         group_size: So many episodes side by side have one prompt.
+        episodes: What was seen in the episodes; None: it is not known, as of finished images.
     """
 
     values: Tensor
@@ -193,6 +234,7 @@ class Rewards:
     prompt_id: np.ndarray
     texts: Sequence[str]
     group_size: int
+    episodes: Episodes | None = None
 
     def prompts(self) -> list[str | None]:
         """Return the prompts' texts; None for those outside of the set."""
@@ -202,17 +244,25 @@ class Rewards:
 class Advantages(Part, ABC):
     """How good each episode of a rollout is beside others."""
 
-    def memory(self) -> PerPromptStats | None:
-        """Return a new memory of rewards, for `estimate`; None: it needs none."""
+    def memory(self, observation_space: Space, device: torch.device) -> Memory | None:
+        """Return a new memory, for `estimate`; None: it needs none.
+
+        Args:
+            observation_space: The space of one lane.
+            device: The device of rewards and observations.
+        """
         return None
 
     def check(self, group_size: int) -> None:
         """Raise ValueError if it cannot compare episodes in groups of this size."""
 
     @final
-    def of(self, rewards: Rewards, memory: PerPromptStats | None = None) -> Tensor:
-        """Return the advantage of each episode, [B]: 0 where there is no valid reward; the others' are without it."""
-        if rewards.valid.all() or self.compares_groups:
+    def of(self, rewards: Rewards, memory: Memory | None = None) -> Tensor:
+        """Return the advantage of each episode, [B]: 0 where there is no valid reward; the others' are without it.
+
+        Of each action, [T, B], where it `looks_at_states`.
+        """
+        if rewards.valid.all() or self.compares_groups or self.looks_at_states:
             return self.estimate(rewards, memory)
         rows = np.flatnonzero(rewards.valid)
         kept = torch.from_numpy(rows).to(rewards.values.device)
@@ -227,12 +277,21 @@ class Advantages(Part, ABC):
         """Whether it needs whole groups, those without a valid reward too."""
         return False
 
+    @property
+    def looks_at_states(self) -> bool:
+        """Whether it looks at what was seen in the episodes, those without a valid reward too."""
+        return False
+
     @abstractmethod
-    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
-        """Return the advantage of each episode, [B]; all rewards are valid unless `compares_groups`."""
+    def estimate(self, rewards: Rewards, memory: Memory | None) -> Tensor:
+        """Return the advantage of each episode, [B], or of each action, [T, B], where it `looks_at_states`.
+
+        All rewards are valid unless it `compares_groups` or `looks_at_states`.
+        """
 
 
-def _check_clip(clip: float | None) -> None:
+def check_clip(clip: float | None) -> None:
+    """Raise ValueError if a clip is neither None nor a positive number."""
     if clip is not None:
         checked_number("clip", clip, "(0, inf)")
 
@@ -262,16 +321,19 @@ class PerPrompt(Advantages):
     center: bool = False
 
     def __post_init__(self) -> None:
-        self.memory()
-        _check_clip(self.clip)
+        self._new_memory()
+        check_clip(self.clip)
 
-    def memory(self) -> PerPromptStats:
+    def memory(self, observation_space: Space, device: torch.device) -> PerPromptStats:
         """Return an empty memory of prompts' rewards."""
+        return self._new_memory()
+
+    def _new_memory(self) -> PerPromptStats:
         return PerPromptStats(self.buffer_size, self.buffer_size if self.min_count is None else self.min_count)
 
-    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
+    def estimate(self, rewards: Rewards, memory: Memory | None) -> Tensor:
         """Return the advantages, [B]; the memory then knows these rewards too."""
-        assert memory is not None
+        assert isinstance(memory, PerPromptStats)
         advantages = memory.update(rewards.prompts(), transfer.to_host(rewards.values).tolist())
         if self.center:
             advantages -= advantages.mean()
@@ -290,9 +352,9 @@ class Batch(Advantages):
     clip: float | None = 5.0
 
     def __post_init__(self) -> None:
-        _check_clip(self.clip)
+        check_clip(self.clip)
 
-    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
+    def estimate(self, rewards: Rewards, memory: Memory | None) -> Tensor:
         """Return the advantages, [B]."""
         return clip_advantages(normalise(rewards.values), self.clip)
 
@@ -326,7 +388,7 @@ class Groups(Advantages):
                 f'baseline={self.baseline!r} has no effect with scale="rollout", which divides out the factor by which '
                 "baselines differ: give another scale, or leave the baseline out"
             )
-        _check_clip(self.clip)
+        check_clip(self.clip)
 
     @property
     def compares_groups(self) -> bool:
@@ -341,7 +403,7 @@ class Groups(Advantages):
                 f"{group_size}; give rollouts=Rollouts(group_size=4)"
             )
 
-    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
+    def estimate(self, rewards: Rewards, memory: Memory | None) -> Tensor:
         """Return the advantages, [B]."""
         groups = rewards.values.reshape(-1, rewards.group_size)
         advantages = group_advantages(groups, baseline=self.baseline, scale=self.scale).flatten()
@@ -362,9 +424,9 @@ class PromptMeans(Advantages):
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        _check_clip(self.clip)
+        check_clip(self.clip)
 
-    def estimate(self, rewards: Rewards, memory: PerPromptStats | None) -> Tensor:
+    def estimate(self, rewards: Rewards, memory: Memory | None) -> Tensor:
         """Return the advantages, [B]."""
         warn_of_lonely(rewards.prompt_id, "nothing is learnt from it")
         return clip_advantages(grouped_by_prompt(rewards.values, rewards.prompt_id), self.clip)

@@ -26,8 +26,9 @@ class DPOK(PolicyGradient):
     """DPOK's objective with PPO's clipped ratio of each step, and a baseline of the group.
 
     Note:
-        The code has a learned value function for a baseline (here: the group's other samples), and for the KL the
-        squared distance of the predicted noises, which weighs the steps otherwise than the divergence in nats here.
+        The code has a learned value function for a baseline (here: the group's other samples, or
+        `advantages=Critic()`), and for the KL the squared distance of the predicted noises, which weighs the steps
+        otherwise than the divergence in nats here.
 
     Source: Fan et al., 2023, algorithm 1, https://arxiv.org/abs/2305.16381.
 

@@ -101,12 +101,12 @@ class DiffusionNFT(Regression):
         checked_number("kl_coefficient", self.kl_coefficient, "[0, inf)")
         checked_number("max_decay", self.max_decay, "[0, 1)")
         super().__post_init__()
-        if not isinstance(self.advantages, Advantages) or self.advantages.compares_groups:
+        advantages = self.advantages
+        if not isinstance(advantages, Advantages) or advantages.compares_groups or advantages.looks_at_states:
             raise TypeError(
-                "advantages must compare samples by their prompts, PromptMeans() or PerPrompt(16); "
-                f"got {self.advantages!r}"
+                f"advantages must compare samples by their prompts, PromptMeans() or PerPrompt(16); got {advantages!r}"
             )
-        self._memory = self.advantages.memory()
+        self._memory = advantages.memory(self.env.single_observation_space, self.base_env.device)
         self._reference = self.policy.reference() if self.kl_coefficient else None
         frozen = [parameter for parameter in self.policy.parameters() if not parameter.requires_grad]
         shared = {id(value): value for value in (self.policy.model, *frozen)}

@@ -40,12 +40,12 @@ def test_embedded_models_are_small(name, most):
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < most
 
 
-def test_every_dependency_has_one_lower_bound_which_the_tested_versions_meet():
+def test_every_dependency_has_one_lower_bound_or_a_pin_which_the_tested_versions_meet():
     tested = dict(re.findall(r"^([^=;#\s]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     tested = {canonicalize_name(name): Version(version) for name, version in tested.items()}
     project = PROJECT["project"]
     for requirement in map(Requirement, sum(project["optional-dependencies"].values(), project["dependencies"])):
-        bounds = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
+        bounds = [Version(bound.version) for bound in requirement.specifier if bound.operator in (">=", "==")]
         assert len(bounds) == 1, requirement
         if requirement.name != "tomli":  # Python 3.10 alone needs it
             assert bounds[0] <= tested[canonicalize_name(requirement.name)], requirement

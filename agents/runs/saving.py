@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gymnasium.vector import VectorEnv
+from safetensors.torch import load_file, save_file
 
 from diffusion_gym.envs.contract import TorchVectorEnv
 from diffusion_gym.parts import Part, made
@@ -32,6 +33,7 @@ Run = TypeVar("Run", bound="Algorithm")
 STATE_FILE = "training_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _AVERAGE_FILE = "averaged_weights.safetensors"
+_FURTHER_FILE = "training_state.safetensors"
 _COUNTERS = ("iteration", "evaluation_queries")
 # The number of lanes and where they are change no result that is more than rounding; prompts are compared as texts, and
 # models by their weights.
@@ -82,6 +84,8 @@ def save_run(algorithm: "Algorithm", path: str | Path) -> None:
         save_optimizer(updates.optimizer, folder / _OPTIMIZER_FILE)
         if updates.average is not None:
             updates.average.save(folder / _AVERAGE_FILE)
+        if tensors := algorithm.tensors():
+            save_file(tensors, folder / _FURTHER_FILE)
         text = json.dumps(_state_of(algorithm), indent=2, default=_plain)
         (folder / STATE_FILE).write_text(text)
         write_manifest(folder)
@@ -196,6 +200,8 @@ def _restore(run: "Algorithm", folder: Path, state: Mapping[str, Any]) -> None:
     run.log_identity = state.get("log_identity", run.log_identity)
     run.callback_states = state.get("callbacks", {})
     run.load_state(state["extra"])
+    if run.tensors():
+        run.load_tensors(load_file(folder / _FURTHER_FILE, device=str(run.device)))
     for name, policy in run.saved_policies().items():
         policy.load_weights(folder / name)
 

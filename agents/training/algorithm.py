@@ -228,6 +228,13 @@ class Algorithm(ABC):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` returned."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of the tensors that a resumed run needs beside those of `state`, weights and optimizer."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` returned."""
+
     def saved_policies(self) -> Mapping[str, Policy]:
         """Return the policies that a checkpoint holds beside the trained one, by the name of their folder."""
         return {}
@@ -367,7 +374,7 @@ class Algorithm(ABC):
     def _iterate(self, callbacks: BaseCallback, total_timesteps: int, stopwatch: Stopwatch, log_interval: int) -> bool:
         """Collect a rollout and learn from it; return whether no callback has ended the training."""
         learnt = False
-        state = self.state()
+        state, tensors = self.state(), self.tensors()
         self.updates.clear()
         stopwatch.start_rollout()
         try:
@@ -379,7 +386,7 @@ class Algorithm(ABC):
                 learnt = True
         finally:
             if not learnt:
-                self._take_back(state)
+                self._take_back(state, tensors)
         if rollout is None:
             return False
         self.iteration += 1
@@ -388,13 +395,14 @@ class Algorithm(ABC):
             self._report(rollout, metrics, stopwatch)
         return True
 
-    def _take_back(self, state: Mapping[str, Any]) -> None:
+    def _take_back(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Forget what an iteration that is not finished counted, remembered of rewards, and left of a gradient."""
         self.updates.clear()
         self.num_timesteps = self.counts_at_boundary["num_timesteps"]
         self.reward_queries = self.counts_at_boundary["reward_queries"]
         self.base_env.reward.load_state_dict(self.reward_at_boundary)
         self.load_state(state)
+        self.load_tensors(tensors)
 
     def _train(self, rollout: Rollout) -> Metrics:
         """Call `train`, and warn where it goes around `updates.apply`."""

@@ -42,7 +42,8 @@ class PolicyGradient(Algorithm):
     transitions, however long an episode is.
 
     Args:
-        advantages: How good each episode is beside others: `PerPrompt(…)`, `Batch(…)`, `Groups(…)`, `PromptMeans(…)`.
+        advantages: How good each episode is beside others, `PerPrompt(…)`, `Batch(…)`, `Groups(…)`, `PromptMeans(…)`,
+            or each action beside what was expected, `Critic(…)`.
         steps: Which steps are stochastic and learnt from, and how much each counts.
         kl: A pull to a reference policy; None: none.
         stop_kl: Before an update whose `train/approx_kl` (k3, of the log-probs as they are reduced) to the policy that
@@ -68,7 +69,12 @@ class PolicyGradient(Algorithm):
         if not isinstance(self.kl, KL | None):
             raise TypeError(f"kl must be None or a part, such as KL(0.1); got {self.kl!r}")
         self.advantages.check(self.sizes.group)
-        self._memory = self.advantages.memory()
+        if self.advantages.looks_at_states and self.processes.count > 1:
+            raise ValueError(
+                f"each of {self.processes.count} processes would fit a critic of its own to its own episodes: train in "
+                f"one process, or with advantages that compare rewards alone; got {self.advantages!r}"
+            )
+        self._memory = self.advantages.memory(self.env.single_observation_space, self.base_env.device)
         self.steps.check(self.policy, self.base_env)
         if self.stop_kl is not None:
             checked_number("stop_kl", self.stop_kl, "(0, inf)")
@@ -107,10 +113,11 @@ class PolicyGradient(Algorithm):
     def advantages_of(self, rollout: Rollout) -> Tensor:
         """Return the advantage of each episode, [B], 0 where it has no valid reward; asked once for each rollout.
 
-        A subclass that overrides it makes no use of the field `advantages`.
+        Of each action, [T, B], where the part `looks_at_states`. A subclass that overrides it makes no use of the field
+        `advantages`.
         """
         rewards = Rewards(
-            rollout.returns, rollout.valid, rollout.prompt_id, self.base_env.prompts.texts, self.sizes.group
+            rollout.returns, rollout.valid, rollout.prompt_id, self.base_env.prompts.texts, self.sizes.group, rollout
         )
         return self.advantages.of(rewards, self._memory)
 
@@ -312,6 +319,15 @@ class PolicyGradient(Algorithm):
             self.penalty.load_state_dict(state["kl"])
         if self._memory is not None:
             self._memory.load_state_dict(state["advantages"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return those of the memory of rewards: a critic's."""
+        return {} if self._memory is None else self._memory.tensors()
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` returned."""
+        if self._memory is not None:
+            self._memory.load_tensors(tensors)
 
     def saved_policies(self) -> Mapping[str, Policy]:
         """Return the reference, where it cannot be made anew."""

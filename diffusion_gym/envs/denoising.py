@@ -35,8 +35,7 @@ class DenoisingVectorEnv(DiffusionVectorEnv, EzPickle):
     of an episode, where the reward is computed.
 
     Gymnasium's vector wrappers that compute with NumPy (`RecordEpisodeStatistics`) work behind
-    `diffusion_gym.wrappers.TorchToNumpy(env)`. Stable-Baselines3's programs (`evaluate_policy`) take the environments
-    of `gym.make`, behind its own `DummyVecEnv`, and none of `gym.make_vec`.
+    `diffusion_gym.wrappers.TorchToNumpy(env)`. Stable-Baselines3 and TorchRL take it through `agents.adapters`.
 
     Args are those of `DenoisingEnv`, and:
         num_envs: The number of lanes.

@@ -7,6 +7,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Dict
 
 from agents import Batch, Groups, PerPrompt, PromptMeans
 from agents.advantages import (
@@ -19,6 +20,8 @@ from agents.advantages import (
     normalise,
     warn_of_lonely,
 )
+
+NOWHERE = (Dict(), torch.device("cpu"))
 
 
 def rewards_of(values, prompt_id=None, *, texts=("a cat", "a dog"), group_size=1, valid=None):
@@ -204,7 +207,7 @@ def test_wrong_counts_are_refused():
 @pytest.mark.parametrize("center", [False, True])
 def test_centred_advantages_have_mean_zero(center):
     part = PerPrompt(8, 1, center=center)
-    memory = part.memory()
+    memory = part.memory(*NOWHERE)
     memory.update(["a cat", "a dog"] * 2, [-1.0] * 4)  # the reward was lower before
     advantages = part.of(rewards_of([0.5, 1.0, 2.0, 0.0], [0, 1, 0, 1]), memory)
     assert (abs(float(advantages.mean())) < 1e-6) is center
@@ -219,7 +222,7 @@ def test_a_part_is_the_function_of_its_name():
     assert torch.equal(PromptMeans().of(rewards), grouped_by_prompt(values, rewards.prompt_id))
     part = PerPrompt(4, 2, clip=None)
     expected = PerPromptStats(4, 2).update(rewards.prompts(), values.tolist())
-    assert torch.equal(part.of(rewards, part.memory()), torch.from_numpy(expected))
+    assert torch.equal(part.of(rewards, part.memory(*NOWHERE)), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +230,9 @@ def test_a_part_is_the_function_of_its_name():
 )
 def test_advantages_are_clipped_after_all_else(part):
     rewards = rewards_of([0.0, 4.0, 1.0, 2.0], [0, 0, 1, 1], group_size=2)
-    free = dataclasses.replace(part, clip=None).of(rewards, part.memory())
+    free = dataclasses.replace(part, clip=None).of(rewards, part.memory(*NOWHERE))
     assert free.abs().max() > 0.5
-    torch.testing.assert_close(part.of(rewards, part.memory()), free.clamp(-0.5, 0.5), rtol=0, atol=0)
+    torch.testing.assert_close(part.of(rewards, part.memory(*NOWHERE)), free.clamp(-0.5, 0.5), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("part", [PerPrompt(4, 1), Batch(), Groups(), PromptMeans()])
@@ -237,19 +240,19 @@ def test_an_episode_without_a_reward_counts_for_no_other(part):
     rewards = rewards_of(
         [1.0, float("nan"), 6.0, 0.0, 5.0, 3.0], [0, 0, 0, 1, 1, 1], group_size=3, valid=[1, 0] + [1] * 4
     )
-    advantages = part.of(rewards, part.memory())
+    advantages = part.of(rewards, part.memory(*NOWHERE))
     assert float(advantages[1]) == 0
     if not part.compares_groups:
         rest = [0, 2, 3, 4, 5]
-        others = part.of(rewards_of(rewards.values[rest], rewards.prompt_id[rest]), part.memory())
+        others = part.of(rewards_of(rewards.values[rest], rewards.prompt_id[rest]), part.memory(*NOWHERE))
         assert torch.equal(advantages[rest], others)
     else:
         torch.testing.assert_close(advantages, torch.tensor([-5.0, 0.0, 5.0, -4.0, 3.5, 0.5]))
 
 
 def test_a_prompt_counts_from_a_full_memory_on_unless_said_otherwise():
-    assert (PerPrompt(16).memory().min_count, PerPrompt(16, 2).memory().min_count) == (16, 2)
-    assert [part.memory() for part in (Batch(), Groups(), PromptMeans())] == [None] * 3
+    assert (PerPrompt(16).memory(*NOWHERE).min_count, PerPrompt(16, 2).memory(*NOWHERE).min_count) == (16, 2)
+    assert [part.memory(*NOWHERE) for part in (Batch(), Groups(), PromptMeans())] == [None] * 3
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from agents import (
     Batch,
     Best,
     ContextFreeSchedule,
+    Critic,
     DenoisingPolicy,
     DiffusionNFT,
     FixedSchedule,
@@ -174,9 +175,19 @@ PER_PROMPT = [
     Change("advantages.center", True, COUNTED),
     Change("advantages.clip", 0.1, COUNTED),
 ]
+JUDGED = {"advantages": Critic()}
+CRITIC = [
+    Change("advantages.width", 16, JUDGED),
+    Change("advantages.learning_rate", 0.1, JUDGED),
+    Change("advantages.n_epochs", 40, JUDGED),
+    Change("advantages.batch_size", 4, JUDGED),
+    Change("advantages.clip", 0.1, JUDGED),
+    Change("advantages.seed", 1, JUDGED),
+]
 PROMPT_MEANS = [Change("advantages.clip", 0.1, {"advantages": PromptMeans()})]
 PARTS_OF_TRAJECTORIES = [
     *PER_PROMPT,
+    *CRITIC,
     *PROMPT_MEANS,
     Change("advantages.clip", 0.1, {"advantages": Batch()}),
     Change("advantages.clip", 0.1, {"advantages": Groups()}),

@@ -1,0 +1,1 @@
+"""Doors for other RL libraries, a file for each; nothing else here imports them."""
