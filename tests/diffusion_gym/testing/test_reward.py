@@ -244,7 +244,7 @@ def test_weaknesses_are_reported_and_refused_where_the_check_is_strict(kind, nam
         Threshold(Timed("brightness"), 0.3),
         Redness(),
     ],
-    ids=str,
+    ids=lambda reward: reward if isinstance(reward, str) else type(reward).__name__,
 )
 def test_rewards_pass_without_a_weakness(reward):
     check_reward(reward, strict=True)
