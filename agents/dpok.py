@@ -27,7 +27,8 @@ class DPOK(PolicyGradient):
 
     Note:
         The code has a learned value function for a baseline (here: the group's other samples; or
-        `advantages=Critic()`, of `agents`), and for the KL the squared distance of the predicted noises, which weighs the steps otherwise than the divergence in nats here.
+        `advantages=Critic()`, of `agents`), and for the KL the squared distance of the predicted noises, which weighs
+        the steps otherwise than the divergence in nats here.
 
     Source: Fan et al., 2023, algorithm 1, https://arxiv.org/abs/2305.16381.
 
