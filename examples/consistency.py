@@ -4,8 +4,8 @@
 
 The teacher's trajectories are drawn, f is regressed on their ends, then distilled. Writes `samples.png`, the same
 noises in 1, 2 and 4 steps of the student (one pass each) and in the teacher's 4 (two passes each), `edits.png`, the
-right halves of these completed in 8 steps, and `pipeline/`, which diffusers opens; with `--quick` in 8
-minutes on a shared core:
+right halves of these completed in 8 steps, and `pipeline/`, which diffusers opens; with `--quick` in 8 minutes on a
+shared core:
 
     LatentConsistencyModelPipeline.from_pretrained("runs/consistency/pipeline")("a fox", num_inference_steps=2)
 """

@@ -77,6 +77,8 @@ class Processes:
         ValueError: options of `--use_fsdp` are not understood here.
     """
 
+    share_weights: bool = False
+
     def __init__(self) -> None:
         self.rank, self.count = 0, 1
         self.share_weights = sharding.is_asked_for()

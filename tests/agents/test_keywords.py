@@ -316,10 +316,14 @@ def test_the_tables_have_every_field_of_every_part():
     assert {(part, one.name) for part in parts() for one in fields(part)} <= tried
 
 
+# Learners from data, and edits: see consistency/test_keywords.py, and test_operators.py.
+LEARNERS = ("agents.consistency.", "agents.training.learner", "diffusion_gym.consistency.")
+
+
 def parts(kind=Part):
-    """Return all parts of the two packages, but those of learners from data (see consistency/test_keywords.py)."""
+    """Return all parts of the two packages that algorithms and policies are given."""
     for child in kind.__subclasses__():
-        is_of_learners = child.__module__.startswith(("agents.consistency.", "agents.training.learner"))
+        is_of_learners = child.__module__.startswith(LEARNERS)
         is_here = child.__module__.startswith(("agents.", "diffusion_gym.")) and not is_of_learners
         if not inspect.isabstract(child) and is_here:
             yield child

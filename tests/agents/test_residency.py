@@ -18,7 +18,7 @@ from tests.tiny import make_tiny_stable_diffusion
 
 ROOMS = Path(agents.__file__).parent
 # What many processes gather are tensors on the host.
-ON_THE_HOST = {"distributed.py"}
+ON_THE_HOST = {"distributed.py", "data.py"}  # the second keeps what a learner learns from
 SIZES = {"rollouts": Rollouts(samples=3, micro_batch_size=2), "batch_size": 3, "seed": 0}
 REWARDED = [(2, 3), (3,)]  # whether actions and images are finite, and whether rewards are
 UPDATED = [(2,)]  # whether losses and the gradient are finite

@@ -10,7 +10,7 @@ from diffusion_gym import transfer
 
 PACKAGE = Path(diffusion_gym.__file__).parent
 # Schedules and grids work on the host; their constructors bring there what they are given.
-ON_THE_HOST = {"schedules.py", "grids.py", "transfer.py"}
+ON_THE_HOST = {"schedules.py", "grids.py", "transfer.py", "sharding.py"}  # the last gathers weights for a file
 
 
 @pytest.mark.parametrize(

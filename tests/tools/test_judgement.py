@@ -116,7 +116,9 @@ def test_the_whole_chain_runs_from_the_registry_to_a_report(registry, tmp_path, 
     monkeypatch.setattr(
         chain,
         "QUICK",
-        chain.Sizes(vae=32, unet=32, flow=32, pool=64, classifier=64, scorer=64, spoilt=40, batch_size=32),
+        chain.Sizes(
+            vae=32, unet=32, flow=32, consistency=32, pool=64, classifier=64, scorer=64, spoilt=40, batch_size=32
+        ),
     )
     monkeypatch.setattr(evaluate, "SCORED_STEPS", (1, 2, 4))
     arguments = chain.Args(tmp_path, registry=url, quick=True)
