@@ -10,7 +10,8 @@ from diffusion_gym import transfer
 
 PACKAGE = Path(diffusion_gym.__file__).parent
 # Schedules and grids work on the host; their constructors bring there what they are given.
-ON_THE_HOST = {"schedules.py", "grids.py", "transfer.py", "sharding.py"}  # the last gathers weights for a file
+# The last one gathers weights for a file.
+ON_THE_HOST = {"schedules.py", "grids.py", "transfer.py", "sharding.py"}
 
 
 @pytest.mark.parametrize(
