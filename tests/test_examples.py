@@ -207,7 +207,7 @@ def test_rloo_tpm(tmp_path):
     text = run("rloo_tpm.py", output)
     assert len(re.findall(r"[\d.]+ calls   distance 0\.\d+ ± 0\.\d+   error 0\.\d+ ± .*   alignment 0\.", text)) == 12
     assert len(re.findall(r"against .* at 1\d\.\d\d calls: (distance|error) [+-]\d+%, better by", text)) == 4
-    assert len(re.findall(r"calls for what uniform steps reach with 20", text)) == 6
+    assert len(re.findall(r"calls for what uniform steps reach with 20", text)) == 7
     for name in ("quality.png", "times.png", "path.png"):
         with Image.open(output / name) as picture:
             assert picture.size[0] > 700
