@@ -2,26 +2,22 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 from ..evaluation.charts import STYLE, as_svg
-from .score import interquartile_mean, profile
-
-if TYPE_CHECKING:
-    from .report import Standing
+from .score import Standing, interquartile_mean, profile
 
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 
 
-def _lines(board: Sequence["Standing"]) -> "itertools.cycle[object]":
+def _lines(board: Sequence[Standing]) -> "itertools.cycle[object]":
     return itertools.cycle(_DASHES)
 
 
-def curves_chart(board: Sequence["Standing"], colours: Mapping[str, str]) -> str:
+def curves_chart(board: Sequence[Standing], colours: Mapping[str, str]) -> str:
     """Return the gain over reward queries and over seconds, and beside it the held-out reward over queries."""
     task = board[0].trials[0].run["task"]
     with mpl.rc_context(STYLE):
@@ -49,7 +45,7 @@ def curves_chart(board: Sequence["Standing"], colours: Mapping[str, str]) -> str
         return as_svg(figure)
 
 
-def front_chart(board: Sequence["Standing"], colours: Mapping[str, str]) -> str:
+def front_chart(board: Sequence[Standing], colours: Mapping[str, str]) -> str:
     """Return the gain against the change of the held-out reward: who gains most before it pays."""
     task = board[0].trials[0].run["task"]
     with mpl.rc_context(STYLE):
@@ -71,7 +67,7 @@ def front_chart(board: Sequence["Standing"], colours: Mapping[str, str]) -> str:
         return as_svg(figure)
 
 
-def profile_chart(board: Sequence["Standing"], colours: Mapping[str, str]) -> str:
+def profile_chart(board: Sequence[Standing], colours: Mapping[str, str]) -> str:
     """Return the performance profiles: the share of seeds whose score is above each level."""
     highest = max(max(one.scores) for one in board)
     levels = np.linspace(0, max(highest, 1.0) * 1.05, 200)

@@ -2,74 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from ..evaluation.charts import COLOURS, data_uri
-from ..evaluation.statistics import Interval
 from .charts import curves_chart, front_chart, named, profile_chart
-from .score import Trial, interval_of
-
-
-@dataclass(frozen=True, eq=False)
-class Standing:
-    """An algorithm on a task, over its seeds.
-
-    Args:
-        algorithm: The algorithm's name.
-        trials: Its trials, one for each seed.
-    """
-
-    algorithm: str
-    trials: Sequence[Trial]
-
-    @cached_property
-    def score(self) -> Interval:
-        """The interquartile mean of the scores, in per cent."""
-        return interval_of([trial.score for trial in self.trials])
-
-    @cached_property
-    def unconstrained(self) -> Interval:
-        """That of the largest gains at any price."""
-        return interval_of([trial.unconstrained for trial in self.trials])
-
-    @property
-    def scores(self) -> list[float]:
-        """Each trial's score."""
-        return [trial.score for trial in self.trials]
-
-    def median(self, column: str, *, at_best: bool = False) -> float:
-        """Return the median over seeds of a column of the curve, at the end or where the score was reached."""
-        return float(np.median([trial.curve[column][trial.best if at_best else -1] for trial in self.trials]))
-
-    @property
-    def queries(self) -> float:
-        """The median reward queries to the score."""
-        return float(np.median([trial.queries for trial in self.trials]))
-
-    @property
-    def problems(self) -> list[str]:
-        """What makes trials none of the protocol's."""
-        return [f"seed {trial.run['seed']}: {text}" for trial in self.trials for text in trial.run["problems"]]
-
-
-def standings(trials: Sequence[Trial], task: str) -> list[Standing]:
-    """Return a task's algorithms, the best score first."""
-    by_algorithm: dict[str, list[Trial]] = {}
-    for trial in trials:
-        if trial.run["task"]["name"] == task:
-            by_algorithm.setdefault(trial.algorithm, []).append(trial)
-    every = [Standing(name, sorted(found, key=_seed)) for name, found in by_algorithm.items()]
-    return sorted(every, key=lambda standing: standing.score.mean, reverse=True)
-
-
-def _seed(trial: Trial) -> int:
-    return int(trial.run["seed"])
+from .score import Standing, Trial, standings
 
 
 def tasks_of(trials: Sequence[Trial]) -> list[str]:

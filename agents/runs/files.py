@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_gym.models import sharding
 
+from ..updates.updates import Updates
 from .manifest import top_level_names
 
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_AVERAGE_FILE = "averaged_weights.safetensors"
 _PREVIOUS = ".previous"
 _PARTIAL = ".partial"
 _OF_EACH_WEIGHT = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -165,3 +168,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, file: Path) -> None:
         for name in values.keys() & set(_OF_EACH_WEIGHT):
             values[name] = sharding.like(weights[index], values[name])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_updates(updates: Updates, folder: Path) -> None:
+    """Write the optimizer's state, and the averaged weights where they are kept."""
+    save_optimizer(updates.optimizer, folder / _OPTIMIZER_FILE)
+    if updates.average is not None:
+        updates.average.save(folder / _AVERAGE_FILE)
+
+
+def load_updates(updates: Updates, folder: Path, state: Mapping[str, Any]) -> None:
+    """Take back what `save_updates` wrote, and the counts in a run's state: `guard` and `num_updates`."""
+    load_optimizer(updates.optimizer, folder / _OPTIMIZER_FILE)
+    if updates.average is not None:
+        updates.average.load(folder / _AVERAGE_FILE)
+    updates.guard.load_state_dict(state["guard"])
+    updates.num_updates = state["num_updates"]

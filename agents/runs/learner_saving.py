@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_gym.parts import Part, made
 
-from .files import existing_folder, load_optimizer, replaced_folder, save_optimizer
+from .files import existing_folder, load_updates, replaced_folder, save_updates
 from .manifest import whole_checkpoint, write_manifest
 from .saving import STATE_FILE
 
 if TYPE_CHECKING:
     from ..training.learner import Learner
 
-_OPTIMIZER_FILE = "optimizer.safetensors"
-_AVERAGE_FILE = "averaged_weights.safetensors"
 _NETWORK = "network"
 
 
@@ -38,9 +36,7 @@ def save_learner(learner: "Learner", path: str | Path) -> None:
         for name, network in {_NETWORK: learner.network, **learner.networks()}.items():
             (folder / name).mkdir()
             learner.adaptation.save(network, folder / name, model=learner.model)
-        save_optimizer(updates.optimizer, folder / _OPTIMIZER_FILE)
-        if updates.average is not None:
-            updates.average.save(folder / _AVERAGE_FILE)
+        save_updates(updates, folder)
         state = {
             "learner": type(learner).__name__,
             "hyperparameters": learner.hyperparameters(),
@@ -93,13 +89,8 @@ def restore_learner(learner: "Learner", path: str | Path) -> None:
     """
     folder = whole_checkpoint(existing_folder(Path(path)))
     state = json.loads((folder / STATE_FILE).read_text())
-    model, updates = learner.model, learner.updates
     for name, network in {_NETWORK: learner.network, **learner.networks()}.items():
-        learner.adaptation.load(network, folder / name, model=model, trained_on=model.source)
-    load_optimizer(updates.optimizer, folder / _OPTIMIZER_FILE)
-    if updates.average is not None:
-        updates.average.load(folder / _AVERAGE_FILE)
-    updates.guard.load_state_dict(state["guard"])
-    updates.num_updates = state["num_updates"]
+        learner.adaptation.load(network, folder / name, model=learner.model, trained_on=learner.model.source)
+    load_updates(learner.updates, folder, state)
     learner.num_timesteps, learner.iteration = state["num_timesteps"], state["iteration"]
     learner.callback_states, learner.log_identity = state["callbacks"], state["log_identity"]

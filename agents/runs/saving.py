@@ -21,7 +21,7 @@ from ..experience.environment import torch_env
 from ..logs.reports import environment_settings
 from ..policies import Policy, load_policy
 from ..policies.base import CONFIG_FILE, write_config
-from .files import existing_folder, load_optimizer, replaced_folder, save_optimizer
+from .files import existing_folder, load_updates, replaced_folder, save_updates
 from .manifest import whole_checkpoint, write_manifest
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 Run = TypeVar("Run", bound="Algorithm")
 
 STATE_FILE = "training_state.json"
-_OPTIMIZER_FILE = "optimizer.safetensors"
-_AVERAGE_FILE = "averaged_weights.safetensors"
 _FURTHER_FILE = "training_state.safetensors"
 _COUNTERS = ("iteration", "evaluation_queries")
 # The number of lanes and where they are change no result that is more than rounding; prompts are compared as texts, and
@@ -81,9 +79,7 @@ def save_run(algorithm: "Algorithm", path: str | Path) -> None:
             write_config(folder, algorithm.policy)
         for name, policy in algorithm.saved_policies().items():
             policy.save(folder / name)
-        save_optimizer(updates.optimizer, folder / _OPTIMIZER_FILE)
-        if updates.average is not None:
-            updates.average.save(folder / _AVERAGE_FILE)
+        save_updates(updates, folder)
         if tensors := algorithm.tensors():
             save_file(tensors, folder / _FURTHER_FILE)
         text = json.dumps(_state_of(algorithm), indent=2, default=_plain)
@@ -187,11 +183,7 @@ def _remade(value: Any) -> Any:
 
 def _restore(run: "Algorithm", folder: Path, state: Mapping[str, Any]) -> None:
     """Restore the state that `save_run` wrote, but for the constructor's arguments."""
-    load_optimizer(run.updates.optimizer, folder / _OPTIMIZER_FILE)
-    if run.updates.average is not None:
-        run.updates.average.load(folder / _AVERAGE_FILE)
-    run.updates.guard.load_state_dict(state["guard"])
-    run.updates.num_updates = state["num_updates"]
+    load_updates(run.updates, folder, state)
     run.base_env.reward.load_state_dict(state.get("reward", {}))
     run.num_timesteps, run.reward_queries = state["num_timesteps"], state["reward_queries"]
     run.mark_boundary()

@@ -267,21 +267,7 @@ class DenoisingActorCriticPolicy(_ActorCriticPolicy):
     ) -> None:
         loaded = model if isinstance(model, DiffusionModel) else load_model(model, device=get_device(device))
 
-        def make_actor(seed: int) -> DenoisingPolicy:
-            return DenoisingPolicy(
-                loaded,
-                sampler=sampler,
-                adaptation=adaptation,
-                guidance_scale=guidance_scale,
-                precision=precision,
-                gradient_checkpointing=gradient_checkpointing,
-                prompts=prompts,
-                negative_prompt=negative_prompt,
-                seed=seed,
-            )
-
-        arguments = {
-            "model": model,
+        actor: dict[str, Any] = {
             "sampler": sampler,
             "adaptation": adaptation,
             "guidance_scale": guidance_scale,
@@ -289,15 +275,13 @@ class DenoisingActorCriticPolicy(_ActorCriticPolicy):
             "gradient_checkpointing": gradient_checkpointing,
             "prompts": prompts,
             "negative_prompt": negative_prompt,
-            "log_prob_reduction": log_prob_reduction,
-            "device": device,
         }
         super().__init__(
             observation_space,
             action_space,
             lr_schedule,
-            make_actor=make_actor,
-            arguments=arguments,
+            make_actor=lambda seed: DenoisingPolicy(loaded, **actor, seed=seed),
+            arguments={"model": model, **actor, "log_prob_reduction": log_prob_reduction, "device": device},
             log_prob_reduction=log_prob_reduction,
             precision=loaded.dtype,
             use_sde=use_sde,
@@ -345,28 +329,18 @@ class TimePredictionActorCriticPolicy(_ActorCriticPolicy):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        def make_actor(seed: int) -> TimePredictor:
-            return TimePredictor(
-                observation_space,
-                hidden_channels=hidden_channels,
-                initial_ratio=initial_ratio,
-                initial_concentration=initial_concentration,
-                device=get_device(device),
-                seed=seed,
-            )
-
-        arguments = {
+        actor: dict[str, Any] = {
             "hidden_channels": hidden_channels,
             "initial_ratio": initial_ratio,
             "initial_concentration": initial_concentration,
-            "device": device,
         }
+        place = get_device(device)
         super().__init__(
             observation_space,
             action_space,
             lr_schedule,
-            make_actor=make_actor,
-            arguments=arguments,
+            make_actor=lambda seed: TimePredictor(observation_space, **actor, device=place, seed=seed),
+            arguments={**actor, "device": device},
             log_prob_reduction="sum",
             precision=None,
             use_sde=use_sde,

@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
 
     learner = make()
     learner.learn(2 * PER_ITERATION, Checkpoints(tmp_path, keep=1), log_interval=0)
-    monkeypatch.setattr("agents.runs.saving.save_optimizer", full)
+    monkeypatch.setattr("agents.runs.files.save_optimizer", full)
     with pytest.warns(UserWarning, match="iteration_0000000.*No space left"):
         learner.learn(2 * PER_ITERATION, Checkpoints(tmp_path, keep=1), log_interval=0, reset_num_timesteps=False)
     assert names(tmp_path) == ["iteration_00000002"]
@@ -365,7 +365,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("agents.runs.saving.save_optimizer", lambda *_: {}["missing"])
+    monkeypatch.setattr("agents.runs.files.save_optimizer", lambda *_: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         make().learn(PER_ITERATION, Checkpoints(tmp_path), log_interval=0)
     assert names(tmp_path) == []

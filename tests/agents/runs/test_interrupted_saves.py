@@ -26,7 +26,7 @@ def test_a_failing_save_leaves_the_last_one_whole(mixture, tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("agents.runs.saving.save_optimizer", full)
+    monkeypatch.setattr("agents.runs.files.save_optimizer", full)
     with pytest.raises(OSError, match="No space left"):
         learner.save(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "training_state.json").read_text()) == before
